@@ -301,7 +301,11 @@ impl Error {
 
     /// The message alone, without node, file and range: what the tools print after the file's name.
     pub fn reason(&self) -> String {
-        if self.0.message.is_empty() { self.0.kind.strerror() } else { self.0.message.clone() }
+        if self.0.message.is_empty() {
+            self.0.kind.strerror()
+        } else {
+            self.0.message.clone()
+        }
     }
 
     /// The node on which it happened.
@@ -350,7 +354,11 @@ impl fmt::Display for Error {
         let inner = &*self.0;
         f.write_str(&self.reason())?;
         if let Some(field) = &inner.field {
-            write!(f, " (field '{}' is {}, allowed: {})", field.name, field.value, field.allowed)?;
+            write!(
+                f,
+                " (field '{}' is {}, allowed: {})",
+                field.name, field.value, field.allowed
+            )?;
         }
         let mut open = false;
         let mut sep = |f: &mut fmt::Formatter<'_>| {
@@ -441,7 +449,10 @@ mod tests {
     fn errno_round_trips() {
         for errno in 1..=133 {
             let back = ErrorKind::from_errno(errno).errno();
-            assert!(back == errno || (errno == 38 && back == 95), "{errno} became {back}");
+            assert!(
+                back == errno || (errno == 38 && back == 95),
+                "{errno} became {back}"
+            );
         }
     }
 }

@@ -72,7 +72,10 @@ pub struct PermissionSet {
 
 impl PermissionSet {
     /// Uses nothing and allows everything.
-    pub const NONE: Self = Self { used: Permissions::empty(), shared: Permissions::all() };
+    pub const NONE: Self = Self {
+        used: Permissions::empty(),
+        shared: Permissions::all(),
+    };
 
     /// A new set.
     pub const fn new(used: Permissions, shared: Permissions) -> Self {

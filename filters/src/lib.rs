@@ -1,1 +1,32 @@
-//! placeholder
+//! Nodes that sit between others and belong to no one job, and the null protocol.
+//!
+//! | driver | what it does |
+//! | --- | --- |
+//! | `copy-on-read` ([`CopyOnRead`]) | what is read from below its child is written into the child on the way |
+//! | `null-co` ([`Null`]) | storage that isn't there: swallows writes, for benchmarks and tests |
+//!
+//! A filter here decides nothing about content and keeps no data. [`register`] adds them all to a registry.
+
+#![forbid(unsafe_code)]
+
+pub mod copy_on_read;
+mod null;
+mod passthrough;
+
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+
+use block_core::registry::Registry;
+
+pub use self::{
+    copy_on_read::{CopyOnRead, CopyOnReadFactory},
+    null::{Null, NullFactory},
+};
+
+/// Adds the drivers of this crate to `registry`.
+pub fn register(registry: &mut Registry) {
+    registry.register(Arc::new(CopyOnReadFactory));
+    registry.register(Arc::new(NullFactory));
+}

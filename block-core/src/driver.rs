@@ -1,0 +1,405 @@
+//! The contract between the core and a driver: what a format, protocol or filter implements.
+//!
+//! The core promises (design, sections 2 to 4): every call is inside a tracked request, aligned to the driver's
+//! [`Limits`], inside the node's length, and no discard, zero write or other serialising request that overlaps it is
+//! with the driver at the same time. Plain overlapping reads and writes may be: a driver orders allocations of the
+//! same cluster itself. A driver may drop its locks during data I/O; it takes its children from the [`Request`] and
+//! never keeps them.
+//!
+//! A future that a driver returns is polled to its end even when the user dropped the request, so a driver may
+//! assume that its own code is not cut off between two awaits, short of the process ending.
+
+use std::{any::Any, sync::Arc};
+
+use async_trait::async_trait;
+use bitflags::bitflags;
+
+use crate::{
+    buffer::{IoBuf, IoBufMut},
+    error::{Error, ErrorKind, Result},
+    flags::{PermissionSet, Permissions, RequestFlags},
+    image::{CheckMode, CheckReport, ImageInfo, Progress},
+    limits::Limits,
+    node::Edges,
+    request::Request,
+    status::{DriverStatus, StatusFlags},
+};
+
+/// What kind of node a driver makes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum DriverKind {
+    /// Storage: has no children that hold its data.
+    Protocol,
+    /// An image format over a file child.
+    Format,
+    /// Passes its one filtered child through.
+    Filter,
+}
+
+/// What a child is to its parent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum ChildRole {
+    /// Holds the format's metadata, and its data unless there is a data file.
+    File,
+    /// Holds guest data only (raw's file, an external data file, a flat extent).
+    DataFile,
+    /// What isn't allocated in the parent is read from here.
+    Backing,
+    /// The node that a filter filters.
+    Filtered,
+    /// Something a filter writes to besides its filtered child (copy-before-write's or a mirror's target).
+    Target,
+}
+
+bitflags! {
+    /// What a driver can do beyond reading. What isn't declared is answered ENOTSUP, never faked.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+    pub struct Capabilities: u32 {
+        /// `write`.
+        const WRITE = 1 << 0;
+        /// `write_zeroes`.
+        const WRITE_ZEROES = 1 << 1;
+        /// `discard`.
+        const DISCARD = 1 << 2;
+        /// `write` and `write_zeroes` honour FUA; otherwise the core flushes after them.
+        const FUA = 1 << 3;
+        /// `write` with WRITE_COMPRESSED.
+        const COMPRESSED = 1 << 4;
+        /// May have a backing child.
+        const BACKING = 1 << 5;
+        /// `check`.
+        const CHECK = 1 << 6;
+        /// `check` can repair.
+        const REPAIR = 1 << 7;
+        /// `truncate`.
+        const TRUNCATE = 1 << 8;
+        /// `copy_range_from` for another node of the same driver.
+        const COPY_RANGE = 1 << 9;
+        /// A discarded range reads as zeroes afterwards.
+        const DISCARD_ZEROES = 1 << 10;
+        /// A new image of this kind reads as zeroes where nothing was written.
+        const ZERO_INIT = 1 << 11;
+        /// `change_backing`.
+        const CHANGE_BACKING = 1 << 12;
+        /// `make_empty`.
+        const MAKE_EMPTY = 1 << 13;
+        /// Every write, zero write and discard at this node is serialising (a write-blocking mirror's top,
+        /// copy-before-write), because the driver does more than one thing for each.
+        const SERIALISE_WRITES = 1 << 14;
+        /// `try_map` may answer something other than `NotCached`.
+        const TRY_MAP = 1 << 15;
+        /// Reads with COPY_ON_READ are left to the driver (a filter that passes the flag on).
+        const COPY_ON_READ = 1 << 16;
+        /// A write past the end grows the node.
+        const GROW = 1 << 17;
+    }
+}
+
+/// What [`BlockDriver::try_map`] is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MapIntent {
+    /// The range is going to be read.
+    Read,
+    /// The range is going to be written in place: only what may be overwritten where it lies counts as mapped.
+    Overwrite,
+}
+
+/// The answer of [`BlockDriver::try_map`], about the whole range or a leading part of it.
+pub enum Mapping {
+    /// The first `len` bytes are at `offset` of the child at `edge` (an index into the request's [`Edges`]). `pin`
+    /// keeps them from being freed and reused; the core holds it until the data I/O has ended.
+    Data {
+        /// Index of the child in the edges that were passed in.
+        edge: usize,
+        /// Offset in that child, in bytes.
+        offset: u64,
+        /// For how many bytes.
+        len: u64,
+        /// Held until the I/O has ended.
+        pin: Option<crate::pins::Pin>,
+    },
+    /// The first `len` bytes read as zeroes. Never for [`MapIntent::Overwrite`].
+    Zero {
+        /// For how many bytes.
+        len: u64,
+    },
+    /// The first `len` bytes come from the backing child, or are zeroes if there is none. Never for
+    /// [`MapIntent::Overwrite`].
+    Backing {
+        /// For how many bytes.
+        len: u64,
+    },
+    /// It takes more than a look at the cache: call `read` or `write`.
+    NotCached,
+}
+
+/// How storage is to be preallocated when an image grows or is made.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Hash, Default, serde::Serialize, serde::Deserialize,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Preallocation {
+    /// Nothing.
+    #[default]
+    Off,
+    /// Metadata only.
+    Metadata,
+    /// Space is reserved, without writing.
+    Falloc,
+    /// Space is written with zeroes.
+    Full,
+}
+
+/// How a node is to be resized.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Truncate {
+    /// Fail if exactly this length can't be had.
+    pub exact: bool,
+    /// Preallocation of the grown part.
+    pub preallocation: Preallocation,
+    /// The grown part must read as zeroes even if a longer backing file shows through.
+    pub zero: bool,
+}
+
+/// What can be changed on an open driver.
+#[derive(Debug, Clone, Default)]
+pub struct Reopen {
+    /// Switch to read-only (`true`) or read-write (`false`).
+    pub read_only: Option<bool>,
+    /// Other options, by their name.
+    pub options: serde_json::Map<String, serde_json::Value>,
+}
+
+/// A format, protocol or filter.
+///
+/// Methods that take `self: Arc<Self>` return futures that own all that they need: the core keeps such a future
+/// until it has ended, also when the user's own future was dropped.
+#[async_trait]
+pub trait BlockDriver: Send + Sync + 'static {
+    /// The driver's name, as in `"driver": "qcow2"`.
+    fn name(&self) -> &'static str;
+
+    /// What kind of node it makes.
+    fn kind(&self) -> DriverKind;
+
+    /// What it can do, now (a read-only image has no `WRITE`).
+    fn capabilities(&self) -> Capabilities;
+
+    /// The length of the node in bytes. `edges` are the node's children now.
+    fn length(&self, edges: &Edges) -> u64;
+
+    /// Its limits; `edges` are the node's children, whose limits a raw format or a filter merges in.
+    fn limits(&self, edges: &Edges) -> Limits;
+
+    /// The file name that a user knows this by, if it has one.
+    fn filename(&self) -> Option<String> {
+        None
+    }
+
+    /// Whether the driver was opened read-only.
+    fn is_read_only(&self) -> bool {
+        !self.capabilities().contains(Capabilities::WRITE)
+    }
+
+    /// What the node needs from the child in `role`, given what its own parents use and share together.
+    fn child_permissions(&self, role: ChildRole, parents: PermissionSet) -> PermissionSet {
+        default_child_permissions(role, parents, self.is_read_only())
+    }
+
+    /// First half of a change of permissions: may fail, changes nothing that `abort_permissions` can't undo.
+    fn prepare_permissions(&self, wanted: PermissionSet) -> Result<()> {
+        let _ = wanted;
+        Ok(())
+    }
+
+    /// Second half, after every node agreed. Can't fail.
+    fn commit_permissions(&self) {}
+
+    /// Second half, after some node refused. Can't fail.
+    fn abort_permissions(&self) {}
+
+    /// Where the range is, if a shared look at what is cached can tell. Never blocks, never does I/O, never takes an
+    /// exclusive lock. The pin in the answer is published before the mapping is loaded.
+    fn try_map(&self, edges: &Edges, offset: u64, len: u64, intent: MapIntent) -> Mapping {
+        let _ = (edges, offset, len, intent);
+        Mapping::NotCached
+    }
+
+    /// Fills `buf` with what is at `offset`.
+    async fn read(self: Arc<Self>, request: Request, offset: u64, buf: IoBufMut) -> Result<()>;
+
+    /// Writes `buf` at `offset`. `flags` may hold FUA (if declared), WRITE_COMPRESSED (if declared) and
+    /// WRITE_UNCHANGED.
+    async fn write(
+        self: Arc<Self>,
+        request: Request,
+        offset: u64,
+        buf: IoBuf,
+        flags: RequestFlags,
+    ) -> Result<()> {
+        let _ = (request, offset, buf, flags);
+        Err(Error::from_kind(ErrorKind::NotSupported))
+    }
+
+    /// Makes a range read as zeroes. `flags` may hold MAY_UNMAP and FUA (if declared). ENOTSUP makes the core write
+    /// zero buffers instead, so nothing may have been changed by then.
+    async fn write_zeroes(
+        self: Arc<Self>,
+        request: Request,
+        offset: u64,
+        len: u64,
+        flags: RequestFlags,
+    ) -> Result<()> {
+        let _ = (request, offset, len, flags);
+        Err(Error::from_kind(ErrorKind::NotSupported))
+    }
+
+    /// Tells that the content of a range isn't needed. Advisory; what is read afterwards is the format's choice.
+    async fn discard(self: Arc<Self>, request: Request, offset: u64, len: u64) -> Result<()> {
+        let _ = (request, offset, len);
+        Err(Error::from_kind(ErrorKind::NotSupported))
+    }
+
+    /// Makes everything that completed before durable: writes back cached metadata in crash-safe order and flushes
+    /// the children that it writes to. There is no default: a flush that isn't one loses data.
+    async fn flush(self: Arc<Self>, request: Request) -> Result<()>;
+
+    /// Changes the length of the node to `length` bytes.
+    async fn truncate(self: Arc<Self>, request: Request, length: u64, how: Truncate) -> Result<()> {
+        let _ = (request, length, how);
+        Err(Error::new(
+            ErrorKind::NotSupported,
+            "Image format driver does not support resize",
+        ))
+    }
+
+    /// What the start of the range is made of, at this layer alone. Formats answer `unallocated` for what the
+    /// backing file decides, without looking whether there is one.
+    async fn block_status(
+        self: Arc<Self>,
+        request: Request,
+        offset: u64,
+        len: u64,
+    ) -> Result<DriverStatus> {
+        let _ = (request, offset);
+        Ok(DriverStatus {
+            flags: StatusFlags::DATA | StatusFlags::ALLOCATED,
+            len,
+            file_offset: 0,
+        })
+    }
+
+    /// Copies from another node of the same driver without passing the data through memory. ENOTSUP (with nothing
+    /// changed) makes the caller copy the plain way.
+    async fn copy_range_from(
+        self: Arc<Self>,
+        request: Request,
+        source: Arc<dyn BlockDriver>,
+        source_offset: u64,
+        offset: u64,
+        len: u64,
+    ) -> Result<()> {
+        let _ = (request, source, source_offset, offset, len);
+        Err(Error::from_kind(ErrorKind::NotSupported))
+    }
+
+    /// Checks the image and repairs it as `mode` says. Runs under a serialising request over the whole node.
+    async fn check(
+        self: Arc<Self>,
+        request: Request,
+        mode: CheckMode,
+        progress: Progress,
+    ) -> Result<CheckReport> {
+        let _ = (request, mode, progress);
+        Err(Error::new(
+            ErrorKind::NotSupported,
+            "This image format does not support checks",
+        ))
+    }
+
+    /// Records another backing file in the image's header; the graph's edge is not touched. `None` removes it.
+    async fn change_backing(
+        self: Arc<Self>,
+        request: Request,
+        file: Option<String>,
+        format: Option<String>,
+    ) -> Result<()> {
+        let _ = (request, file, format);
+        Err(Error::from_kind(ErrorKind::NotSupported))
+    }
+
+    /// Drops all data of this layer, so that the backing file shows everywhere.
+    async fn make_empty(self: Arc<Self>, request: Request) -> Result<()> {
+        let _ = request;
+        Err(Error::from_kind(ErrorKind::NotSupported))
+    }
+
+    /// What `info` shows.
+    async fn info(self: Arc<Self>, request: Request) -> Result<ImageInfo> {
+        let _ = request;
+        Ok(ImageInfo::default())
+    }
+
+    /// Changes options of an open image. The node is drained. All or nothing.
+    async fn reopen(self: Arc<Self>, request: Request, changes: Reopen) -> Result<()> {
+        let _ = (request, changes);
+        Err(Error::from_kind(ErrorKind::NotSupported))
+    }
+
+    /// Last call: writes back everything and marks the image clean. The node is drained. After an error the driver
+    /// is closed all the same.
+    async fn close(self: Arc<Self>, request: Request) -> Result<()>;
+
+    /// Counters of this driver that prove that something happened (frees deferred by pins, copies on write,
+    /// evictions, …), by name.
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
+
+    /// For drivers that know each other (copy-range between files, a job and its filter).
+    fn as_any(&self) -> &dyn Any;
+}
+
+/// The rules of the digest of block semantics, section 3, by role.
+pub fn default_child_permissions(
+    role: ChildRole,
+    parents: PermissionSet,
+    read_only: bool,
+) -> PermissionSet {
+    let mut used = parents.used;
+    let mut shared = parents.shared;
+    match role {
+        ChildRole::Filtered => {}
+        ChildRole::DataFile => {
+            if used.contains(Permissions::WRITE_UNCHANGED) {
+                used |= Permissions::WRITE;
+            }
+            if used.contains(Permissions::WRITE) {
+                used |= Permissions::RESIZE;
+            }
+            shared -= Permissions::RESIZE;
+        }
+        ChildRole::File => {
+            used |= Permissions::CONSISTENT_READ;
+            if !read_only {
+                used |= Permissions::WRITE | Permissions::RESIZE;
+            } else {
+                used -= Permissions::WRITE | Permissions::WRITE_UNCHANGED | Permissions::RESIZE;
+            }
+            shared -= Permissions::WRITE | Permissions::RESIZE;
+        }
+        ChildRole::Backing => {
+            let parent_shares_write = shared.contains(Permissions::WRITE);
+            used &= Permissions::CONSISTENT_READ;
+            shared = Permissions::CONSISTENT_READ | Permissions::WRITE_UNCHANGED;
+            if parent_shares_write {
+                shared |= Permissions::WRITE | Permissions::RESIZE;
+            }
+        }
+        ChildRole::Target => {
+            used = Permissions::WRITE;
+            shared = Permissions::CONSISTENT_READ | Permissions::WRITE_UNCHANGED;
+        }
+    }
+    PermissionSet { used, shared }
+}

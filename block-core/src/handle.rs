@@ -1,0 +1,448 @@
+//! Handles: how a producer (guest device, export, job, tool) reaches a node. A handle holds permissions, can be
+//! quiesced by a drain, and is where a request is admitted. It does nothing to the graph.
+
+use std::{
+    fmt,
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    task::{Poll, Waker},
+};
+
+use arc_swap::ArcSwap;
+use parking_lot::Mutex;
+
+use crate::{
+    buffer::{Buffer, IoBuf, IoBufMut},
+    chain,
+    driver::{Reopen, Truncate},
+    error::{Error, ErrorKind, Operation, Result},
+    flags::{PermissionSet, Permissions, RequestFlags},
+    graph::Graph,
+    image::{CheckMode, CheckReport, ImageInfo, Progress},
+    limits::Limits,
+    node::Node,
+    path::{self, Op, Origin},
+    status::BlockStatus,
+};
+
+/// The part of a handle that the graph and requests in flight share.
+pub(crate) struct RootState {
+    pub id: u64,
+    pub name: String,
+    pub node: ArcSwap<Node>,
+    pub permissions: Mutex<PermissionSet>,
+    in_flight: AtomicUsize,
+    quiesced: AtomicUsize,
+    /// Those who wait to be let in, and drains that wait for quiet.
+    wakers: Mutex<Vec<Waker>>,
+    write_through: AtomicBool,
+}
+
+impl RootState {
+    pub(crate) fn new(id: u64, name: String, node: Arc<Node>, permissions: PermissionSet) -> Self {
+        Self {
+            id,
+            name,
+            node: ArcSwap::new(node),
+            permissions: Mutex::new(permissions),
+            in_flight: AtomicUsize::new(0),
+            quiesced: AtomicUsize::new(0),
+            wakers: Mutex::default(),
+            write_through: AtomicBool::new(false),
+        }
+    }
+
+    fn wake_all(&self) {
+        let wakers = std::mem::take(&mut *self.wakers.lock());
+        for waker in wakers {
+            waker.wake();
+        }
+    }
+
+    fn try_enter(self: &Arc<Self>) -> Option<RootGuard> {
+        self.in_flight.fetch_add(1, Ordering::SeqCst);
+        let guard = RootGuard(self.clone());
+        if self.quiesced.load(Ordering::SeqCst) == 0 {
+            Some(guard)
+        } else {
+            None
+        }
+    }
+
+    /// Admits a request, or waits while the handle is quiesced. Dropping the future leaves no trace.
+    async fn enter(self: &Arc<Self>) -> RootGuard {
+        if let Some(guard) = self.try_enter() {
+            return guard;
+        }
+        futures::future::poll_fn(|cx| {
+            self.wakers.lock().push(cx.waker().clone());
+            match self.try_enter() {
+                Some(guard) => Poll::Ready(guard),
+                None => Poll::Pending,
+            }
+        })
+        .await
+    }
+
+    pub(crate) fn quiesce(&self) {
+        self.quiesced.fetch_add(1, Ordering::SeqCst);
+    }
+
+    pub(crate) fn resume(&self) {
+        if self.quiesced.fetch_sub(1, Ordering::SeqCst) == 1 {
+            self.wake_all();
+        }
+    }
+
+    pub(crate) fn is_idle(&self) -> bool {
+        self.in_flight.load(Ordering::SeqCst) == 0
+    }
+
+    /// Has `waker` woken when the handle may have become idle.
+    pub(crate) fn wake_when_idle(&self, waker: &Waker) {
+        let mut wakers = self.wakers.lock();
+        if !wakers.iter().any(|other| other.will_wake(waker)) {
+            wakers.push(waker.clone());
+        }
+    }
+
+    pub(crate) fn in_flight(&self) -> usize {
+        self.in_flight.load(Ordering::SeqCst)
+    }
+}
+
+/// One admitted request. It counts until it is dropped, which is when the request's last I/O has ended.
+pub(crate) struct RootGuard(Arc<RootState>);
+
+impl Drop for RootGuard {
+    fn drop(&mut self) {
+        if self.0.in_flight.fetch_sub(1, Ordering::SeqCst) == 1
+            && self.0.quiesced.load(Ordering::SeqCst) != 0
+        {
+            self.0.wake_all();
+        }
+    }
+}
+
+/// A producer's way to a node.
+///
+/// Handles aren't `Clone`; share one in an `Arc`. Dropping a handle gives its permissions back; what it began runs to
+/// its end.
+///
+/// Cancellation, for all requests: one that still waits (for a drain to end, at the gate) leaves no trace when its
+/// future is dropped. One that has reached a driver runs to its end in the background, and holds back overlapping
+/// requests until then; its outcome is lost. Flush and drain wait for it.
+///
+/// Errors name the node and file where they happened, the operation, offset and length.
+pub struct BlockHandle {
+    root: Arc<RootState>,
+    graph: Weak<Graph>,
+}
+
+impl BlockHandle {
+    pub(crate) fn new(root: Arc<RootState>, graph: &Arc<Graph>) -> Self {
+        Self {
+            root,
+            graph: Arc::downgrade(graph),
+        }
+    }
+
+    /// The name given when it was made, for messages.
+    pub fn name(&self) -> &str {
+        &self.root.name
+    }
+
+    /// The node that it is attached to, now.
+    pub fn node(&self) -> Arc<Node> {
+        self.root.node.load_full()
+    }
+
+    pub(crate) fn root(&self) -> &Arc<RootState> {
+        &self.root
+    }
+
+    /// The graph that the node is in.
+    pub fn graph(&self) -> Result<Arc<Graph>> {
+        self.graph
+            .upgrade()
+            .ok_or_else(|| Error::new(ErrorKind::NoMedium, "the graph is gone"))
+    }
+
+    /// What it uses and shares.
+    pub fn permissions(&self) -> PermissionSet {
+        *self.root.permissions.lock()
+    }
+
+    /// Requests of this handle that have been admitted and have not ended.
+    pub fn in_flight(&self) -> usize {
+        self.root.in_flight()
+    }
+
+    /// With `true`, every write is durable when it completes (cache mode writethrough).
+    pub fn set_write_through(&self, on: bool) {
+        self.root.write_through.store(on, Ordering::SeqCst);
+    }
+
+    /// The node's length in bytes.
+    pub fn length(&self) -> u64 {
+        self.root.node.load().length()
+    }
+
+    /// The node's limits.
+    pub fn limits(&self) -> Limits {
+        self.root.node.load().limits()
+    }
+
+    fn need(&self, wanted: Permissions, operation: Operation, offset: u64, len: u64) -> Result<()> {
+        let used = self.root.permissions.lock().used;
+        if used.contains(wanted) {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::NotPermitted,
+            format!(
+                "handle '{}' has no '{}' permission",
+                self.root.name,
+                (wanted - used).name()
+            ),
+        )
+        .with_operation(operation, offset, len)
+        .with_node(self.node().name()))
+    }
+
+    fn need_write(
+        &self,
+        flags: RequestFlags,
+        operation: Operation,
+        at: u64,
+        len: u64,
+    ) -> Result<()> {
+        let used = self.root.permissions.lock().used;
+        if flags.contains(RequestFlags::WRITE_UNCHANGED)
+            && used.intersects(Permissions::WRITE_UNCHANGED | Permissions::WRITE)
+        {
+            return Ok(());
+        }
+        self.need(Permissions::WRITE, operation, at, len)
+    }
+
+    pub(crate) async fn enter(&self) -> RootGuard {
+        self.root.enter().await
+    }
+
+    async fn submit(&self, mut op: Op) -> Result<()> {
+        op.may_grow = op.may_grow
+            && self
+                .root
+                .permissions
+                .lock()
+                .used
+                .contains(Permissions::RESIZE);
+        if self.root.write_through.load(Ordering::Relaxed)
+            && !matches!(op.action, path::Action::Read(_))
+        {
+            op.flags |= RequestFlags::FUA;
+        }
+        let guard = self.root.enter().await;
+        let node = self.root.node.load_full();
+        path::submit(&node, Origin::Root(guard), op).await
+    }
+
+    /// Reads `len` bytes at `offset` into a new buffer.
+    pub async fn read(&self, offset: u64, len: usize) -> Result<Buffer> {
+        self.read_into(offset, Buffer::try_new(len)?).await
+    }
+
+    /// Fills `buffer` from `offset` and gives it back.
+    pub async fn read_into(&self, offset: u64, buffer: Buffer) -> Result<Buffer> {
+        let (lent, buf) = buffer.lend();
+        self.readv(offset, buf, RequestFlags::empty()).await?;
+        lent.reclaim()
+            .map_err(|_| Error::io("a driver kept a part of a read buffer"))
+    }
+
+    /// Fills the segments of `buf` from `offset`.
+    pub async fn readv(&self, offset: u64, buf: IoBufMut, flags: RequestFlags) -> Result<()> {
+        self.submit(Op::read(offset, buf, flags)).await
+    }
+
+    /// Writes `buf` at `offset`. With ZERO_WRITE among the flags only its length counts.
+    pub async fn write(
+        &self,
+        offset: u64,
+        buf: impl Into<IoBuf>,
+        flags: RequestFlags,
+    ) -> Result<()> {
+        let op = Op::write(offset, buf.into(), flags);
+        self.need_write(flags, Operation::Write, offset, op.len)?;
+        self.submit(op).await
+    }
+
+    /// Makes a range read as zeroes; with MAY_UNMAP it may be deallocated.
+    pub async fn write_zeroes(&self, offset: u64, len: u64, flags: RequestFlags) -> Result<()> {
+        self.need_write(flags, Operation::WriteZeroes, offset, len)?;
+        self.submit(Op::zero(offset, len, flags)).await
+    }
+
+    /// Tells that the content of a range isn't needed any more.
+    pub async fn discard(&self, offset: u64, len: u64) -> Result<()> {
+        self.need(Permissions::WRITE, Operation::Discard, offset, len)?;
+        self.submit(Op::discard(offset, len)).await
+    }
+
+    /// Makes everything durable that completed before, waiting for dropped requests as well.
+    pub async fn flush(&self) -> Result<()> {
+        let guard = self.root.enter().await;
+        let node = self.root.node.load_full();
+        path::settle(&node).await;
+        path::flush(&node, Some(guard)).await
+    }
+
+    /// Changes the length to `length` bytes.
+    pub async fn truncate(&self, length: u64, how: Truncate) -> Result<()> {
+        self.need(Permissions::RESIZE, Operation::Truncate, length, 0)?;
+        self.submit(Op::truncate(length, how)).await
+    }
+
+    /// What the start of the range is made of, through the whole chain; zero detection asks the storage for holes.
+    pub async fn block_status(&self, offset: u64, len: u64) -> Result<BlockStatus> {
+        self.block_status_above(None, offset, len).await
+    }
+
+    /// The same, as far as the layers above `base` decide.
+    pub async fn block_status_above(
+        &self,
+        base: Option<&Arc<Node>>,
+        offset: u64,
+        len: u64,
+    ) -> Result<BlockStatus> {
+        let _guard = self.root.enter().await;
+        let node = self.root.node.load_full();
+        chain::block_status(&node, base, offset, len, true).await
+    }
+
+    /// Whether a layer from the handle's node down to above `base` (or including it) decides the content at
+    /// `offset`, and for how many bytes the answer holds.
+    pub async fn is_allocated_above(
+        &self,
+        base: Option<&Arc<Node>>,
+        include_base: bool,
+        offset: u64,
+        len: u64,
+    ) -> Result<(bool, u64)> {
+        let _guard = self.root.enter().await;
+        let node = self.root.node.load_full();
+        chain::is_allocated_above(&node, base, include_base, offset, len).await
+    }
+
+    /// What the image says of itself.
+    pub async fn info(&self) -> Result<ImageInfo> {
+        let guard = self.root.enter().await;
+        let node = self.root.node.load_full();
+        let driver = node.driver().clone();
+        path::unranged(&node, Some(guard), move |request| driver.info(request)).await
+    }
+
+    /// Checks and repairs the image. Other requests wait meanwhile.
+    pub async fn check(&self, mode: CheckMode, progress: Progress) -> Result<CheckReport> {
+        if mode != CheckMode::ReadOnly {
+            self.need(Permissions::WRITE, Operation::Check, 0, 0)?;
+        }
+        let guard = self.root.enter().await;
+        let node = self.root.node.load_full();
+        path::settle(&node).await;
+        let driver = node.driver().clone();
+        path::exclusive(&node, Some(guard), move |request| {
+            driver.check(request, mode, progress)
+        })
+        .await
+    }
+
+    /// Records another backing file in the header. The graph isn't changed.
+    pub async fn change_backing(&self, file: Option<&str>, format: Option<&str>) -> Result<()> {
+        let guard = self.root.enter().await;
+        let node = self.root.node.load_full();
+        change_backing(&node, Some(guard), file, format).await
+    }
+
+    /// Drops all data of this layer.
+    pub async fn make_empty(&self) -> Result<()> {
+        self.need(Permissions::WRITE, Operation::Discard, 0, 0)?;
+        let guard = self.root.enter().await;
+        let node = self.root.node.load_full();
+        let driver = node.driver().clone();
+        path::exclusive(&node, Some(guard), move |request| {
+            driver.make_empty(request)
+        })
+        .await
+    }
+
+    /// Changes options of the open image, drained. A failed flush is forgotten: from here on the image starts anew.
+    pub async fn reopen(&self, changes: Reopen) -> Result<()> {
+        let node = self.node();
+        self.graph()?.reopen(&node, changes).await
+    }
+
+    /// Changes what the handle uses and shares.
+    ///
+    /// # Errors
+    /// EPERM-like conflict errors, with nothing changed.
+    pub fn set_permissions(&self, set: PermissionSet) -> Result<()> {
+        self.graph()?.set_root_permissions(&self.root, set)
+    }
+
+    /// Flushes, detaches, and closes the node if nobody else uses it. The first error is returned; the handle is
+    /// gone in any case.
+    pub async fn close(self) -> Result<()> {
+        let node = self.node();
+        let graph = self.graph()?;
+        let flushed = if self
+            .permissions()
+            .used
+            .intersects(Permissions::WRITE | Permissions::WRITE_UNCHANGED)
+        {
+            self.flush().await
+        } else {
+            Ok(())
+        };
+        drop(self);
+        let released = graph.release(&node).await;
+        flushed.and(released)
+    }
+}
+
+/// Rewrites the backing file's name in the header of `node`.
+pub(crate) async fn change_backing(
+    node: &Arc<Node>,
+    guard: Option<RootGuard>,
+    file: Option<&str>,
+    format: Option<&str>,
+) -> Result<()> {
+    let driver = node.driver().clone();
+    let (file, format) = (file.map(str::to_owned), format.map(str::to_owned));
+    path::exclusive(node, guard, move |request| {
+        driver.change_backing(request, file, format)
+    })
+    .await
+}
+
+impl Drop for BlockHandle {
+    fn drop(&mut self) {
+        if let Some(graph) = self.graph.upgrade() {
+            graph.detach(&self.root);
+        }
+    }
+}
+
+impl fmt::Debug for BlockHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "BlockHandle '{}' on '{}'",
+            self.root.name,
+            self.node().name()
+        )
+    }
+}

@@ -1,0 +1,177 @@
+//! What images say of themselves: info, check reports, progress. Plain data; the tools turn it into text and JSON.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, AtomicU64, Ordering},
+};
+
+use serde_json::Value;
+
+/// What `info` shows beyond the node's name and length.
+#[derive(Debug, Clone, Default)]
+pub struct ImageInfo {
+    /// Cluster or grain size in bytes, if there is one.
+    pub cluster_size: Option<u64>,
+    /// Whether the image wasn't closed properly.
+    pub dirty: bool,
+    /// Whether the content is encrypted.
+    pub encrypted: bool,
+    /// Whether all data is stored compressed (`compressed` of qemu-img).
+    pub compressed: bool,
+    /// The backing file's name as the header has it.
+    pub backing_filename: Option<String>,
+    /// The backing file's format as the header has it.
+    pub backing_format: Option<String>,
+    /// Bytes that the storage has allocated for it (protocol nodes).
+    pub actual_size: Option<u64>,
+    /// The `format-specific` section of qemu-img's JSON: its `type` and `data`.
+    pub format_specific: Option<(String, Value)>,
+}
+
+/// What a check may change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum CheckMode {
+    /// Nothing.
+    #[default]
+    ReadOnly,
+    /// Lowers refcounts that are too high.
+    RepairLeaks,
+    /// Repairs all that can be repaired.
+    RepairAll,
+}
+
+/// One finding of a check.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Finding {
+    /// How bad it is.
+    pub severity: Severity,
+    /// The line that qemu-img check prints for it.
+    pub message: String,
+    /// Whether it was repaired.
+    pub repaired: bool,
+}
+
+/// How bad a finding is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Severity {
+    /// Space is wasted.
+    Leak,
+    /// Data is or may become wrong.
+    Corruption,
+    /// The check itself couldn't look.
+    CheckError,
+    /// Worth telling, harmless.
+    Note,
+}
+
+/// The result of a check. Counts are of clusters (or grains).
+#[derive(Debug, Clone, Default)]
+pub struct CheckReport {
+    /// Places that couldn't be checked.
+    pub check_errors: u64,
+    /// Corruptions left.
+    pub corruptions: u64,
+    /// Leaks left.
+    pub leaks: u64,
+    /// Corruptions repaired.
+    pub corruptions_fixed: u64,
+    /// Leaks repaired.
+    pub leaks_fixed: u64,
+    /// Where the image ends in its file, in bytes.
+    pub image_end_offset: Option<u64>,
+    /// Clusters of the virtual disk.
+    pub total_clusters: u64,
+    /// Those that have a place in the file.
+    pub allocated_clusters: u64,
+    /// Those that don't follow their predecessor in the file.
+    pub fragmented_clusters: u64,
+    /// Those stored compressed.
+    pub compressed_clusters: u64,
+    /// What was found, in order; bounded (further findings are only counted).
+    pub findings: Vec<Finding>,
+}
+
+impl CheckReport {
+    /// The most findings that are kept with their text.
+    pub const MAX_FINDINGS: usize = 10_000;
+
+    /// Adds a finding, and counts it.
+    pub fn add(&mut self, severity: Severity, repaired: bool, message: impl Into<String>) {
+        let counter = match (severity, repaired) {
+            (Severity::Leak, false) => Some(&mut self.leaks),
+            (Severity::Leak, true) => Some(&mut self.leaks_fixed),
+            (Severity::Corruption, false) => Some(&mut self.corruptions),
+            (Severity::Corruption, true) => Some(&mut self.corruptions_fixed),
+            (Severity::CheckError, _) => Some(&mut self.check_errors),
+            (Severity::Note, _) => None,
+        };
+        if let Some(counter) = counter {
+            *counter += 1;
+        }
+        if self.findings.len() < Self::MAX_FINDINGS {
+            self.findings.push(Finding {
+                severity,
+                message: message.into(),
+                repaired,
+            });
+        }
+    }
+
+    /// Nothing is wrong (any more).
+    pub fn is_clean(&self) -> bool {
+        self.check_errors == 0 && self.corruptions == 0 && self.leaks == 0
+    }
+}
+
+/// How far a long operation is, shared between it and those who watch; also asks it to stop.
+#[derive(Debug, Clone, Default)]
+pub struct Progress(Arc<ProgressState>);
+
+#[derive(Debug, Default)]
+struct ProgressState {
+    current: AtomicU64,
+    total: AtomicU64,
+    cancelled: AtomicBool,
+}
+
+impl Progress {
+    /// A new one at 0 of 0.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Work done so far, in the operation's own unit.
+    pub fn current(&self) -> u64 {
+        self.0.current.load(Ordering::Relaxed)
+    }
+
+    /// All the work, as far as is known.
+    pub fn total(&self) -> u64 {
+        self.0.total.load(Ordering::Relaxed)
+    }
+
+    /// Says how much work there is.
+    pub fn set_total(&self, total: u64) {
+        self.0.total.store(total, Ordering::Relaxed);
+    }
+
+    /// More work turned up.
+    pub fn add_total(&self, more: u64) {
+        self.0.total.fetch_add(more, Ordering::Relaxed);
+    }
+
+    /// Some of it is done.
+    pub fn advance(&self, done: u64) {
+        self.0.current.fetch_add(done, Ordering::Relaxed);
+    }
+
+    /// Asks the operation to stop at its next safe place, with ECANCELED.
+    pub fn cancel(&self) {
+        self.0.cancelled.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it was asked to stop.
+    pub fn is_cancelled(&self) -> bool {
+        self.0.cancelled.load(Ordering::Relaxed)
+    }
+}

@@ -1,0 +1,332 @@
+//! Nodes and their edges. A node is one layer: a driver, its children, and everything the core keeps about it. How the
+//! graph changes is the business of `graph`; how requests run is that of `path`.
+
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+};
+
+use arc_swap::ArcSwap;
+use parking_lot::{Mutex, RwLock};
+
+use crate::{
+    bitmap::DirtyBitmap,
+    deferred::DeferredWork,
+    driver::{BlockDriver, ChildRole},
+    env::Environment,
+    error::Error,
+    flags::PermissionSet,
+    limits::Limits,
+    options::NodeOptions,
+    request::Child,
+    stats::NodeStats,
+    tracked::Tracker,
+};
+
+/// A parent's view of one child.
+#[derive(Debug, Clone)]
+pub struct Edge {
+    /// What the child is to the parent.
+    pub role: ChildRole,
+    /// The name of the edge: `file`, `backing`, `extents.0`, …
+    pub name: String,
+    /// The child.
+    pub child: Child,
+}
+
+/// The children of a node at one moment. Immutable: a change of the graph makes a new one.
+#[derive(Debug, Clone, Default)]
+pub struct Edges(Vec<Edge>);
+
+impl Edges {
+    /// Edges from a list.
+    pub fn new(list: Vec<Edge>) -> Self {
+        Self(list)
+    }
+
+    /// The first child in `role`.
+    pub fn child(&self, role: ChildRole) -> Option<&Child> {
+        self.0
+            .iter()
+            .find(|edge| edge.role == role)
+            .map(|edge| &edge.child)
+    }
+
+    /// The edge called `name`.
+    pub fn named(&self, name: &str) -> Option<&Edge> {
+        self.0.iter().find(|edge| edge.name == name)
+    }
+
+    /// The index of the first child in `role`, as [`crate::driver::Mapping::Data`] wants it.
+    pub fn index(&self, role: ChildRole) -> Option<usize> {
+        self.0.iter().position(|edge| edge.role == role)
+    }
+
+    /// The edge at `index`.
+    pub fn get(&self, index: usize) -> Option<&Edge> {
+        self.0.get(index)
+    }
+
+    /// All edges.
+    pub fn iter(&self) -> std::slice::Iter<'_, Edge> {
+        self.0.iter()
+    }
+
+    /// The child through which a chain goes on: the filtered child of a filter, the backing child of a format.
+    pub fn chain_child(&self) -> Option<&Child> {
+        self.child(ChildRole::Filtered)
+            .or_else(|| self.child(ChildRole::Backing))
+    }
+
+    /// The child that holds this node's own data: filtered, data file or file.
+    pub fn primary(&self) -> Option<&Child> {
+        self.child(ChildRole::Filtered)
+            .or_else(|| self.child(ChildRole::DataFile))
+            .or_else(|| self.child(ChildRole::File))
+    }
+}
+
+impl<'a> IntoIterator for &'a Edges {
+    type Item = &'a Edge;
+    type IntoIter = std::slice::Iter<'a, Edge>;
+    fn into_iter(self) -> Self::IntoIter {
+        self.0.iter()
+    }
+}
+
+/// What flush needs to know about the past of a node.
+#[derive(Default)]
+pub(crate) struct FlushState {
+    /// Bumped when a request that may have changed something has ended.
+    pub written: AtomicU64,
+    /// What `written` was when the last successful flush began.
+    pub flushed: AtomicU64,
+    /// The first flush that failed: every later one fails like it until the node is reopened.
+    pub failed: Mutex<Option<Error>>,
+    /// One flush at a time; those who come meanwhile share the next.
+    pub turn: Arc<futures::lock::Mutex<()>>,
+}
+
+/// One layer of the graph.
+pub struct Node {
+    id: u64,
+    name: String,
+    driver: Arc<dyn BlockDriver>,
+    env: Arc<dyn Environment>,
+    pub(crate) deferred: Arc<DeferredWork>,
+    edges: ArcSwap<Edges>,
+    limits: ArcSwap<Limits>,
+    tracker: Arc<Tracker>,
+    options: RwLock<NodeOptions>,
+    pub(crate) flush: FlushState,
+    bitmaps: RwLock<Vec<Arc<DirtyBitmap>>>,
+    has_bitmaps: AtomicBool,
+    stats: NodeStats,
+    /// What all parents together use and share, as last committed.
+    permissions: Mutex<PermissionSet>,
+    /// Held by the program itself, not only by parents (`blockdev-add`).
+    pub(crate) kept: AtomicBool,
+}
+
+impl Node {
+    pub(crate) fn new(
+        id: u64,
+        name: String,
+        driver: Arc<dyn BlockDriver>,
+        env: Arc<dyn Environment>,
+        deferred: Arc<DeferredWork>,
+        edges: Edges,
+        tracker: Arc<Tracker>,
+        options: NodeOptions,
+    ) -> Self {
+        let limits = driver.limits(&edges);
+        Self {
+            id,
+            name,
+            driver,
+            env,
+            deferred,
+            edges: ArcSwap::from_pointee(edges),
+            limits: ArcSwap::from_pointee(limits),
+            tracker,
+            options: RwLock::new(options),
+            flush: FlushState::default(),
+            bitmaps: RwLock::default(),
+            has_bitmaps: AtomicBool::new(false),
+            stats: NodeStats::default(),
+            permissions: Mutex::new(PermissionSet::NONE),
+            kept: AtomicBool::new(false),
+        }
+    }
+
+    /// A number that no other node of the graph ever has.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// The node's name, unique in the graph.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The driver.
+    pub fn driver(&self) -> &Arc<dyn BlockDriver> {
+        &self.driver
+    }
+
+    /// The environment.
+    pub fn env(&self) -> &Arc<dyn Environment> {
+        &self.env
+    }
+
+    /// The children now.
+    pub fn edges(&self) -> Arc<Edges> {
+        self.edges.load_full()
+    }
+
+    pub(crate) fn set_edges(&self, edges: Arc<Edges>) {
+        self.edges.store(edges);
+    }
+
+    /// The node's length in bytes, now.
+    pub fn length(&self) -> u64 {
+        self.driver.length(&self.edges.load())
+    }
+
+    /// The node's limits, now.
+    pub fn limits(&self) -> Limits {
+        **self.limits.load()
+    }
+
+    pub(crate) fn refresh_limits(&self) {
+        self.limits
+            .store(Arc::new(self.driver.limits(&self.edges.load())));
+    }
+
+    /// The file name that a user knows the node by: its own, or that of the child that holds its data.
+    pub fn filename(&self) -> Option<String> {
+        self.driver.filename().or_else(|| {
+            let edges = self.edges.load();
+            edges
+                .child(ChildRole::File)
+                .or_else(|| edges.primary())
+                .and_then(|child| child.filename())
+        })
+    }
+
+    /// The common options that it was opened with.
+    pub fn options(&self) -> NodeOptions {
+        self.options.read().clone()
+    }
+
+    pub(crate) fn with_options<T>(&self, f: impl FnOnce(&mut NodeOptions) -> T) -> T {
+        f(&mut self.options.write())
+    }
+
+    pub(crate) fn option<T>(&self, f: impl FnOnce(&NodeOptions) -> T) -> T {
+        f(&self.options.read())
+    }
+
+    /// The tracked requests of this node.
+    pub fn tracker(&self) -> &Arc<Tracker> {
+        &self.tracker
+    }
+
+    /// Counters.
+    pub fn stats(&self) -> &NodeStats {
+        &self.stats
+    }
+
+    /// What all its parents together use and share.
+    pub fn permissions(&self) -> PermissionSet {
+        *self.permissions.lock()
+    }
+
+    pub(crate) fn set_permissions(&self, set: PermissionSet) {
+        *self.permissions.lock() = set;
+    }
+
+    /// Starts to record writes in `bitmap`. Call it in a drained section, or accept that requests in flight may or
+    /// may not be recorded.
+    pub fn add_bitmap(&self, bitmap: Arc<DirtyBitmap>) {
+        self.bitmaps.write().push(bitmap);
+        self.has_bitmaps.store(true, Ordering::SeqCst);
+    }
+
+    /// Stops recording in `bitmap`.
+    pub fn remove_bitmap(&self, bitmap: &Arc<DirtyBitmap>) {
+        let mut bitmaps = self.bitmaps.write();
+        bitmaps.retain(|other| !Arc::ptr_eq(other, bitmap));
+        self.has_bitmaps
+            .store(!bitmaps.is_empty(), Ordering::SeqCst);
+    }
+
+    /// The bitmaps that record writes.
+    pub fn bitmaps(&self) -> Vec<Arc<DirtyBitmap>> {
+        self.bitmaps.read().clone()
+    }
+
+    pub(crate) fn mark_dirty(&self, offset: u64, len: u64) {
+        if self.has_bitmaps.load(Ordering::SeqCst) {
+            for bitmap in self.bitmaps.read().iter() {
+                bitmap.mark(offset, len);
+            }
+        }
+    }
+
+    pub(crate) fn resize_bitmaps(&self, length: u64) {
+        if self.has_bitmaps.load(Ordering::SeqCst) {
+            for bitmap in self.bitmaps.read().iter() {
+                bitmap.resize(length);
+            }
+        }
+    }
+
+    /// The nodes below, following the chain: filtered and backing children, topmost first, without this one.
+    pub fn chain(self: &Arc<Self>) -> Vec<Arc<Node>> {
+        let mut chain = Vec::new();
+        let mut at = self.edges().chain_child().map(|child| child.node().clone());
+        while let Some(node) = at {
+            at = node.edges().chain_child().map(|child| child.node().clone());
+            chain.push(node);
+        }
+        chain
+    }
+
+    /// The backing node of the first format found through filters, if there is one.
+    pub fn backing(self: &Arc<Self>) -> Option<Arc<Node>> {
+        let mut at = self.clone();
+        loop {
+            let edges = at.edges();
+            if let Some(child) = edges.child(ChildRole::Backing) {
+                return Some(child.node().clone());
+            }
+            let next = edges.child(ChildRole::Filtered)?.node().clone();
+            at = next;
+        }
+    }
+
+    /// This node, or what it filters.
+    pub fn skip_filters(self: &Arc<Self>) -> Arc<Node> {
+        let mut at = self.clone();
+        loop {
+            let next = at
+                .edges()
+                .child(ChildRole::Filtered)
+                .map(|child| child.node().clone());
+            match next {
+                Some(next) => at = next,
+                None => return at,
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Node {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Node '{}' ({})", self.name, self.driver.name())
+    }
+}

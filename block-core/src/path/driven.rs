@@ -1,0 +1,177 @@
+//! A request that is with a driver, and everything that must live until its last I/O has ended: tickets, pins, the
+//! handle's in-flight count, and what is to be recorded. Dropping it hands it to the graph's list of dropped requests.
+
+use std::{
+    pin::Pin,
+    sync::Arc,
+    sync::atomic::Ordering,
+    task::{Context, Poll},
+};
+
+use futures::future::BoxFuture;
+use smallvec::SmallVec;
+
+use super::Completions;
+use crate::{
+    error::{Error, Operation, Result},
+    handle::RootGuard,
+    node::Node,
+    pins,
+    stats::Counted,
+    tracked::Tracked,
+};
+
+/// The ticket of a request at one node.
+pub(crate) enum Ticket {
+    /// Its own.
+    Own(Tracked),
+    /// An ancestor's, at the same node.
+    Shared(Arc<Tracked>),
+}
+
+/// What one level of a request leaves to be done at its end.
+pub(crate) struct Completion {
+    pub node: Arc<Node>,
+    pub ticket: Option<Ticket>,
+    pub counted: Counted,
+    pub offset: u64,
+    pub len: u64,
+    pub root: Option<RootGuard>,
+}
+
+impl Completion {
+    /// Steps 5 and 6: record, whether it succeeded or not, and release.
+    fn finish(self, ok: bool) {
+        let Self {
+            node,
+            ticket,
+            counted,
+            offset,
+            len,
+            root,
+        } = self;
+        match counted {
+            Counted::Write | Counted::Zero | Counted::Discard => {
+                node.mark_dirty(offset, len);
+                node.flush.written.fetch_add(1, Ordering::SeqCst);
+            }
+            Counted::Truncate => {
+                node.resize_bitmaps(node.length());
+                node.refresh_limits();
+                node.flush.written.fetch_add(1, Ordering::SeqCst);
+            }
+            Counted::Read | Counted::Other => {}
+        }
+        node.stats().ended(counted, len, ok);
+        drop(ticket);
+        drop(root);
+    }
+
+    fn operation(&self) -> Option<Operation> {
+        match self.counted {
+            Counted::Read => Some(Operation::Read),
+            Counted::Write => Some(Operation::Write),
+            Counted::Zero => Some(Operation::WriteZeroes),
+            Counted::Discard => Some(Operation::Discard),
+            Counted::Truncate => Some(Operation::Truncate),
+            Counted::Other => None,
+        }
+    }
+}
+
+/// What a request took on its way down, outermost level first.
+#[derive(Default)]
+pub(crate) struct Held {
+    pub completions: Completions,
+    pub pins: SmallVec<[pins::Pin; 3]>,
+}
+
+impl Held {
+    /// Records and releases, innermost level first.
+    pub(crate) fn finish(&mut self, result: &Result<()>) {
+        self.pins.clear();
+        while let Some(completion) = self.completions.pop() {
+            completion.finish(result.is_ok());
+        }
+    }
+
+    fn describe(&self, error: Error) -> Error {
+        let Some(innermost) = self.completions.last() else {
+            return error;
+        };
+        let error = error.with_node(innermost.node.name());
+        let error = match innermost.operation() {
+            Some(operation) => error.with_operation(operation, innermost.offset, innermost.len),
+            None => error,
+        };
+        match innermost.node.filename() {
+            Some(file) => error.with_file(file),
+            None => error,
+        }
+    }
+}
+
+/// A request that is with a driver. Completes with the driver's answer, after it was recorded and released.
+pub(crate) struct Driven {
+    future: Option<BoxFuture<'static, Result<()>>>,
+    held: Held,
+    started: bool,
+}
+
+impl Driven {
+    pub(crate) fn new(future: BoxFuture<'static, Result<()>>, held: Held) -> Self {
+        Self {
+            future: Some(future),
+            held,
+            started: false,
+        }
+    }
+
+    pub(crate) fn poll_driven(&mut self, cx: &mut Context<'_>) -> Poll<Result<()>> {
+        self.started = true;
+        let Some(future) = self.future.as_mut() else {
+            return Poll::Ready(Err(Error::io("a request was polled after its end")));
+        };
+        match future.as_mut().poll(cx) {
+            Poll::Pending => Poll::Pending,
+            Poll::Ready(result) => {
+                self.future = None;
+                let result = result.map_err(|error| self.held.describe(error));
+                self.held.finish(&result);
+                Poll::Ready(result)
+            }
+        }
+    }
+}
+
+impl Future for Driven {
+    type Output = Result<()>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        self.get_mut().poll_driven(cx)
+    }
+}
+
+impl Drop for Driven {
+    fn drop(&mut self) {
+        if !self.started || self.future.is_none() {
+            return;
+        }
+        let Some(last) = self.held.completions.last() else {
+            return;
+        };
+        let deferred = last.node.deferred.clone();
+        let mut held = std::mem::take(&mut self.held);
+        for completion in &mut held.completions {
+            completion.node.stats().dropped();
+            if let Some(Ticket::Own(tracked)) = &mut completion.ticket {
+                tracked.upgrade_to_serialising();
+            }
+        }
+        deferred.push(Self {
+            future: self.future.take(),
+            held,
+            started: true,
+        });
+    }
+}

@@ -1,0 +1,490 @@
+//! The one choke point: every request of every producer to every node goes through [`submit`].
+//!
+//! In order (design, section 2): validate, shape, track and wait, validate again, drive, record, release. Filters such as
+//! copy-before-write are nodes in the graph and no steps of this path. Where a driver's `try_map` tells where the
+//! bytes are, the walk goes on at the child in a loop, and what was taken on the way (tickets, pins) travels with the
+//! one future at the bottom.
+
+mod copy_range;
+mod drive;
+mod driven;
+mod ranged;
+
+use std::{sync::Arc, task::Poll};
+
+use smallvec::SmallVec;
+
+pub use self::copy_range::copy_range;
+pub(crate) use self::{
+    driven::{Completion, Driven, Held, Ticket},
+    ranged::{exclusive, flush, unranged},
+};
+use crate::{
+    buffer::{IoBuf, IoBufMut},
+    driver::{Capabilities, MapIntent, Mapping, Truncate},
+    error::{Error, ErrorKind, Operation, Result},
+    flags::RequestFlags,
+    handle::RootGuard,
+    limits::Limits,
+    node::{Edges, Node},
+    options::{DetectZeroes, DiscardMode},
+    request::Request,
+    stats::Counted,
+    tracked::{Pending, RequestKind, Tracked, TrackedRange},
+};
+
+/// No request may end beyond this, so that rounding up never overflows.
+pub(crate) const MAX_END: u64 = (1 << 63) - (1 << 30);
+/// A single data request is at most this long, in bytes.
+pub(crate) const MAX_DATA: u64 = (1 << 31) - 512;
+
+/// Who asks.
+pub(crate) enum Origin {
+    /// A producer, through its handle.
+    Root(RootGuard),
+    /// A driver, on behalf of a request that was admitted further up.
+    Parent,
+    /// Somebody who holds this ticket at this very node; the request waits for nothing.
+    Nested(Arc<Tracked>),
+}
+
+/// What is to be done.
+pub(crate) enum Action {
+    Read(IoBufMut),
+    Write(IoBuf),
+    Zero,
+    Discard,
+    Truncate(Truncate),
+}
+
+/// One request.
+pub(crate) struct Op {
+    pub action: Action,
+    pub offset: u64,
+    pub len: u64,
+    pub flags: RequestFlags,
+    /// The producer may write past the end and thereby grow the node.
+    pub may_grow: bool,
+}
+
+impl Op {
+    pub(crate) fn read(offset: u64, buf: IoBufMut, flags: RequestFlags) -> Self {
+        let len = buf.len() as u64;
+        Self {
+            action: Action::Read(buf),
+            offset,
+            len,
+            flags,
+            may_grow: false,
+        }
+    }
+
+    /// A write; with ZERO_WRITE among the flags it is the same request as [`Self::zero`].
+    pub(crate) fn write(offset: u64, buf: IoBuf, flags: RequestFlags) -> Self {
+        let len = buf.len() as u64;
+        if flags.contains(RequestFlags::ZERO_WRITE) {
+            return Self::zero(offset, len, flags);
+        }
+        Self {
+            action: Action::Write(buf),
+            offset,
+            len,
+            flags,
+            may_grow: true,
+        }
+    }
+
+    pub(crate) fn zero(offset: u64, len: u64, flags: RequestFlags) -> Self {
+        let flags = flags | RequestFlags::ZERO_WRITE;
+        Self {
+            action: Action::Zero,
+            offset,
+            len,
+            flags,
+            may_grow: true,
+        }
+    }
+
+    pub(crate) fn discard(offset: u64, len: u64) -> Self {
+        let flags = RequestFlags::empty();
+        Self {
+            action: Action::Discard,
+            offset,
+            len,
+            flags,
+            may_grow: false,
+        }
+    }
+
+    pub(crate) fn truncate(length: u64, how: Truncate) -> Self {
+        Self {
+            action: Action::Truncate(how),
+            offset: length,
+            len: 0,
+            flags: RequestFlags::empty(),
+            may_grow: true,
+        }
+    }
+
+    fn operation(&self) -> Operation {
+        match self.action {
+            Action::Read(_) => Operation::Read,
+            Action::Write(_) => Operation::Write,
+            Action::Zero => Operation::WriteZeroes,
+            Action::Discard => Operation::Discard,
+            Action::Truncate(_) => Operation::Truncate,
+        }
+    }
+
+    fn kind(&self) -> RequestKind {
+        match self.action {
+            Action::Read(_) => RequestKind::Read,
+            Action::Write(_) => RequestKind::Write,
+            Action::Zero => RequestKind::ZeroWrite,
+            Action::Discard => RequestKind::Discard,
+            Action::Truncate(_) => RequestKind::Truncate,
+        }
+    }
+
+    fn counted(&self) -> Counted {
+        match self.action {
+            Action::Read(_) => Counted::Read,
+            Action::Write(_) => Counted::Write,
+            Action::Zero => Counted::Zero,
+            Action::Discard => Counted::Discard,
+            Action::Truncate(_) => Counted::Truncate,
+        }
+    }
+
+    fn is_truncate(&self) -> bool {
+        matches!(self.action, Action::Truncate(_))
+    }
+}
+
+/// The range that a serialising request over `[offset, offset + len)` holds: rounded out to the serialising granularity.
+pub(crate) fn round_out(node: &Node, offset: u64, len: u64) -> TrackedRange {
+    let limits = node.limits();
+    rounded(
+        offset,
+        len,
+        limits.serialising_granularity.max(limits.request_alignment),
+    )
+}
+
+fn rounded(offset: u64, len: u64, granularity: u64) -> TrackedRange {
+    let granularity = granularity.max(1);
+    let start = offset - offset % granularity;
+    let end = offset.saturating_add(len);
+    let end = end
+        .checked_next_multiple_of(granularity)
+        .unwrap_or(u64::MAX);
+    TrackedRange::new(start, end)
+}
+
+/// Step 1. An error here has touched nothing.
+fn validate(node: &Node, op: &Op, capabilities: Capabilities, length: u64) -> Result<()> {
+    let fail = |kind: ErrorKind, text: &str| {
+        Err(Error::new(kind, text)
+            .with_operation(op.operation(), op.offset, op.len)
+            .with_node(node.name()))
+    };
+    let Some(end) = op.offset.checked_add(op.len).filter(|end| *end <= MAX_END) else {
+        return fail(
+            ErrorKind::Io,
+            "request ends beyond the largest offset possible",
+        );
+    };
+    let is_data = matches!(op.action, Action::Read(_) | Action::Write(_));
+    if is_data && op.len > MAX_DATA {
+        return fail(ErrorKind::Io, "request is longer than 2 GiB");
+    }
+    let modifies = !matches!(op.action, Action::Read(_));
+    if modifies && !capabilities.contains(Capabilities::WRITE) {
+        return fail(ErrorKind::NotPermitted, "");
+    }
+    if end > length && !op.is_truncate() {
+        let grows = op.may_grow && capabilities.contains(Capabilities::GROW);
+        if !grows {
+            return fail(
+                ErrorKind::Io,
+                &format!("request ends at {end}, beyond the end of the node at {length}"),
+            );
+        }
+    }
+    if op.flags.contains(RequestFlags::WRITE_COMPRESSED) {
+        if op.flags.contains(RequestFlags::ZERO_WRITE) {
+            return fail(ErrorKind::InvalidInput, "a zero write can't be compressed");
+        }
+        if !capabilities.contains(Capabilities::COMPRESSED) {
+            return fail(
+                ErrorKind::NotSupported,
+                "the format can't store compressed data",
+            );
+        }
+    }
+    Ok(())
+}
+
+/// What step 2 found out: what is tracked, and whether a plain driver call will do.
+struct Shape {
+    range: TrackedRange,
+    serialising: bool,
+    /// The request isn't aligned to the node's request alignment.
+    padded: bool,
+}
+
+/// Step 2.
+fn shape(op: &Op, limits: &Limits, capabilities: Capabilities, length: u64) -> Shape {
+    let align = limits.request_alignment;
+    if op.is_truncate() {
+        let range = TrackedRange::from_start(op.offset.min(length));
+        return Shape {
+            range,
+            serialising: true,
+            padded: false,
+        };
+    }
+    let padded = align > 1 && (op.offset % align != 0 || op.len % align != 0);
+    let modifies = !matches!(op.action, Action::Read(_));
+    let serialising = op
+        .flags
+        .intersects(RequestFlags::SERIALISING | RequestFlags::COPY_ON_READ)
+        || matches!(op.action, Action::Zero | Action::Discard)
+        || (padded && modifies)
+        || (modifies && capabilities.contains(Capabilities::SERIALISE_WRITES));
+    let granularity = if serialising {
+        limits.serialising_granularity.max(align)
+    } else {
+        align
+    };
+    Shape {
+        range: rounded(op.offset, op.len, granularity),
+        serialising,
+        padded,
+    }
+}
+
+/// Turns a write of nothing but zeroes into a zero write if the node was told to, and drops what the node's discard
+/// mode forbids. True when nothing is left to do.
+fn apply_node_options(node: &Node, op: &mut Op) -> bool {
+    let (discard, detect) = node.option(|options| (options.discard, options.detect_zeroes));
+    if detect != DetectZeroes::Off
+        && !op.flags.contains(RequestFlags::WRITE_COMPRESSED)
+        && let Action::Write(buf) = &op.action
+        && buf.is_zero()
+    {
+        op.action = Action::Zero;
+        op.flags |= RequestFlags::ZERO_WRITE;
+        if detect == DetectZeroes::Unmap {
+            op.flags |= RequestFlags::MAY_UNMAP;
+        }
+    }
+    if discard == DiscardMode::Ignore {
+        op.flags -= RequestFlags::MAY_UNMAP;
+        return matches!(op.action, Action::Discard);
+    }
+    false
+}
+
+/// Waits at the gate, and meanwhile works off what was dropped: it may be that which is waited for.
+pub(crate) async fn wait_at_gate(node: &Node, mut pending: Pending) -> Tracked {
+    node.stats().waited();
+    futures::future::poll_fn(|cx| {
+        if !node.deferred.is_empty() {
+            node.deferred.help(cx);
+        }
+        std::pin::Pin::new(&mut pending).poll(cx)
+    })
+    .await
+}
+
+/// Whether `try_map` may be asked for this request.
+fn may_map(
+    op: &Op,
+    capabilities: Capabilities,
+    limits: &Limits,
+    padded: bool,
+) -> Option<MapIntent> {
+    let plain = !op.flags.intersects(
+        RequestFlags::FUA
+            | RequestFlags::WRITE_COMPRESSED
+            | RequestFlags::COPY_ON_READ
+            | RequestFlags::PREFETCH,
+    );
+    if !plain
+        || padded
+        || !capabilities.contains(Capabilities::TRY_MAP)
+        || (limits.max_transfer != 0 && op.len > limits.max_transfer)
+    {
+        return None;
+    }
+    match op.action {
+        Action::Read(_) => Some(MapIntent::Read),
+        Action::Write(_) => Some(MapIntent::Overwrite),
+        _ => None,
+    }
+}
+
+/// Runs one request to its end.
+///
+/// Cancellation: while it waits at a gate, dropping it leaves no trace; once it is with a driver, it is moved to the
+/// graph's list of dropped requests and runs to its end there, serialising.
+pub(crate) async fn submit(node: &Arc<Node>, origin: Origin, mut op: Op) -> Result<()> {
+    let mut node = node.clone();
+    let (mut root, mut nested) = match origin {
+        Origin::Root(guard) => (Some(guard), None),
+        Origin::Parent => (None, None),
+        Origin::Nested(ticket) => (None, Some(ticket)),
+    };
+    let mut held = Held::default();
+    // Refused, or read as zeroes, or mapped: at most one turn per layer.
+    loop {
+        let mut capabilities = node.driver().capabilities();
+        let mut length = node.length();
+        validate(&node, &op, capabilities, length)?;
+        if op.len == 0 && !op.is_truncate() {
+            return Ok(());
+        }
+        if apply_node_options(&node, &mut op) {
+            return Ok(());
+        }
+        let mut limits = node.limits();
+        let mut shape_now = shape(&op, &limits, capabilities, length);
+
+        // Step 3.
+        let mut edges = node.edges();
+        let ticket = match nested.take() {
+            Some(ticket) => Ticket::Shared(ticket),
+            None => {
+                let kind = op.kind();
+                let tracker = node.tracker();
+                let tracked = if op.flags.contains(RequestFlags::NO_WAIT) {
+                    tracker
+                        .try_begin(shape_now.range, shape_now.serialising, kind)
+                        .ok_or_else(|| {
+                            Error::from_kind(ErrorKind::Busy)
+                                .with_operation(op.operation(), op.offset, op.len)
+                                .with_node(node.name())
+                        })?
+                } else {
+                    match tracker
+                        .begin(shape_now.range, shape_now.serialising, kind)
+                        .into_ready()
+                    {
+                        Ok(tracked) => tracked,
+                        Err(pending) => {
+                            let tracked = wait_at_gate(&node, pending).await;
+                            capabilities = node.driver().capabilities();
+                            length = node.length();
+                            limits = node.limits();
+                            edges = node.edges();
+                            validate(&node, &op, capabilities, length)?;
+                            let again = shape(&op, &limits, capabilities, length);
+                            if !tracked.range().contains(again.range)
+                                || (again.serialising && !tracked.is_serialising())
+                            {
+                                // The node changed while we waited, and what we hold doesn't suffice: queue again.
+                                drop(tracked);
+                                continue;
+                            }
+                            shape_now.padded = again.padded;
+                            tracked
+                        }
+                    }
+                };
+                Ticket::Own(tracked)
+            }
+        };
+        held.completions.push(Completion {
+            node: node.clone(),
+            ticket: Some(ticket),
+            counted: op.counted(),
+            offset: op.offset,
+            len: op.len,
+            root: root.take(),
+        });
+
+        // Step 4, the short way: ask where it is, and go on there.
+        if let Some(intent) = may_map(&op, capabilities, &limits, shape_now.padded) {
+            match node.driver().try_map(&edges, op.offset, op.len, intent) {
+                Mapping::Data {
+                    edge,
+                    offset,
+                    len,
+                    pin,
+                } if len >= op.len => {
+                    if let Some(edge) = edges.get(edge) {
+                        held.pins.extend(pin);
+                        op.offset = offset;
+                        op.may_grow = true;
+                        node = edge.child.node().clone();
+                        continue;
+                    }
+                }
+                Mapping::Zero { len } if len >= op.len => {
+                    if let Action::Read(buf) = &mut op.action {
+                        buf.fill(0);
+                        held.finish(&Ok(()));
+                        return Ok(());
+                    }
+                }
+                Mapping::Backing { len } if len >= op.len => {
+                    if let Action::Read(buf) = &mut op.action {
+                        match edges.child(crate::driver::ChildRole::Backing) {
+                            None => {
+                                buf.fill(0);
+                                held.finish(&Ok(()));
+                                return Ok(());
+                            }
+                            Some(child) if op.offset + op.len <= child.length() => {
+                                node = child.node().clone();
+                                continue;
+                            }
+                            Some(_) => {}
+                        }
+                    }
+                }
+                _ => {}
+            }
+        }
+
+        // The long way: the driver does it.
+        let request = Request::new(node.clone(), edges);
+        let future = drive::drive(
+            request,
+            &mut held,
+            op,
+            &limits,
+            capabilities,
+            shape_now.padded,
+        );
+        return Driven::new(future, held).await;
+    }
+}
+
+/// Completes when every dropped request of the graph has ended, or at once when there is none.
+pub(crate) async fn settle(node: &Node) {
+    if !node.deferred.is_empty() {
+        let deferred = node.deferred.clone();
+        futures::future::poll_fn(move |cx| {
+            if deferred.help(cx) {
+                Poll::Ready(())
+            } else {
+                Poll::Pending
+            }
+        })
+        .await;
+    }
+}
+
+pub(crate) type Completions = SmallVec<[Completion; 3]>;
+
+#[allow(dead_code)]
+fn assert_submit_is_send(node: &Arc<Node>, op: Op) -> impl Send + use<'_> {
+    submit(node, Origin::Parent, op)
+}
+
+#[allow(dead_code)]
+fn assert_edges_are_send(edges: Arc<Edges>) -> impl Send {
+    edges
+}

@@ -1,0 +1,113 @@
+//! Requests that aren't ranges of data: flush, status and metadata. They are counted and survive being dropped like the
+//! others.
+
+use std::sync::{Arc, atomic::Ordering};
+
+use futures::future::BoxFuture;
+use parking_lot::Mutex;
+
+use super::{Completion, Driven, Held, Ticket, wait_at_gate};
+use crate::{
+    error::{Error, Operation, Result},
+    handle::RootGuard,
+    node::Node,
+    request::Request,
+    stats::Counted,
+    tracked::{RequestKind, TrackedRange},
+};
+
+/// Makes everything durable that completed at this node before.
+///
+/// After a failed flush every later one fails: what was lost is not retried into success.
+pub(crate) async fn flush(node: &Arc<Node>, root: Option<RootGuard>) -> Result<()> {
+    let state = &node.flush;
+    if let Some(error) = &*state.failed.lock() {
+        return Err(error.duplicate());
+    }
+    let wanted = state.written.load(Ordering::SeqCst);
+    if state.flushed.load(Ordering::SeqCst) >= wanted {
+        return Ok(());
+    }
+    let turn = state.turn.clone().lock_owned().await;
+    if let Some(error) = &*state.failed.lock() {
+        return Err(error.duplicate());
+    }
+    if state.flushed.load(Ordering::SeqCst) >= wanted {
+        return Ok(());
+    }
+    let request = Request::new(node.clone(), node.edges());
+    let owner = node.clone();
+    let future = Box::pin(async move {
+        let _turn = turn;
+        let covers = owner.flush.written.load(Ordering::SeqCst);
+        owner.stats().flushed();
+        match owner.driver().clone().flush(request).await {
+            Ok(()) => {
+                owner.flush.flushed.fetch_max(covers, Ordering::SeqCst);
+                Ok(())
+            }
+            Err(error) => {
+                let error = error
+                    .with_operation(Operation::Flush, 0, 0)
+                    .with_node(owner.name());
+                *owner.flush.failed.lock() = Some(error.duplicate());
+                Err(error)
+            }
+        }
+    });
+    Driven::new(future, held(node, None, root)).await
+}
+
+fn held(node: &Arc<Node>, ticket: Option<Ticket>, root: Option<RootGuard>) -> Held {
+    let mut held = Held::default();
+    held.completions.push(Completion {
+        node: node.clone(),
+        ticket,
+        counted: Counted::Other,
+        offset: 0,
+        len: 0,
+        root,
+    });
+    held
+}
+
+/// Runs something that needs no range: status, info.
+pub(crate) async fn unranged<T: Send + 'static>(
+    node: &Arc<Node>,
+    root: Option<RootGuard>,
+    work: impl FnOnce(Request) -> BoxFuture<'static, Result<T>>,
+) -> Result<T> {
+    let request = Request::new(node.clone(), node.edges());
+    run(held(node, None, root), work(request)).await
+}
+
+/// Runs something under a serialising ticket over the whole node: check, repair, a change of the header.
+pub(crate) async fn exclusive<T: Send + 'static>(
+    node: &Arc<Node>,
+    root: Option<RootGuard>,
+    work: impl FnOnce(Request) -> BoxFuture<'static, Result<T>>,
+) -> Result<T> {
+    let pending = node
+        .tracker()
+        .begin(TrackedRange::EVERYTHING, true, RequestKind::Reserve);
+    let tracked = match pending.into_ready() {
+        Ok(tracked) => tracked,
+        Err(pending) => wait_at_gate(node, pending).await,
+    };
+    node.flush.written.fetch_add(1, Ordering::SeqCst);
+    let request = Request::new(node.clone(), node.edges());
+    run(held(node, Some(Ticket::Own(tracked)), root), work(request)).await
+}
+
+async fn run<T: Send + 'static>(held: Held, work: BoxFuture<'static, Result<T>>) -> Result<T> {
+    let slot = Arc::new(Mutex::new(None));
+    let out = slot.clone();
+    let future = Box::pin(async move {
+        let value = work.await?;
+        *out.lock() = Some(value);
+        Ok(())
+    });
+    Driven::new(future, held).await?;
+    let value = slot.lock().take();
+    value.ok_or_else(|| Error::io("a request ended without an answer"))
+}

@@ -1,0 +1,6 @@
+//! What is kept of an image's metadata in memory: slices of L2 tables, looked up by anyone at any time, and refcount
+//! blocks, which only the holder of the metadata lock touches.
+
+pub(crate) mod refcounts;
+pub(crate) mod slice;
+pub(crate) mod slices;

@@ -1,0 +1,396 @@
+//! Refcounts in memory: the refcount table, and the blocks that were looked at. Only the holder of the metadata lock
+//! touches them, so there is no lock in here.
+//!
+//! What is in memory is the truth; the write-back batch copies dirty blocks to disk. A block that is new is written
+//! before the table's entry for it ("published"), so that a power cut never leaves an entry that points to garbage.
+//! Which clusters may be given out is decided in `alloc`.
+
+use std::collections::BTreeSet;
+
+use block_core::{
+    error::{Error, ErrorKind, Result},
+    flags::RequestFlags,
+    request::Child,
+};
+
+use super::slice::NumberMap;
+use crate::layout::{Geometry, HostCluster, HostOffset, Refcounts, entry};
+
+/// A refcount table may not be larger than this.
+const MAX_TABLE_BYTES: u64 = 8 << 20;
+
+/// A refcount block in memory.
+#[derive(Debug)]
+struct Block {
+    bytes: Vec<u8>,
+    version: u64,
+    written: u64,
+    used: u64,
+}
+
+/// The copy of a dirty block that a batch writes.
+#[derive(Debug)]
+pub(crate) struct BlockCopy {
+    pub table_index: u64,
+    pub host: HostOffset,
+    pub bytes: Vec<u8>,
+    version: u64,
+}
+
+/// Where the table is that a header should point to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct TablePlace {
+    pub offset: HostOffset,
+    pub clusters: u32,
+}
+
+/// All refcounts of an image.
+#[derive(Debug)]
+pub(crate) struct RefcountStore {
+    geometry: Geometry,
+    codec: Refcounts,
+    /// Host offsets of blocks; 0: there is none, and its refcounts are 0.
+    table: Vec<u64>,
+    place: TablePlace,
+    /// Entries of `table` that aren't on disk yet.
+    unpublished: BTreeSet<u64>,
+    blocks: NumberMap<Block>,
+    clock: u64,
+}
+
+impl RefcountStore {
+    /// Reads the refcount table, whose place was found valid.
+    pub async fn load(file: &Child, geometry: Geometry, place: TablePlace) -> Result<Self> {
+        let len = u64::from(place.clusters) << geometry.cluster_bits();
+        if len > MAX_TABLE_BYTES {
+            return Err(Error::new(ErrorKind::TooBig, "Reference count table too large"));
+        }
+        let bytes = file.read_padded(place.offset.0, len as usize).await?;
+        let table = entry::be64s(&bytes).map(|raw| raw & entry::REFCOUNT_TABLE_MASK).collect();
+        Ok(Self {
+            geometry,
+            codec: Refcounts::new(geometry.refcount_order()),
+            table,
+            place,
+            unpublished: BTreeSet::new(),
+            blocks: NumberMap::default(),
+            clock: 0,
+        })
+    }
+
+    pub fn place(&self) -> TablePlace {
+        self.place
+    }
+
+    pub fn max(&self) -> u64 {
+        self.codec.max()
+    }
+
+    /// Blocks in memory.
+    pub fn cached(&self) -> usize {
+        self.blocks.len()
+    }
+
+    pub fn is_dirty(&self) -> bool {
+        !self.unpublished.is_empty() || self.blocks.values().any(|block| block.version != block.written)
+    }
+
+    /// Where the block of a table index is, if there is one.
+    pub fn block_offset(&self, table_index: u64) -> Option<HostOffset> {
+        let raw = self.table.get(usize::try_from(table_index).ok()?).copied()?;
+        (raw != 0).then_some(HostOffset(raw))
+    }
+
+    /// Host clusters that the table can describe without growing.
+    pub fn table_covers(&self) -> u64 {
+        (self.table.len() as u64) << self.geometry.refcount_block_bits()
+    }
+
+    async fn block(&mut self, file: &Child, table_index: u64) -> Result<Option<&mut Block>> {
+        let Some(host) = self.block_offset(table_index) else { return Ok(None) };
+        if !self.geometry.is_aligned(host) {
+            return Err(Error::corrupt(format!(
+                "Refblock offset {host} unaligned (reftable index: {table_index:#x})"
+            )));
+        }
+        self.clock += 1;
+        let clock = self.clock;
+        if !self.blocks.contains_key(&table_index) {
+            let len = self.geometry.cluster_size() as usize;
+            let bytes = file.read_padded(host.0, len).await?.to_vec();
+            let block = Block { bytes, version: 0, written: 0, used: clock };
+            self.blocks.insert(table_index, block);
+        }
+        let block = self.blocks.get_mut(&table_index);
+        Ok(block.map(|block| {
+            block.used = clock;
+            block
+        }))
+    }
+
+    /// A cluster's refcount.
+    pub async fn get(&mut self, file: &Child, cluster: HostCluster) -> Result<u64> {
+        let codec = self.codec;
+        let index = self.geometry.refcount_block_index(cluster) as usize;
+        let table_index = self.geometry.refcount_table_index(cluster);
+        let block = self.block(file, table_index).await?;
+        Ok(block.map_or(0, |block| codec.get(&block.bytes, index)))
+    }
+
+    /// Adds one reference. The block must exist.
+    pub async fn increment(&mut self, file: &Child, cluster: HostCluster) -> Result<u64> {
+        let codec = self.codec;
+        let index = self.geometry.refcount_block_index(cluster) as usize;
+        let table_index = self.geometry.refcount_table_index(cluster);
+        let block = self.block(file, table_index).await?.ok_or_else(|| {
+            Error::corrupt(format!("No refcount block for host cluster {:#x}", cluster.0))
+        })?;
+        let new = codec.increment(&mut block.bytes, index, 1)?;
+        block.version += 1;
+        Ok(new)
+    }
+
+    /// Drops one reference; an error when there is none.
+    pub async fn decrement(&mut self, file: &Child, cluster: HostCluster) -> Result<u64> {
+        let codec = self.codec;
+        let index = self.geometry.refcount_block_index(cluster) as usize;
+        let table_index = self.geometry.refcount_table_index(cluster);
+        let none = || {
+            Error::corrupt(format!("Freeing host cluster {:#x}, whose refcount is 0", cluster.0))
+        };
+        let block = self.block(file, table_index).await?.ok_or_else(none)?;
+        let new = codec.decrement(&mut block.bytes, index, 1).map_err(|_| none())?;
+        block.version += 1;
+        Ok(new)
+    }
+
+    /// The first run of free clusters at or after `from`, no longer than `want`, within one block's range. Where there
+    /// is no block, all is free. `None` in the end means: beyond what the table covers.
+    pub async fn find_free(
+        &mut self,
+        file: &Child,
+        from: HostCluster,
+        want: u64,
+    ) -> Result<Option<(HostCluster, u64)>> {
+        let per_block = self.geometry.refcounts_per_block();
+        let block_bits = self.geometry.refcount_block_bits();
+        let codec = self.codec;
+        let mut at = from.0;
+        while at < self.table_covers() {
+            let table_index = at >> block_bits;
+            let start = at & (per_block - 1);
+            let Some(block) = self.block(file, table_index).await? else {
+                return Ok(Some((HostCluster(at), want.min(per_block - start))));
+            };
+            let free = |index: &u64| codec.get(&block.bytes, *index as usize) == 0;
+            if let Some(first) = (start..per_block).find(free) {
+                let end = (first + want).min(per_block);
+                let count = (first..end).take_while(free).count() as u64;
+                return Ok(Some((HostCluster((table_index << block_bits) + first), count)));
+            }
+            at = (table_index + 1) << block_bits;
+        }
+        Ok(None)
+    }
+
+    /// Makes a new block at `table_index`, which the table covers and has none, in the first cluster of its own range, so
+    /// that it describes itself.
+    pub fn add_block(&mut self, table_index: u64) -> Result<HostCluster> {
+        let cluster = HostCluster(table_index << self.geometry.refcount_block_bits());
+        if cluster.0 == 0 {
+            return Err(Error::corrupt("Preventing invalid allocation of refcount block at offset 0"));
+        }
+        self.place_block(table_index, cluster)?;
+        self.unpublished.insert(table_index);
+        let block = self.blocks.get_mut(&table_index);
+        if let Some(block) = block {
+            self.codec.set(&mut block.bytes, 0, 1)?;
+            block.version += 1;
+        }
+        Ok(cluster)
+    }
+
+    fn place_block(&mut self, table_index: u64, cluster: HostCluster) -> Result<()> {
+        let host = self.geometry.host_start(cluster);
+        let slot = usize::try_from(table_index).ok().and_then(|index| self.table.get_mut(index));
+        match slot {
+            Some(slot) if *slot == 0 => *slot = host.0,
+            _ => return Err(Error::corrupt("refcount block is there already")),
+        }
+        self.clock += 1;
+        let bytes = vec![0; self.geometry.cluster_size() as usize];
+        let block = Block { bytes, version: 1, written: 0, used: self.clock };
+        self.blocks.insert(table_index, block);
+        Ok(())
+    }
+
+    /// Entries in the table.
+    pub fn table_len(&self) -> u64 {
+        self.table.len() as u64
+    }
+
+    /// The first table index from which on there are no blocks.
+    pub fn blocks_end(&self) -> u64 {
+        self.table.iter().rposition(|raw| *raw != 0).map_or(0, |last| last as u64 + 1)
+    }
+
+    /// Makes `count` new blocks from `table_index` on, packed at the start of the first one's range. The caller counts
+    /// the references to them.
+    pub fn add_blocks(&mut self, table_index: u64, count: u64) -> Result<()> {
+        let start = table_index << self.geometry.refcount_block_bits();
+        for n in 0..count {
+            self.place_block(table_index + n, HostCluster(start + n))?;
+            self.unpublished.insert(table_index + n);
+        }
+        Ok(())
+    }
+
+    /// Replaces the full table by a larger one, which lies with the blocks that describe it in the first range that the
+    /// old one didn't cover. `switch` makes the header point to it, durably, once it is complete on disk.
+    /// Gives back the clusters of the old table, which are no longer referred to.
+    pub async fn grow_table<F>(
+        &mut self,
+        file: &Child,
+        switch: impl FnOnce(TablePlace) -> F,
+    ) -> Result<Vec<HostCluster>>
+    where
+        F: Future<Output = Result<()>>,
+    {
+        let cluster_size = self.geometry.cluster_size();
+        let per_cluster = cluster_size / 8;
+        let per_block = self.geometry.refcounts_per_block();
+        let old_len = self.table.len() as u64;
+        let (mut table_clusters, mut blocks) = (0, 1);
+        loop {
+            let entries = (old_len + blocks).max(old_len * 3 / 2);
+            let clusters = entries.div_ceil(per_cluster);
+            let needed = (clusters + blocks).div_ceil(per_block);
+            if clusters == table_clusters && needed == blocks {
+                break;
+            }
+            (table_clusters, blocks) = (clusters, needed.max(blocks));
+        }
+        if table_clusters * cluster_size > MAX_TABLE_BYTES {
+            return Err(Error::new(ErrorKind::NoSpace, "Reference count table too large"));
+        }
+        let start = old_len << self.geometry.refcount_block_bits();
+        let mut new_table = self.table.clone();
+        new_table.resize((table_clusters * per_cluster) as usize, 0);
+        let old_table = std::mem::replace(&mut self.table, new_table);
+        let result = self.write_grown_table(file, start, blocks, table_clusters, switch).await;
+        if result.is_err() {
+            for index in old_len..old_len + blocks {
+                self.blocks.remove(&index);
+            }
+            self.table = old_table;
+        }
+        let old = self.place;
+        let new = result?;
+        self.place = new;
+        let first = self.geometry.host_cluster_of(old.offset).0;
+        Ok((first..first + u64::from(old.clusters)).map(HostCluster).collect())
+    }
+
+    async fn write_grown_table<F>(
+        &mut self,
+        file: &Child,
+        start: u64,
+        blocks: u64,
+        table_clusters: u64,
+        switch: impl FnOnce(TablePlace) -> F,
+    ) -> Result<TablePlace>
+    where
+        F: Future<Output = Result<()>>,
+    {
+        let first_index = start >> self.geometry.refcount_block_bits();
+        for n in 0..blocks {
+            self.place_block(first_index + n, HostCluster(start + n))?;
+        }
+        for cluster in start..start + blocks + table_clusters {
+            self.increment(file, HostCluster(cluster)).await?;
+        }
+        for n in 0..blocks {
+            let host = self.geometry.host_start(HostCluster(start + n));
+            if let Some(block) = self.blocks.get_mut(&(first_index + n)) {
+                let version = block.version;
+                file.write(host.0, block.bytes.clone(), RequestFlags::empty()).await?;
+                block.written = version;
+            }
+        }
+        let mut bytes = Vec::with_capacity(self.table.len() * 8);
+        for (index, raw) in self.table.iter().enumerate() {
+            // Blocks that were never written stay out of the table on disk until they are.
+            let raw = if self.unpublished.contains(&(index as u64)) { 0 } else { *raw };
+            bytes.extend_from_slice(&raw.to_be_bytes());
+        }
+        let offset = self.geometry.host_start(HostCluster(start + blocks));
+        file.write(offset.0, bytes, RequestFlags::empty()).await?;
+        file.flush().await?;
+        let clusters = u32::try_from(table_clusters)
+            .map_err(|_| Error::new(ErrorKind::TooBig, "Reference count table too large"))?;
+        let place = TablePlace { offset, clusters };
+        switch(place).await?;
+        Ok(place)
+    }
+
+    /// Copies of all dirty blocks.
+    pub fn dirty_copies(&self) -> Vec<BlockCopy> {
+        let mut copies: Vec<BlockCopy> = self
+            .blocks
+            .iter()
+            .filter(|(_, block)| block.version != block.written)
+            .filter_map(|(index, block)| {
+                let host = self.block_offset(*index)?;
+                Some(BlockCopy {
+                    table_index: *index,
+                    host,
+                    bytes: block.bytes.clone(),
+                    version: block.version,
+                })
+            })
+            .collect();
+        copies.sort_by_key(|copy| copy.host);
+        copies
+    }
+
+    /// A copy is on disk; the block is clean unless it changed meanwhile.
+    pub fn wrote(&mut self, copy: &BlockCopy) {
+        if let Some(block) = self.blocks.get_mut(&copy.table_index) {
+            block.written = block.written.max(copy.version);
+        }
+    }
+
+    /// Writes the table's entries for the new blocks among `durable`. Their content must be durable.
+    pub async fn publish(&mut self, file: &Child, durable: &[BlockCopy]) -> Result<bool> {
+        let ready: Vec<u64> = durable
+            .iter()
+            .map(|copy| copy.table_index)
+            .filter(|index| self.unpublished.contains(index))
+            .collect();
+        for index in &ready {
+            let raw = self.table.get(*index as usize).copied().unwrap_or(0);
+            let at = self.place.offset.0 + index * 8;
+            file.write(at, raw.to_be_bytes().to_vec(), RequestFlags::empty()).await?;
+            self.unpublished.remove(index);
+        }
+        Ok(!ready.is_empty())
+    }
+
+    /// Drops clean blocks, the longest unused first, until `target` are left.
+    pub fn evict(&mut self, target: usize) {
+        if self.blocks.len() <= target {
+            return;
+        }
+        let mut clean: Vec<(u64, u64)> = self
+            .blocks
+            .iter()
+            .filter(|(_, block)| block.version == block.written)
+            .map(|(index, block)| (block.used, *index))
+            .collect();
+        clean.sort_unstable();
+        let excess = self.blocks.len() - target;
+        for (_, index) in clean.into_iter().take(excess) {
+            self.blocks.remove(&index);
+        }
+    }
+}

@@ -1,0 +1,368 @@
+//! One slice of an L2 table in memory, and the sharded table in which slices are found.
+//!
+//! Rules that everything else relies on:
+//!
+//! 1. A slice has one object as long as anyone holds it: what is in the table is dropped only while the table holds the
+//!    only reference, which is decided with the shard locked for everybody.
+//! 2. Entries are loaded by anyone, without a lock, but changed only by the holder of the metadata lock.
+//! 3. A slice whose newest version isn't known to be on disk is dirty, and is not dropped.
+//!
+//! Nothing here does I/O, and no shard's lock is held across an await.
+
+use std::{
+    collections::HashMap,
+    hash::{BuildHasherDefault, Hasher},
+};
+
+use block_core::sync::{Arc, AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
+
+#[cfg(loom)]
+use self::modelled::RwLock;
+#[cfg(not(loom))]
+use parking_lot::RwLock;
+
+/// The number of a slice: guest clusters, counted in slices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct SliceIndex(pub u64);
+
+/// A part of an L2 table.
+#[derive(Debug)]
+pub(crate) struct Slice {
+    /// Raw entries, in the machine's byte order.
+    entries: Box<[AtomicU64]>,
+    /// Counts changes.
+    version: AtomicU64,
+    /// The version that is on disk.
+    written: AtomicU64,
+    /// It was looked up since the eviction's hand passed last.
+    referenced: AtomicBool,
+}
+
+impl Slice {
+    pub fn new(entries: impl IntoIterator<Item = u64>) -> Self {
+        Self {
+            entries: entries.into_iter().map(AtomicU64::new).collect(),
+            version: AtomicU64::new(0),
+            written: AtomicU64::new(0),
+            referenced: AtomicBool::new(true),
+        }
+    }
+
+    /// An entry's raw bits. A pin taken before keeps what it points to.
+    #[inline]
+    pub fn load(&self, index: usize) -> u64 {
+        // SeqCst pairs with the pins: a reader that published its pin before this load either sees an unlink that
+        // came before, or is waited for by the free.
+        self.entries[index].load(Ordering::SeqCst)
+    }
+
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Changes an entry. Only for the holder of the metadata lock, who notes the slice as dirty.
+    pub fn store(&self, index: usize, raw: u64) {
+        self.entries[index].store(raw, Ordering::SeqCst);
+        self.touch();
+    }
+
+    /// Counts as changed, though no entry was: its place on disk is another now.
+    pub fn touch(&self) {
+        self.version.fetch_add(1, Ordering::Release);
+    }
+
+    pub fn version(&self) -> u64 {
+        self.version.load(Ordering::Acquire)
+    }
+
+    /// The content of `version` is on disk.
+    pub fn wrote(&self, version: u64) {
+        self.written.fetch_max(version, Ordering::Release);
+    }
+
+    pub fn is_dirty(&self) -> bool {
+        self.version.load(Ordering::Acquire) != self.written.load(Ordering::Acquire)
+    }
+
+    /// The entries as they stand on disk.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(self.entries.len() * 8);
+        for index in 0..self.entries.len() {
+            bytes.extend_from_slice(&self.load(index).to_be_bytes());
+        }
+        bytes
+    }
+}
+
+/// Spreads small consecutive numbers; deterministic, so that a simulation's runs repeat.
+#[derive(Debug, Default, Clone, Copy)]
+pub(crate) struct NumberHasher(u64);
+
+impl Hasher for NumberHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.write_u64(u64::from(*byte));
+        }
+    }
+
+    fn write_u64(&mut self, n: u64) {
+        let mixed = (self.0 ^ n).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.0 = mixed ^ (mixed >> 32);
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
+
+/// A map with numbers as keys and a repeatable order.
+pub(crate) type NumberMap<V> = HashMap<u64, V, BuildHasherDefault<NumberHasher>>;
+
+/// The slices in memory, found by number.
+#[derive(Debug)]
+pub(crate) struct SliceTable {
+    shards: Box<[RwLock<NumberMap<Arc<Slice>>>]>,
+    count: AtomicUsize,
+    /// Where the next eviction begins.
+    hand: AtomicUsize,
+}
+
+impl SliceTable {
+    pub fn new(shards: usize) -> Self {
+        Self {
+            shards: (0..shards.max(1)).map(|_| RwLock::new(NumberMap::default())).collect(),
+            count: AtomicUsize::new(0),
+            hand: AtomicUsize::new(0),
+        }
+    }
+
+    fn shard(&self, index: SliceIndex) -> &RwLock<NumberMap<Arc<Slice>>> {
+        &self.shards[(index.0 % self.shards.len() as u64) as usize]
+    }
+
+    /// Looks at a slice in place: the shortest way, for a lookup that needs nothing afterwards.
+    #[inline]
+    pub fn with<T>(&self, index: SliceIndex, look: impl FnOnce(&Slice) -> T) -> Option<T> {
+        let shard = self.shard(index).read();
+        let slice = shard.get(&index.0)?;
+        if !slice.referenced.load(Ordering::Relaxed) {
+            slice.referenced.store(true, Ordering::Relaxed);
+        }
+        Some(look(slice))
+    }
+
+    /// The slice, if it is in memory.
+    pub fn get(&self, index: SliceIndex) -> Option<Arc<Slice>> {
+        let shard = self.shard(index).read();
+        let slice = shard.get(&index.0)?;
+        slice.referenced.store(true, Ordering::Relaxed);
+        Some(slice.clone())
+    }
+
+    /// Puts a slice in, unless there is one already, which then is the one to use.
+    pub fn insert(&self, index: SliceIndex, slice: Slice) -> Arc<Slice> {
+        let mut shard = self.shard(index).write();
+        if let Some(there) = shard.get(&index.0) {
+            return there.clone();
+        }
+        let slice = Arc::new(slice);
+        shard.insert(index.0, slice.clone());
+        self.count.fetch_add(1, Ordering::Relaxed);
+        slice
+    }
+
+    /// Forgets a slice whose content no longer counts (its table was dropped). Whoever holds it still may read it.
+    pub fn forget(&self, index: SliceIndex) {
+        if self.shard(index).write().remove(&index.0).is_some() {
+            self.count.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Forgets everything.
+    pub fn clear(&self) {
+        for shard in &*self.shards {
+            let mut shard = shard.write();
+            self.count.fetch_sub(shard.len(), Ordering::Relaxed);
+            shard.clear();
+        }
+    }
+
+    /// How many slices are in memory.
+    pub fn count(&self) -> usize {
+        self.count.load(Ordering::Relaxed)
+    }
+
+    /// Drops clean slices that nobody holds until at most `target` are left or nothing more can be dropped; those that
+    /// were looked up lately go last. Gives back how many went.
+    pub fn evict(&self, target: usize) -> usize {
+        let mut evicted = 0;
+        // The first round takes those not looked up since the hand passed, the second any.
+        for _ in 0..2 * self.shards.len() {
+            let count = self.count();
+            if count <= target {
+                break;
+            }
+            let at = self.hand.fetch_add(1, Ordering::Relaxed) % self.shards.len();
+            let mut excess = count - target;
+            let mut shard = self.shards[at].write();
+            let before = shard.len();
+            shard.retain(|_, slice| {
+                if excess == 0 {
+                    return true;
+                }
+                if slice.referenced.load(Ordering::Relaxed) {
+                    slice.referenced.store(false, Ordering::Relaxed);
+                    return true;
+                }
+                if Self::is_held_or_dirty(slice) {
+                    return true;
+                }
+                excess -= 1;
+                false
+            });
+            let gone = before - shard.len();
+            self.count.fetch_sub(gone, Ordering::Relaxed);
+            evicted += gone;
+        }
+        evicted
+    }
+
+    /// To be asked with the shard locked for writing: nobody can begin to hold the slice meanwhile.
+    fn is_held_or_dirty(slice: &Arc<Slice>) -> bool {
+        if Arc::strong_count(slice) > 1 {
+            return true;
+        }
+        // Whoever let go of it last may have changed it just before; its release pairs with this.
+        fence(Ordering::Acquire);
+        slice.is_dirty()
+    }
+}
+
+#[cfg(loom)]
+mod modelled {
+    use std::ops::{Deref, DerefMut};
+
+    /// loom's lock behind `parking_lot`'s interface.
+    #[derive(Debug)]
+    pub struct RwLock<T>(loom::sync::RwLock<T>);
+
+    impl<T> RwLock<T> {
+        pub fn new(value: T) -> Self {
+            Self(loom::sync::RwLock::new(value))
+        }
+
+        pub fn read(&self) -> impl Deref<Target = T> + '_ {
+            self.0.read().unwrap_or_else(std::sync::PoisonError::into_inner)
+        }
+
+        pub fn write(&self) -> impl DerefMut<Target = T> + '_ {
+            self.0.write().unwrap_or_else(std::sync::PoisonError::into_inner)
+        }
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    fn filled(n: u64) -> SliceTable {
+        let table = SliceTable::new(4);
+        for index in 0..n {
+            table.insert(SliceIndex(index), Slice::new([index]));
+        }
+        table
+    }
+
+    #[test]
+    fn a_held_or_dirty_slice_is_never_evicted() {
+        let table = filled(16);
+        let held = table.get(SliceIndex(3)).unwrap();
+        table.get(SliceIndex(7)).unwrap().store(0, 99);
+        assert_eq!(table.evict(0), 14);
+        assert!(Arc::ptr_eq(&held, &table.get(SliceIndex(3)).unwrap()));
+        let dirty = table.get(SliceIndex(7)).unwrap();
+        assert_eq!(dirty.load(0), 99);
+        dirty.wrote(dirty.version());
+        drop((dirty, held));
+        table.evict(0);
+        assert_eq!(table.count(), 0);
+    }
+
+    #[test]
+    fn a_slice_that_changed_while_it_was_written_stays_dirty() {
+        let slice = Slice::new([0, 0]);
+        slice.store(0, 1);
+        let version = slice.version();
+        slice.store(1, 2);
+        slice.wrote(version);
+        assert!(slice.is_dirty());
+        slice.wrote(slice.version());
+        assert!(!slice.is_dirty());
+    }
+
+    #[test]
+    fn the_second_of_two_loads_gets_the_first_ones_object() {
+        let table = SliceTable::new(2);
+        let first = table.insert(SliceIndex(1), Slice::new([1]));
+        first.store(0, 5);
+        let second = table.insert(SliceIndex(1), Slice::new([1]));
+        assert_eq!(second.load(0), 5);
+    }
+
+    #[test]
+    fn what_was_looked_up_lately_goes_last() {
+        let table = filled(8);
+        assert_eq!(table.evict(7), 1, "the first round only takes the marks away");
+        table.evict(4);
+        let left: Vec<u64> =
+            (0..8).filter(|index| table.with(SliceIndex(*index), |_| ()).is_some()).collect();
+        table.evict(2);
+        assert!(table.count() <= 4 && !left.is_empty());
+    }
+}
+
+#[cfg(all(test, loom))]
+mod loom_tests {
+    use super::*;
+
+    #[test]
+    fn a_change_is_never_lost_to_an_eviction() {
+        loom::model(|| {
+            let table = Arc::new(SliceTable::new(1));
+            table.insert(SliceIndex(0), Slice::new([0]));
+            let changer = {
+                let table = table.clone();
+                loom::thread::spawn(move || match table.get(SliceIndex(0)) {
+                    Some(slice) => {
+                        slice.store(0, 7);
+                        true
+                    }
+                    None => false,
+                })
+            };
+            table.evict(0);
+            table.evict(0);
+            let changed = changer.join().unwrap();
+            if changed {
+                assert_eq!(table.with(SliceIndex(0), |slice| slice.load(0)), Some(7));
+            }
+        });
+    }
+
+    #[test]
+    fn two_loads_of_one_slice_end_with_one_object() {
+        loom::model(|| {
+            let table = Arc::new(SliceTable::new(1));
+            let other = {
+                let table = table.clone();
+                loom::thread::spawn(move || {
+                    let slice = table.insert(SliceIndex(0), Slice::new([0]));
+                    slice.store(0, 7);
+                })
+            };
+            let mine = table.insert(SliceIndex(0), Slice::new([0]));
+            other.join().unwrap();
+            assert_eq!(mine.load(0), 7);
+        });
+    }
+}

@@ -1,0 +1,227 @@
+//! Making new images (digest, section 6).
+//!
+//! [`parameters`] reads the options, [`plan`] says what goes where; both are free of I/O. Here the plan is written,
+//! the header last: until then the storage holds no image.
+
+pub mod parameters;
+pub mod plan;
+
+use block_core::{
+    buffer::IoBuf,
+    driver::{Preallocation, Truncate},
+    error::{Error, ErrorKind, Result},
+    flags::RequestFlags,
+    options::Options,
+    registry::{CreateContext, CreateOption},
+    request::Child,
+};
+
+pub use parameters::Parameters;
+pub use plan::Plan;
+
+use crate::layout::{HostOffset, L1Entry, L2Entry, Refcounts};
+
+/// The options that [`create`] takes, for help texts.
+pub const OPTIONS: &[CreateOption] = &[
+    CreateOption { name: "backing_file", kind: "str", help: "File name of a base image" },
+    CreateOption { name: "backing_fmt", kind: "str", help: "Image format of the base image" },
+    CreateOption { name: "cluster_size", kind: "size", help: "qcow2 cluster size" },
+    CreateOption {
+        name: "compat",
+        kind: "str",
+        help: "Compatibility level (v2 [0.10] or v3 [1.1])",
+    },
+    CreateOption {
+        name: "compression_type",
+        kind: "str",
+        help: "Compression method used for image cluster compression",
+    },
+    CreateOption { name: "data_file", kind: "str", help: "File name of an external data file" },
+    CreateOption {
+        name: "data_file_raw",
+        kind: "bool (on/off)",
+        help: "The external data file must stay valid as a raw image",
+    },
+    CreateOption {
+        name: "encrypt.format",
+        kind: "str",
+        help: "Encrypt the image, format choices: 'aes', 'luks'",
+    },
+    CreateOption { name: "extended_l2", kind: "bool (on/off)", help: "Extended L2 tables" },
+    CreateOption {
+        name: "lazy_refcounts",
+        kind: "bool (on/off)",
+        help: "Postpone refcount updates",
+    },
+    CreateOption {
+        name: "preallocation",
+        kind: "str",
+        help: "Preallocation mode (allowed values: off, metadata, falloc, full)",
+    },
+    CreateOption {
+        name: "refcount_bits",
+        kind: "num",
+        help: "Width of a reference count entry in bits",
+    },
+    CreateOption { name: "size", kind: "size", help: "Virtual disk size" },
+];
+
+/// Tables are written in pieces of about this many bytes.
+const CHUNK: usize = 1 << 20;
+
+/// Makes a new image in the fresh storage of `context`.
+///
+/// # Errors
+/// EINVAL, EFBIG and ENOTSUP for options, before anything was written; afterwards whatever the storage reports.
+///
+/// # Cancellation
+/// A creation that is cut off leaves storage without a header, which no driver takes for an image.
+pub async fn create(context: CreateContext, options: Options) -> Result<()> {
+    let parameters = Parameters::from_options(options)?;
+    create_in(context.file()?, &parameters).await
+}
+
+/// Makes a new image in `file`.
+pub async fn create_in(file: &Child, parameters: &Parameters) -> Result<()> {
+    let plan = Plan::new(parameters)?;
+    let header = plan.header(parameters);
+    // The header has to fit before anything is written.
+    let header_cluster = header.encode()?;
+
+    prepare_storage(file, &plan, parameters.preallocation).await?;
+    write_refcounts(file, &plan).await?;
+    write_l1(file, &plan).await?;
+    if plan.data_clusters > 0 {
+        write_l2(file, &plan).await?;
+    }
+    file.flush().await?;
+    file.write(0, header_cluster, RequestFlags::empty()).await?;
+    file.flush().await
+}
+
+/// Gives the storage its length, and what preallocation asks for.
+async fn prepare_storage(file: &Child, plan: &Plan, preallocation: Preallocation) -> Result<()> {
+    let end = plan.end();
+    match preallocation {
+        Preallocation::Off => return Ok(()),
+        _ if file.length() >= end => {
+            // A host device, say: it has its length, and may have content, which must not show through.
+            let (data, len) = (plan.data_offset().0, end - plan.data_offset().0);
+            if len > 0 {
+                let flags = match preallocation {
+                    Preallocation::Metadata => RequestFlags::MAY_UNMAP,
+                    _ => RequestFlags::empty(),
+                };
+                file.write_zeroes(data, len, flags).await?;
+            }
+            return Ok(());
+        }
+        _ => {}
+    }
+    let storage = match preallocation {
+        Preallocation::Off | Preallocation::Metadata => Preallocation::Off,
+        other => other,
+    };
+    let how = Truncate { exact: false, preallocation: storage, zero: true };
+    match file.truncate(end, how).await {
+        Err(error) if error.kind() == ErrorKind::NotSupported && storage != Preallocation::Off => {
+            if storage == Preallocation::Falloc {
+                return Err(error.context("Could not preallocate space"));
+            }
+            let from = file.length();
+            file.write_zeroes(from, end - from.min(end), RequestFlags::empty()).await
+        }
+        other => other,
+    }
+}
+
+/// The refcount table and its blocks: one reference to every cluster up to the plan's end.
+async fn write_refcounts(file: &Child, plan: &Plan) -> Result<()> {
+    let geometry = plan.geometry;
+    let cluster_size = geometry.cluster_size();
+    let table_len = plan.refcount_table_clusters * cluster_size;
+    let blocks: Vec<u64> = (0..plan.refcount_blocks)
+        .map(|block| plan.refcount_block_offset().0 + block * cluster_size)
+        .collect();
+    let table = encode_table(blocks.into_iter(), table_len)?;
+    file.write(plan.refcount_table_offset().0, table, RequestFlags::empty()).await?;
+
+    let refcounts = Refcounts::from(geometry);
+    let per_block = geometry.refcounts_per_block();
+    let blocks_at_once = (CHUNK as u64 / cluster_size).max(1);
+    let mut block = 0;
+    while block < plan.refcount_blocks {
+        let count = blocks_at_once.min(plan.refcount_blocks - block);
+        let mut bytes = zeroed(count * cluster_size)?;
+        let first = block * per_block;
+        let used = plan.total_clusters.saturating_sub(first).min(count * per_block);
+        // The refcounts of adjacent blocks are adjacent too.
+        for index in 0..used {
+            refcounts.set(&mut bytes, index as usize, 1)?;
+        }
+        let at = plan.refcount_block_offset().0 + block * cluster_size;
+        file.write(at, bytes, RequestFlags::empty()).await?;
+        block += count;
+    }
+    Ok(())
+}
+
+/// The L1 table. Without preallocation it is nothing but zeroes, and the file ends with its last entry.
+async fn write_l1(file: &Child, plan: &Plan) -> Result<()> {
+    if plan.l1_entries == 0 {
+        return Ok(());
+    }
+    let len = plan.l1_entries * 8;
+    if plan.l2_tables == 0 {
+        let zeroes = IoBuf::zeroes(len as usize);
+        return file.write(plan.l1_offset().0, zeroes, RequestFlags::empty()).await;
+    }
+    let geometry = plan.geometry;
+    let entries = (0..plan.l2_tables).map(|table| {
+        let l2 = HostOffset(plan.l2_offset().0 + table * geometry.cluster_size());
+        L1Entry { l2: Some(l2), copied: true }.encode()
+    });
+    file.write(plan.l1_offset().0, encode_table(entries, len)?, RequestFlags::empty()).await
+}
+
+/// The L2 tables of a preallocated image: every guest cluster has a host cluster of its own.
+async fn write_l2(file: &Child, plan: &Plan) -> Result<()> {
+    let geometry = plan.geometry;
+    let cluster_size = geometry.cluster_size();
+    let tables_at_once = (CHUNK as u64 / cluster_size).max(1);
+    let mut table = 0;
+    while table < plan.l2_tables {
+        let count = tables_at_once.min(plan.l2_tables - table);
+        let first = table * geometry.l2_entries();
+        let last = plan.data_clusters.min(first + count * geometry.l2_entries());
+        let entries = (first..last).map(|cluster| {
+            let host = HostOffset(plan.data_offset().0 + cluster * cluster_size);
+            L2Entry::Normal { host, copied: true }.encode(geometry)
+        });
+        let bytes = encode_table(entries, count * cluster_size)?;
+        let at = plan.l2_offset().0 + table * cluster_size;
+        file.write(at, bytes, RequestFlags::empty()).await?;
+        table += count;
+    }
+    Ok(())
+}
+
+fn zeroed(len: u64) -> Result<Vec<u8>> {
+    let out_of_memory =
+        || Error::new(ErrorKind::OutOfMemory, format!("cannot allocate {len} bytes"));
+    let len = usize::try_from(len).map_err(|_| out_of_memory())?;
+    let mut bytes = Vec::new();
+    bytes.try_reserve_exact(len).map_err(|_| out_of_memory())?;
+    bytes.resize(len, 0);
+    Ok(bytes)
+}
+
+/// `entries` big-endian, followed by zeroes up to `len` bytes.
+fn encode_table(entries: impl Iterator<Item = u64>, len: u64) -> Result<Vec<u8>> {
+    let mut bytes = zeroed(len)?;
+    let (words, _) = bytes.as_chunks_mut::<8>();
+    for (slot, entry) in words.iter_mut().zip(entries) {
+        *slot = entry.to_be_bytes();
+    }
+    Ok(bytes)
+}

@@ -1,0 +1,227 @@
+//! An open image: everything that its requests share. What each kind of request does with it is in `io`.
+//!
+//! Lock order: the write-back's turn, then the metadata lock, then (never across an await) a shard of the slice table.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+};
+
+use arc_swap::ArcSwap;
+use block_core::{
+    error::{Error, ErrorKind, Result},
+    pins::Pins,
+    request::{Child, Request},
+};
+use futures::lock::{Mutex, MutexGuard};
+
+use crate::{
+    cache::{slice::SliceIndex, slices::SliceCache},
+    claims::Claims,
+    counters::Counters,
+    header_update,
+    layout::{ClusterIndex, Geometry, GuestOffset, HostOffset, Incompatible, L1Entry},
+    meta::Meta,
+    writeback::Writeback,
+};
+
+/// The active L1 table. Entries are changed by the holder of the metadata lock; anyone loads them.
+#[derive(Debug)]
+pub(crate) struct L1Table {
+    pub offset: HostOffset,
+    pub entries: Box<[AtomicU64]>,
+}
+
+impl L1Table {
+    pub fn new(offset: HostOffset, entries: impl IntoIterator<Item = u64>) -> Self {
+        Self { offset, entries: entries.into_iter().map(AtomicU64::new).collect() }
+    }
+
+    /// An entry's raw bits; beyond the table everything is unallocated.
+    pub fn load(&self, index: u64) -> u64 {
+        usize::try_from(index)
+            .ok()
+            .and_then(|index| self.entries.get(index))
+            .map_or(0, |entry| entry.load(Ordering::SeqCst))
+    }
+}
+
+/// What the options say.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Settings {
+    /// L2 slices kept in memory.
+    pub l2_slices: usize,
+    /// log2 of the entries in a slice.
+    pub slice_bits: u32,
+    /// Refcount blocks kept in memory.
+    pub refcount_blocks: usize,
+    /// Discards are passed down to the file.
+    pub pass_discard: bool,
+    /// Freed space of other kinds is, too.
+    pub pass_discard_other: bool,
+    /// A guest's discard keeps the mapping as a reservation.
+    pub discard_no_unref: bool,
+    /// Off in tests only.
+    pub safeguards: bool,
+}
+
+/// An open image.
+pub(crate) struct Qcow2 {
+    pub geometry: Geometry,
+    pub settings: Settings,
+    pub filename: String,
+    /// Bytes of the virtual disk.
+    pub size: AtomicU64,
+    pub read_only: AtomicBool,
+    /// The header names a backing file, whether or not one is open.
+    pub names_backing: AtomicBool,
+    /// Found corrupt while it was writable: no request is served any more.
+    pub shut: AtomicBool,
+    pub l1: ArcSwap<L1Table>,
+    pub slices: SliceCache,
+    pub claims: Claims,
+    pub pins: Pins,
+    pub meta: Mutex<Meta>,
+    pub writeback: Writeback,
+    pub counters: Counters,
+    /// What [`Meta`] last said about its sizes, for decisions made without the lock.
+    pub quarantined: AtomicU64,
+    pub cached_refcount_blocks: AtomicUsize,
+}
+
+impl Qcow2 {
+    /// Entries in a slice.
+    pub const fn slice_entries(&self) -> u64 {
+        1 << self.settings.slice_bits
+    }
+
+    /// The slice that maps a guest cluster.
+    pub const fn slice_of(&self, cluster: ClusterIndex) -> SliceIndex {
+        SliceIndex(cluster.0 >> self.settings.slice_bits)
+    }
+
+    /// A guest cluster's entry in its slice.
+    pub const fn slice_entry(&self, cluster: ClusterIndex) -> usize {
+        (cluster.0 & (self.slice_entries() - 1)) as usize
+    }
+
+    /// The first guest cluster of a slice.
+    pub const fn slice_start(&self, index: SliceIndex) -> ClusterIndex {
+        ClusterIndex(index.0 << self.settings.slice_bits)
+    }
+
+    /// Bytes of the disk up to the end of the slice that maps `offset`.
+    pub const fn left_in_slice(&self, offset: u64) -> u64 {
+        let coverage = self.slice_entries() << self.geometry.cluster_bits();
+        coverage - offset % coverage
+    }
+
+    /// The L1 entry above a slice.
+    pub const fn l1_of(&self, index: SliceIndex) -> u64 {
+        self.geometry.l1_index(self.slice_start(index))
+    }
+
+    /// Where a slice is in the file, given its L2 table.
+    pub const fn slice_host(&self, index: SliceIndex, table: HostOffset) -> HostOffset {
+        let first = self.geometry.l2_index(self.slice_start(index));
+        HostOffset(table.0 + first * 8)
+    }
+
+    /// The L2 table above a slice, now.
+    pub fn table_of(&self, index: SliceIndex) -> Result<L1Entry> {
+        let at = self.l1_of(index);
+        L1Entry::decode(self.l1.load().load(at), self.geometry).map_err(|problem| {
+            Error::corrupt(format!("L2 table {problem} (L1 index: {at:#x})"))
+        })
+    }
+
+    pub fn length(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    pub fn cluster_of(&self, offset: u64) -> ClusterIndex {
+        self.geometry.cluster_of(GuestOffset(offset))
+    }
+
+    pub fn is_read_only(&self) -> bool {
+        self.read_only.load(Ordering::Acquire)
+    }
+
+    /// Whether what isn't allocated may read as something other than zeroes.
+    pub fn has_backing(&self, request: &Request) -> bool {
+        request.backing().is_some() || self.names_backing.load(Ordering::Acquire)
+    }
+
+    /// ENOMEDIUM once the image was found corrupt.
+    pub fn check_usable(&self) -> Result<()> {
+        if self.shut.load(Ordering::Acquire) {
+            return Err(Error::new(ErrorKind::NoMedium, "No medium found")
+                .with_file(self.filename.clone()));
+        }
+        Ok(())
+    }
+
+    /// EPERM for what would change a read-only image.
+    pub fn check_writable(&self) -> Result<()> {
+        self.check_usable()?;
+        if self.is_read_only() {
+            return Err(Error::new(ErrorKind::NotPermitted, "Image is read-only")
+                .with_file(self.filename.clone()));
+        }
+        Ok(())
+    }
+
+    /// Takes the metadata lock, and sees to what dropped allocations left behind.
+    pub async fn lock_meta(&self, file: &Child) -> Result<MutexGuard<'_, Meta>> {
+        let mut meta = self.meta.lock().await;
+        meta.adopt_orphans(file).await?;
+        Ok(meta)
+    }
+
+    /// Notes sizes for decisions that are made without the lock; called before it is dropped.
+    pub fn note_sizes(&self, meta: &Meta) {
+        self.quarantined.store(meta.quarantine.len(), Ordering::Relaxed);
+        Counters::max(&self.counters.quarantine_peak, meta.quarantine.len());
+        self.cached_refcount_blocks.store(meta.refcounts.cached(), Ordering::Relaxed);
+    }
+
+    /// Sees what an error means: damaged metadata of a writable image shuts it, durably marked corrupt. Not to be called
+    /// with the metadata lock held.
+    pub async fn judge(&self, request: &Request, error: Error) -> Error {
+        let error = error.with_file(self.filename.clone());
+        if error.kind() == ErrorKind::Corrupt && error.node().is_none() {
+            self.mark_corrupt(request, &error).await;
+        }
+        error
+    }
+
+    async fn mark_corrupt(&self, request: &Request, error: &Error) {
+        if self.is_read_only() {
+            tracing::warn!(
+                "qcow2: Image is corrupt: {}; further non-fatal corruption events will be suppressed",
+                error.reason()
+            );
+            return;
+        }
+        if self.shut.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        tracing::error!(
+            "qcow2: Marking image as corrupt: {}; further corruption events will be suppressed",
+            error.reason()
+        );
+        let mut meta = self.meta.lock().await;
+        if meta.header.version < 3 {
+            return;
+        }
+        let Ok(file) = request.file() else { return };
+        let bits = meta.header.incompatible | Incompatible::CORRUPT;
+        let written = match header_update::write_incompatible(file, &mut meta.header, bits).await {
+            Ok(()) => file.flush().await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = written {
+            tracing::error!("qcow2: could not mark the image as corrupt: {error}");
+        }
+    }
+}

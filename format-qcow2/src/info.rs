@@ -1,0 +1,76 @@
+//! What `info` shows of an image, with qemu-img's keys. Read from the header alone.
+
+use block_core::image::ImageInfo;
+use serde_json::{Value, json};
+
+use crate::layout::{Autoclear, Header, Incompatible};
+
+/// The information of an image with this header.
+pub fn image_info(header: &Header) -> ImageInfo {
+    ImageInfo {
+        cluster_size: Some(header.geometry().cluster_size()),
+        dirty: header.is_dirty(),
+        encrypted: header.crypt_method != 0,
+        compressed: false,
+        backing_filename: header.backing_file_name(),
+        backing_format: header.extensions.backing_format.clone(),
+        actual_size: None,
+        format_specific: Some(("qcow2".into(), format_specific(header))),
+    }
+}
+
+/// The `data` of the `format-specific` section.
+fn format_specific(header: &Header) -> Value {
+    let refcount_bits = header.geometry().refcount_bits();
+    let compression = if header.compression_type == 0 { "zlib" } else { "zstd" };
+    if header.version < 3 {
+        return json!({
+            "compat": "0.10",
+            "compression-type": compression,
+            "refcount-bits": refcount_bits,
+        });
+    }
+    let mut data = json!({
+        "compat": "1.1",
+        "compression-type": compression,
+        "lazy-refcounts": header.lazy_refcounts(),
+        "refcount-bits": refcount_bits,
+        "corrupt": header.is_corrupt(),
+        "extended-l2": header.incompatible.contains(Incompatible::EXTENDED_L2),
+    });
+    if let Some(map) = data.as_object_mut()
+        && header.incompatible.contains(Incompatible::DATA_FILE)
+    {
+        if let Some(name) = &header.extensions.data_file {
+            map.insert("data-file".into(), String::from_utf8_lossy(name).into());
+        }
+        let raw = header.autoclear.contains(Autoclear::RAW_DATA_FILE);
+        map.insert("data-file-raw".into(), raw.into());
+    }
+    data
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::create::{Parameters, Plan};
+
+    fn info(parameters: Parameters) -> Value {
+        let header = Plan::new(&parameters).unwrap().header(&parameters);
+        image_info(&header).format_specific.unwrap().1
+    }
+
+    #[test]
+    fn the_keys_are_those_of_qemu_img_in_its_order() {
+        let v3 = info(Parameters { lazy_refcounts: true, ..Parameters::default() });
+        assert_eq!(
+            v3.to_string(),
+            r#"{"compat":"1.1","compression-type":"zlib","lazy-refcounts":true,"refcount-bits":16,"corrupt":false,"extended-l2":false}"#
+        );
+        let v2 = info(Parameters { version: 2, ..Parameters::default() });
+        assert_eq!(
+            v2.to_string(),
+            r#"{"compat":"0.10","compression-type":"zlib","refcount-bits":16}"#
+        );
+    }
+}

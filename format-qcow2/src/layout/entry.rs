@@ -1,0 +1,296 @@
+//! L1, L2 and refcount table entries: their bits as the specification has them (sections 2 and 3 of the digest), and
+//! what they mean. Pure codecs: no I/O, and no judgement about what may be written when.
+
+use std::fmt;
+
+use super::units::{Geometry, HostOffset};
+
+/// Bit 63 of L1 and standard L2 entries: the refcount of what the entry points to is exactly 1.
+pub const COPIED: u64 = 1 << 63;
+/// Bit 62 of L2 entries: the cluster is stored compressed.
+pub const COMPRESSED: u64 = 1 << 62;
+/// Bit 0 of standard L2 entries, version 3: the cluster reads as zeroes.
+pub const ZERO: u64 = 1;
+/// Bits 9 to 55: a host offset in L1 and standard L2 entries.
+pub const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
+/// Bits 9 to 63: a block's offset in a refcount table entry.
+pub const REFCOUNT_TABLE_MASK: u64 = !0x1ff;
+/// Host offsets in entries end here.
+pub const MAX_HOST_OFFSET: u64 = 1 << 56;
+
+const SECTOR: u64 = 512;
+
+/// Why an entry makes no sense. The numbers are what the entry holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EntryProblem {
+    /// The offset isn't where a cluster begins.
+    Unaligned(HostOffset),
+    /// A zero flag in an image of version 2.
+    ZeroInVersion2,
+    /// A compressed cluster at an offset that no host offset can be.
+    CompressedOffset(HostOffset),
+}
+
+impl fmt::Display for EntryProblem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unaligned(offset) => write!(f, "offset {offset} unaligned"),
+            Self::ZeroInVersion2 => f.write_str("Zero cluster entry found in pre-v3 image"),
+            Self::CompressedOffset(offset) => {
+                write!(f, "compressed cluster offset {offset} beyond the format's limit")
+            }
+        }
+    }
+}
+
+/// An entry of an L1 table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct L1Entry {
+    /// Where the L2 table is; `None`: everything under this entry is unallocated.
+    pub l2: Option<HostOffset>,
+    /// The table's refcount is exactly 1: it may be changed in place.
+    pub copied: bool,
+}
+
+impl L1Entry {
+    /// Nothing under this entry.
+    pub const UNALLOCATED: Self = Self { l2: None, copied: false };
+
+    /// Reads an entry. Reserved bits are left to `check`.
+    pub fn decode(raw: u64, geometry: Geometry) -> Result<Self, EntryProblem> {
+        let offset = HostOffset(raw & OFFSET_MASK);
+        if offset.0 == 0 {
+            return Ok(Self::UNALLOCATED);
+        }
+        if !geometry.is_aligned(offset) {
+            return Err(EntryProblem::Unaligned(offset));
+        }
+        Ok(Self { l2: Some(offset), copied: raw & COPIED != 0 })
+    }
+
+    /// The entry's bits.
+    pub const fn encode(self) -> u64 {
+        match self.l2 {
+            Some(HostOffset(offset)) => offset | if self.copied { COPIED } else { 0 },
+            None => 0,
+        }
+    }
+
+    /// The reserved bits that are set in `raw`.
+    pub const fn reserved_bits(raw: u64) -> u64 {
+        raw & !(OFFSET_MASK | COPIED)
+    }
+}
+
+/// An entry of an L2 table: how a guest cluster is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum L2Entry {
+    /// The backing file decides; zeroes if there is none.
+    Unallocated,
+    /// Data at `host`.
+    Normal {
+        /// Where the cluster is.
+        host: HostOffset,
+        /// Its refcount is exactly 1: it may be overwritten in place.
+        copied: bool,
+    },
+    /// Reads as zeroes, takes no space.
+    ZeroPlain,
+    /// Reads as zeroes; `host` is a reservation.
+    ZeroAllocated {
+        /// Where the reserved cluster is.
+        host: HostOffset,
+        /// Its refcount is exactly 1: the reservation may be used.
+        copied: bool,
+    },
+    /// Stored compressed.
+    Compressed(CompressedRun),
+}
+
+/// Where a compressed cluster is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CompressedRun {
+    /// Its first byte, with any alignment.
+    pub offset: HostOffset,
+    /// An upper bound of its length in bytes; the last of them may belong to the next compressed cluster.
+    pub len: u64,
+}
+
+impl CompressedRun {
+    /// The bits of the entry that the host offset takes: `x` of the digest.
+    const fn offset_bits(geometry: Geometry) -> u32 {
+        70 - geometry.cluster_bits()
+    }
+
+    /// The first host offset at which no compressed cluster may begin.
+    pub const fn offset_limit(geometry: Geometry) -> u64 {
+        let limit = 1 << Self::offset_bits(geometry);
+        if limit < MAX_HOST_OFFSET { limit } else { MAX_HOST_OFFSET }
+    }
+
+    /// A run of `len` bytes at `offset`; `len` is rounded up as far as the entry's unit asks. `None` when the format
+    /// can't express it.
+    pub fn new(offset: HostOffset, len: u64, geometry: Geometry) -> Option<Self> {
+        if len == 0 || offset.0 >= Self::offset_limit(geometry) {
+            return None;
+        }
+        let sectors = (offset.0 + len - 1) / SECTOR - offset.0 / SECTOR;
+        if sectors >= 1 << (geometry.cluster_bits() - 8) {
+            return None;
+        }
+        Some(Self { offset, len: (sectors + 1) * SECTOR - offset.0 % SECTOR })
+    }
+
+    /// The host clusters that the run touches, first and last: each holds one reference for it.
+    pub const fn clusters(self, geometry: Geometry) -> (u64, u64) {
+        let bits = geometry.cluster_bits();
+        (self.offset.0 >> bits, (self.offset.0 + self.len - 1) >> bits)
+    }
+
+    fn decode(raw: u64, geometry: Geometry) -> Result<Self, EntryProblem> {
+        let x = Self::offset_bits(geometry);
+        let offset = HostOffset(raw & ((1 << x) - 1));
+        if offset.0 >= MAX_HOST_OFFSET {
+            return Err(EntryProblem::CompressedOffset(offset));
+        }
+        let sectors = (raw & (COMPRESSED - 1)) >> x;
+        Ok(Self { offset, len: (sectors + 1) * SECTOR - offset.0 % SECTOR })
+    }
+
+    const fn encode(self, geometry: Geometry) -> u64 {
+        let sectors = (self.offset.0 + self.len - 1) / SECTOR - self.offset.0 / SECTOR;
+        COMPRESSED | (sectors << Self::offset_bits(geometry)) | self.offset.0
+    }
+}
+
+impl L2Entry {
+    /// Reads an entry. Reserved bits are left to `check`.
+    pub fn decode(raw: u64, geometry: Geometry) -> Result<Self, EntryProblem> {
+        if raw & COMPRESSED != 0 {
+            return CompressedRun::decode(raw, geometry).map(Self::Compressed);
+        }
+        let host = HostOffset(raw & OFFSET_MASK);
+        if raw & ZERO != 0 && !geometry.has_zero_flag() {
+            return Err(EntryProblem::ZeroInVersion2);
+        }
+        if !geometry.is_aligned(host) {
+            return Err(EntryProblem::Unaligned(host));
+        }
+        let copied = raw & COPIED != 0;
+        Ok(match (host.0 != 0, raw & ZERO != 0) {
+            (false, false) => Self::Unallocated,
+            (false, true) => Self::ZeroPlain,
+            (true, false) => Self::Normal { host, copied },
+            (true, true) => Self::ZeroAllocated { host, copied },
+        })
+    }
+
+    /// The entry's bits.
+    pub const fn encode(self, geometry: Geometry) -> u64 {
+        const fn flag(copied: bool) -> u64 {
+            if copied { COPIED } else { 0 }
+        }
+        match self {
+            Self::Unallocated => 0,
+            Self::ZeroPlain => ZERO,
+            Self::Normal { host, copied } => host.0 | flag(copied),
+            Self::ZeroAllocated { host, copied } => host.0 | flag(copied) | ZERO,
+            Self::Compressed(run) => run.encode(geometry),
+        }
+    }
+
+    /// The reserved bits that are set in a standard (not compressed) entry.
+    pub const fn reserved_bits(raw: u64, geometry: Geometry) -> u64 {
+        if raw & COMPRESSED != 0 {
+            return 0;
+        }
+        let zero = if geometry.has_zero_flag() { ZERO } else { 0 };
+        raw & !(OFFSET_MASK | COPIED | zero)
+    }
+}
+
+/// Reads a refcount table entry: where the block is, `None` when all its refcounts are 0.
+pub fn decode_refcount_table_entry(
+    raw: u64,
+    geometry: Geometry,
+) -> Result<Option<HostOffset>, EntryProblem> {
+    let offset = HostOffset(raw & REFCOUNT_TABLE_MASK);
+    if offset.0 == 0 {
+        return Ok(None);
+    }
+    if !geometry.is_aligned(offset) {
+        return Err(EntryProblem::Unaligned(offset));
+    }
+    Ok(Some(offset))
+}
+
+/// Big-endian 64-bit numbers, as all tables hold them. A tail of fewer than 8 bytes is ignored.
+pub fn be64s(bytes: &[u8]) -> impl ExactSizeIterator<Item = u64> + '_ {
+    let (words, _) = bytes.as_chunks::<8>();
+    words.iter().map(|word| u64::from_be_bytes(*word))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn geometry() -> Geometry {
+        Geometry::new(16, 4, 3).unwrap()
+    }
+
+    #[test]
+    fn the_compressed_entry_of_the_specification_decodes() {
+        let entry = L2Entry::decode(0x4040_0000_0005_01da, geometry()).unwrap();
+        let run = CompressedRun { offset: HostOffset(0x501da), len: 550 };
+        assert_eq!(entry, L2Entry::Compressed(run));
+        assert_eq!(entry.encode(geometry()), 0x4040_0000_0005_01da);
+        assert_eq!(CompressedRun::new(HostOffset(0x501da), 500, geometry()), Some(run));
+    }
+
+    #[test]
+    fn every_kind_of_entry_survives_encoding() {
+        for copied in [false, true] {
+            let host = HostOffset(0x50000);
+            for entry in [
+                L2Entry::Unallocated,
+                L2Entry::ZeroPlain,
+                L2Entry::Normal { host, copied },
+                L2Entry::ZeroAllocated { host, copied },
+            ] {
+                let raw = entry.encode(geometry());
+                assert_eq!(L2Entry::decode(raw, geometry()), Ok(entry));
+                assert_eq!(L2Entry::reserved_bits(raw, geometry()), 0);
+            }
+        }
+    }
+
+    #[test]
+    fn impossible_entries_are_problems() {
+        let v2 = Geometry::new(16, 4, 2).unwrap();
+        assert_eq!(L2Entry::decode(1, v2), Err(EntryProblem::ZeroInVersion2));
+        assert_eq!(
+            L2Entry::decode(0x50200, geometry()),
+            Err(EntryProblem::Unaligned(HostOffset(0x50200)))
+        );
+        assert!(L1Entry::decode(0x200, geometry()).is_err());
+        assert_eq!(L2Entry::reserved_bits(0x50002, geometry()), 2);
+    }
+
+    #[test]
+    fn compressed_runs_fit_every_cluster_size() {
+        for bits in 9..=21 {
+            let geometry = Geometry::new(bits, 4, 3).unwrap();
+            let size = geometry.cluster_size();
+            for offset in [size, size + 511, size * 7 - 1] {
+                for len in [1, 2, 511, 512, size - 1] {
+                    let run = CompressedRun::new(HostOffset(offset), len, geometry).unwrap();
+                    assert!(run.len >= len && run.len < len + 512, "{bits} {offset} {len}");
+                    let entry = L2Entry::Compressed(run);
+                    assert_eq!(L2Entry::decode(entry.encode(geometry), geometry), Ok(entry));
+                }
+            }
+            let limit = HostOffset(CompressedRun::offset_limit(geometry));
+            assert_eq!(CompressedRun::new(limit, 1, geometry), None);
+        }
+    }
+}

@@ -1,0 +1,85 @@
+//! What the metadata lock protects: the header, the refcounts, what is allocated but not linked, what is unlinked but not
+//! free, and which parts of the tables in memory are newer than those on disk.
+//!
+//! Whoever holds the lock may do metadata I/O, never data I/O.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
+
+use block_core::{error::Result, flags::RequestFlags, request::Child};
+
+use crate::{
+    alloc::{allocator::Orphans, quarantine::Quarantine},
+    cache::{
+        refcounts::RefcountStore,
+        slice::{NumberMap, Slice, SliceIndex},
+    },
+    layout::{Geometry, Header, HostOffset},
+};
+
+/// See the file's header.
+pub(crate) struct Meta {
+    pub geometry: Geometry,
+    pub header: Header,
+    pub refcounts: RefcountStore,
+    /// No cluster below this one is free.
+    pub hint: u64,
+    /// Clusters that were handed out and aren't linked yet, by number.
+    pub unlinked: NumberMap<()>,
+    /// Where the next compressed cluster is packed to.
+    pub packing: Option<HostOffset>,
+    pub quarantine: Quarantine,
+    /// Slices that are newer than on disk; being in here keeps them in memory.
+    pub dirty_slices: BTreeMap<u64, Arc<Slice>>,
+    /// L1 entries that are newer than on disk.
+    pub dirty_l1: BTreeSet<u64>,
+    /// Something was linked since the last snapshot: data has to be durable before the tables.
+    pub linked: bool,
+    /// The number of the next snapshot.
+    pub batch: u64,
+    /// The last batch that succeeded.
+    pub durable: u64,
+    pub orphans: Orphans,
+    /// Off in tests only.
+    pub safeguards: bool,
+}
+
+impl Meta {
+    pub fn new(header: Header, refcounts: RefcountStore, orphans: Orphans, safeguards: bool) -> Self {
+        Self {
+            geometry: header.geometry(),
+            header,
+            refcounts,
+            hint: 0,
+            unlinked: NumberMap::default(),
+            packing: None,
+            quarantine: Quarantine::default(),
+            dirty_slices: BTreeMap::new(),
+            dirty_l1: BTreeSet::new(),
+            linked: false,
+            batch: 1,
+            durable: 0,
+            orphans,
+            safeguards,
+        }
+    }
+
+    /// Changes an entry of a slice and notes it as dirty.
+    pub fn set_entry(&mut self, index: SliceIndex, slice: &Arc<Slice>, at: usize, raw: u64) {
+        slice.store(at, raw);
+        self.dirty_slices.entry(index.0).or_insert_with(|| slice.clone());
+    }
+
+    /// Whether anything in memory is newer than on disk.
+    pub fn is_dirty(&self) -> bool {
+        !self.dirty_slices.is_empty() || !self.dirty_l1.is_empty() || self.refcounts.is_dirty()
+    }
+}
+
+/// Writes some bytes of the header in place, and makes that durable.
+pub(crate) async fn write_header_field(file: &Child, offset: u64, bytes: Vec<u8>) -> Result<()> {
+    file.write(offset, bytes, RequestFlags::empty()).await?;
+    file.flush().await
+}
