@@ -77,7 +77,11 @@ impl RootState {
             return guard;
         }
         futures::future::poll_fn(|cx| {
-            self.wakers.lock().push(cx.waker().clone());
+            // Registered first, so that a resume between the two is not missed.
+            self.wake_when_idle(cx.waker());
+            if self.quiesced.load(Ordering::SeqCst) != 0 {
+                return Poll::Pending;
+            }
             match self.try_enter() {
                 Some(guard) => Poll::Ready(guard),
                 None => Poll::Pending,
@@ -100,7 +104,7 @@ impl RootState {
         self.in_flight.load(Ordering::SeqCst) == 0
     }
 
-    /// Has `waker` woken when the handle may have become idle.
+    /// Has `waker` woken when the handle may have become idle, or been let go.
     pub(crate) fn wake_when_idle(&self, waker: &Waker) {
         let mut wakers = self.wakers.lock();
         if !wakers.iter().any(|other| other.will_wake(waker)) {

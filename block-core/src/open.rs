@@ -5,6 +5,7 @@ use std::{
     sync::Arc,
 };
 
+use parking_lot::Mutex;
 use serde_json::Value;
 
 use crate::{
@@ -22,24 +23,25 @@ const PROBE_LEN: usize = 2048;
 /// The deepest chain that is opened.
 const MAX_DEPTH: usize = 256;
 
+fn top_context(registry: &Arc<Registry>, graph: &Arc<Graph>, how: OpenOptions) -> OpenContext {
+    OpenContext {
+        graph: graph.clone(),
+        registry: registry.clone(),
+        node: NodeOptions::default(),
+        how,
+        probed: false,
+        chain: Vec::new(),
+        opened: Arc::default(),
+    }
+}
+
 pub(crate) async fn open(
     registry: &Arc<Registry>,
     graph: &Arc<Graph>,
     options: Options,
     how: OpenOptions,
 ) -> Result<Arc<Node>> {
-    let context = OpenContext {
-        graph: graph.clone(),
-        registry: registry.clone(),
-        node: NodeOptions {
-            auto_read_only: false,
-            ..NodeOptions::default()
-        },
-        how,
-        probed: false,
-        chain: Vec::new(),
-    };
-    open_in(&context, options, false).await
+    open_in(&top_context(registry, graph, how), options, Wanted::Image).await
 }
 
 pub(crate) async fn open_file(
@@ -47,18 +49,39 @@ pub(crate) async fn open_file(
     graph: &Arc<Graph>,
     filename: &str,
     format: Option<&str>,
-    mut node: Options,
+    node: Options,
     how: OpenOptions,
 ) -> Result<Arc<Node>> {
-    let mut options = filename_options(registry, filename)?;
-    if let Some(format) = format {
-        registry.get(format)?;
-        options = wrap(registry, format, options)?;
-    }
-    for (key, value) in std::mem::take(&mut node.0) {
+    open_name(&top_context(registry, graph, how), filename, format, node).await
+}
+
+/// Opens the image in file `filename` with the options in `node`; the format is probed when it isn't given.
+async fn open_name(
+    context: &OpenContext,
+    filename: &str,
+    format: Option<&str>,
+    node: Options,
+) -> Result<Arc<Node>> {
+    let storage = filename_options(&context.registry, filename)?;
+    let is_json = filename.starts_with("json:");
+    let mut options = match format {
+        Some(format) => wrap(&context.registry, format, storage)?,
+        None if is_json => storage,
+        None => return open_probed(context, storage, node).await,
+    };
+    for (key, value) in node.0 {
         options.set(&key, value);
     }
-    open(registry, graph, options, how).await
+    open_in(context, options, Wanted::Image).await
+}
+
+/// What a file name without a driver stands for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    /// An image, whose format is probed.
+    Image,
+    /// Bare storage.
+    Storage,
 }
 
 /// Puts `format` above the options of a protocol, unless they are options of that format already.
@@ -107,120 +130,76 @@ pub(crate) fn filename_options(registry: &Registry, filename: &str) -> Result<Op
 }
 
 /// Opens one node and everything that its options and its image name.
-async fn open_in(context: &OpenContext, mut options: Options, is_child: bool) -> Result<Arc<Node>> {
+async fn open_in(context: &OpenContext, mut options: Options, wanted: Wanted) -> Result<Arc<Node>> {
     if context.chain.len() > MAX_DEPTH {
         return Err(Error::invalid(format!(
             "the chain is deeper than {MAX_DEPTH} images"
         )));
     }
-    // A bare file name, or a driver with one, is a protocol node; formats are given theirs as a child.
-    if !options.0.contains_key("driver")
-        && !options.0.contains_key("file")
-        && let Some(name) = options.take_str("filename")?
-    {
-        for (key, value) in filename_options(&context.registry, &name)?.0 {
-            options.0.entry(key).or_insert(value);
+    if let Some(driver) = options.get_str("driver").map(str::to_owned) {
+        // `driver=qcow2,filename=x` is short for a file below it.
+        if context.registry.get(&driver)?.kind() == DriverKind::Format
+            && let Some(name) = options.take_str("filename")?
+        {
+            let file = filename_options(&context.registry, &name)?;
+            options.set_default("file", Value::Object(file.0));
         }
-        if is_child {
-            return open_driver(context, options, false).await;
-        }
+        return open_driver(context, options, false).await;
     }
-    let driver = options.get_str("driver").map(str::to_owned);
-    match driver {
-        Some(driver) => {
-            let factory = context.registry.get(&driver)?.clone();
-            if factory.kind() != DriverKind::Protocol || is_child {
-                // `driver=qcow2,filename=x` is short for a file below it.
-                if factory.kind() == DriverKind::Format
-                    && let Some(name) = options.take_str("filename")?
-                {
-                    let file = filename_options(&context.registry, &name)?;
-                    options.set_default("file", Value::Object(file.0));
-                }
-                return open_driver(context, options, false).await;
-            }
-            // A protocol alone at the top of a file name: the format has to be found.
-            if options.take_switch("raw-protocol")?.unwrap_or(false) {
-                return open_driver(context, options, false).await;
-            }
-            let explicit =
-                context.registry.get(&driver).is_ok() && options.0.contains_key("node-name");
-            if explicit {
-                return open_driver(context, options, false).await;
-            }
-            open_probed(context, options).await
+    if let Some(name) = options.take_str("filename")? {
+        let mut storage = filename_options(&context.registry, &name)?;
+        if wanted == Wanted::Image {
+            return open_probed(context, storage, options).await;
         }
-        None => {
-            let Some(file) = options.take_child("file")? else {
-                return Err(Error::invalid("Must specify either driver or file"));
-            };
-            match file {
-                ChildOptions::Inline(file) => {
-                    let mut rest = options;
-                    let mut merged = file;
-                    for (key, value) in std::mem::take(&mut rest.0) {
-                        merged.0.insert(format!("\u{0}{key}"), value);
-                    }
-                    open_probed(context, merged).await
-                }
-                ChildOptions::Node(name) => {
-                    let node = context.graph.node(&name).ok_or_else(|| no_node(&name))?;
-                    let driver = probe(context, &node).await?;
-                    options.set("driver", driver);
-                    options.set("file", name);
-                    open_driver(context, options, true).await
-                }
-                ChildOptions::None => Err(Error::invalid(
-                    "A block device must be specified for \"file\"",
-                )),
-            }
+        for (key, value) in options.0 {
+            storage.set(&key, value);
         }
+        return open_driver(context, storage, false).await;
+    }
+    match options.take_child("file")? {
+        Some(ChildOptions::Inline(storage)) => open_probed(context, storage, options).await,
+        Some(ChildOptions::Node(name)) => {
+            let node = context.graph.node(&name).ok_or_else(|| no_node(&name))?;
+            probe_over(context, &node, options).await
+        }
+        Some(ChildOptions::None) => Err(Error::invalid(
+            "A block device must be specified for \"file\"",
+        )),
+        None => Err(Error::invalid("Must specify either driver or file")),
     }
 }
 
-/// Opens storage, finds its format, and opens that above it. Common options go to the format; keys that start with a
-/// NUL character were given for the format.
-async fn open_probed(context: &OpenContext, options: Options) -> Result<Arc<Node>> {
-    const COMMON: [&str; 8] = [
-        "node-name",
-        "discard",
-        "detect-zeroes",
-        "cache",
-        "read-only",
-        "auto-read-only",
-        "force-share",
-        "backing",
-    ];
-    let mut file = Options::new();
-    let mut format = Options::new();
-    for (key, value) in options.0 {
-        if let Some(key) = key.strip_prefix('\u{0}') {
-            format.set(key, value);
-        } else if COMMON.contains(&key.as_str()) {
-            format.set(&key, value);
-        } else {
-            file.set(&key, value);
-        }
-    }
+/// Opens storage, finds its format, and opens that, with the options in `format`, above it.
+async fn open_probed(
+    context: &OpenContext,
+    storage: Options,
+    format: Options,
+) -> Result<Arc<Node>> {
     let mut peek = format.clone();
     let node_options = NodeOptions::take(&mut peek, &context.node)?;
     let mut below = context.clone();
     below.node = node_options.for_child();
-    let storage = Box::pin(open_in(&below, file, true)).await?;
-    let result = async {
-        let driver = probe(context, &storage).await?;
-        format.set("driver", driver);
-        format.set("file", storage.name());
-        open_driver(context, format, true).await
-    }
-    .await;
-    match result {
+    let storage = Box::pin(open_in(&below, storage, Wanted::Storage)).await?;
+    match probe_over(context, &storage, format).await {
         Ok(node) => Ok(node),
         Err(error) => {
+            // The first error is what the user has to see.
             let _ = context.graph.release(&storage).await;
             Err(error)
         }
     }
+}
+
+/// Finds the format of what is in `storage`, and opens it.
+async fn probe_over(
+    context: &OpenContext,
+    storage: &Arc<Node>,
+    mut format: Options,
+) -> Result<Arc<Node>> {
+    let driver = probe(context, storage).await?;
+    format.set("driver", driver);
+    format.set("file", storage.name());
+    open_driver(context, format, true).await
 }
 
 /// The format of what is in `storage`.
@@ -246,7 +225,8 @@ async fn open_driver(
     let mut inner = context.clone();
     inner.node = node_options.clone();
     inner.probed = probed;
-    let before: Vec<u64> = context.graph.nodes().iter().map(|node| node.id()).collect();
+    let children = Arc::new(Mutex::new(Vec::new()));
+    inner.opened = children.clone();
     let added = async {
         let opened = factory.open(inner, options).await?;
         context.graph.add_node(NodeSpec {
@@ -259,13 +239,10 @@ async fn open_driver(
     match added {
         Ok(node) => Ok(node),
         Err(error) => {
-            // Children that were opened for it are nobody's now.
-            for node in context.graph.nodes().into_iter().rev() {
-                if !before.contains(&node.id())
-                    && !node.kept.load(std::sync::atomic::Ordering::SeqCst)
-                {
-                    let _ = context.graph.release(&node).await;
-                }
+            // Children that were opened for it are nobody's now. The first error is what the user has to see.
+            let children = std::mem::take(&mut *children.lock());
+            for child in children.iter().rev() {
+                let _ = context.graph.release(child).await;
             }
             Err(error)
         }
@@ -297,12 +274,15 @@ pub(crate) async fn child(
             let mut below = context.clone();
             below.node = context.node.for_child();
             below.probed = false;
+            let mut wanted = Wanted::Storage;
             if key == "backing" {
                 below.node.read_only = true;
                 below.node.auto_read_only = false;
-                return Ok(Some(Box::pin(open_in(&below, options, false)).await?));
+                wanted = Wanted::Image;
             }
-            Ok(Some(Box::pin(open_in(&below, options, true)).await?))
+            let node = Box::pin(open_in(&below, options, wanted)).await?;
+            context.opened.lock().push(node.clone());
+            Ok(Some(node))
         }
     }
 }
@@ -343,12 +323,11 @@ pub(crate) async fn backing(
             "a file that is not in the chain above",
         ));
     }
-    let mut options = filename_options(&context.registry, &resolved)?;
-    if let Some(format) = format {
-        options = wrap(&context.registry, format, options)?;
-    }
-    match Box::pin(open_in(&below, options, false)).await {
-        Ok(node) => Ok(Some(node)),
+    match Box::pin(open_name(&below, &resolved, format, Options::new())).await {
+        Ok(node) => {
+            context.opened.lock().push(node.clone());
+            Ok(Some(node))
+        }
         Err(error) => Err(error
             .with_file(resolved)
             .with_field(
@@ -367,9 +346,11 @@ pub(crate) async fn named(context: &OpenContext, owner: &Node, name: &str) -> Re
     below.node = context.node.for_child();
     below.probed = false;
     let options = filename_options(&context.registry, &resolved)?;
-    Box::pin(open_in(&below, options, true))
+    let node = Box::pin(open_in(&below, options, Wanted::Storage))
         .await
-        .map_err(|error| error.with_file(resolved))
+        .map_err(|error| error.with_file(resolved))?;
+    context.opened.lock().push(node.clone());
+    Ok(node)
 }
 
 /// Resolves a name that an image holds, and asks whether it may be opened.
@@ -487,14 +468,7 @@ async fn create_storage(
         file: None,
     };
     protocol.create(create, options).await?;
-    let open = OpenContext {
-        graph: context.graph.clone(),
-        registry: context.registry.clone(),
-        node: NodeOptions::default(),
-        how: OpenOptions::default(),
-        probed: false,
-        chain: Vec::new(),
-    };
+    let open = top_context(&context.registry, &context.graph, OpenOptions::default());
     let options = Options::new().with("driver", driver).with("filename", name);
     open_driver(&open, options, false).await
 }

@@ -141,13 +141,7 @@ fn check_conflicts(node: &Node, parents: &[(String, PermissionSet)]) -> Result<(
             if at == other_at || conflict.is_empty() {
                 continue;
             }
-            let names: Vec<&str> = conflict
-                .iter()
-                .map(|bit| match bit.name() {
-                    "write unchanged" => "write unchanged",
-                    name => name,
-                })
-                .collect();
+            let names: Vec<&str> = conflict.iter().map(Permissions::name).collect();
             return Err(Error::new(
                 ErrorKind::NotPermitted,
                 format!(

@@ -6,6 +6,7 @@
 use std::{fmt, sync::Arc};
 
 use async_trait::async_trait;
+use parking_lot::Mutex;
 use serde::Serialize;
 
 use crate::{
@@ -136,6 +137,8 @@ pub struct OpenContext {
     pub probed: bool,
     /// The files of the overlays above, outermost first, to recognise loops.
     pub(crate) chain: Vec<String>,
+    /// Children opened for this node so far: released when its own opening fails.
+    pub(crate) opened: Arc<Mutex<Vec<Arc<Node>>>>,
 }
 
 impl OpenContext {

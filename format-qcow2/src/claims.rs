@@ -7,7 +7,10 @@
 use std::{
     collections::BTreeMap,
     future::poll_fn,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     task::{Poll, Waker},
 };
 
@@ -37,32 +40,45 @@ impl State {
 
 /// The claims on the guest clusters of one image.
 #[derive(Debug, Default, Clone)]
-pub(crate) struct Claims(Arc<Mutex<State>>);
+pub(crate) struct Claims(Arc<Shared>);
+
+#[derive(Debug, Default)]
+struct Shared {
+    state: Mutex<State>,
+    /// How many claims there are, for a look without the lock.
+    count: AtomicUsize,
+}
 
 /// Clusters that one allocating write has for itself. Dropping it lets the next one go on.
 #[derive(Debug)]
 pub(crate) struct Claim {
-    claims: Arc<Mutex<State>>,
+    claims: Arc<Shared>,
     ticket: u64,
 }
 
 impl Claims {
+    /// Whether there is any claim.
+    pub fn any(&self) -> bool {
+        self.0.count.load(Ordering::Acquire) != 0
+    }
+
     /// Claims the clusters `first..=last`; says also whether it had to wait.
     ///
     /// Cancellation: dropping the future withdraws the claim.
     pub async fn claim(&self, first: ClusterIndex, last: ClusterIndex) -> (Claim, bool) {
         let (first, last) = (first.0, last.0);
         let ticket = {
-            let mut state = self.0.lock();
+            let mut state = self.0.state.lock();
             let ticket = state.next;
             state.next += 1;
             state.claims.insert(ticket, Entry { first, last, waker: None });
+            self.0.count.fetch_add(1, Ordering::Release);
             ticket
         };
         let claim = Claim { claims: self.0.clone(), ticket };
         let mut waited = false;
         poll_fn(|context| {
-            let mut state = claim.claims.lock();
+            let mut state = claim.claims.state.lock();
             if !state.must_wait(ticket, first, last) {
                 return Poll::Ready(());
             }
@@ -80,8 +96,9 @@ impl Claims {
 impl Drop for Claim {
     fn drop(&mut self) {
         let wakers: Vec<Waker> = {
-            let mut state = self.claims.lock();
+            let mut state = self.claims.state.lock();
             let Some(gone) = state.claims.remove(&self.ticket) else { return };
+            self.claims.count.fetch_sub(1, Ordering::Release);
             state
                 .claims
                 .range_mut(self.ticket..)
@@ -138,6 +155,6 @@ mod tests {
         let (_fourth, waited) = block_on(claims.claim(c(2), c(3)));
         assert!(!waited);
         drop(first);
-        assert_eq!(claims.0.lock().claims.len(), 1);
+        assert_eq!(claims.0.state.lock().claims.len(), 1);
     }
 }

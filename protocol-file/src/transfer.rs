@@ -152,11 +152,6 @@ impl Transfer {
         }
     }
 
-    /// Ends it with an error that no step reported.
-    pub(crate) fn fail(self: Box<Self>, error: io::Error) {
-        self.finish(Err(error));
-    }
-
     fn finish(self: Box<Self>, result: io::Result<()>) {
         let Self { file, kind, reply, .. } = *self;
         // The buffers go before the reply: whoever waits may take their memory back at once.

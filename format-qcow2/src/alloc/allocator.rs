@@ -297,7 +297,7 @@ impl Meta {
             })
             .await?;
         let place = self.refcounts.place();
-        self.header.refcount_table_offset = place.offset.0;
+        self.header.refcount_table_offset = place.offset;
         self.header.refcount_table_clusters = place.clusters;
         // The header on disk no longer refers to the old table.
         for cluster in old {

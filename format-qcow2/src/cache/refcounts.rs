@@ -86,6 +86,11 @@ impl RefcountStore {
         self.codec.max()
     }
 
+    /// Whether the table on disk lacks entries for blocks that exist.
+    pub fn has_unpublished(&self) -> bool {
+        !self.unpublished.is_empty()
+    }
+
     /// Blocks in memory.
     pub fn cached(&self) -> usize {
         self.blocks.len()

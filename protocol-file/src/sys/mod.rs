@@ -21,7 +21,7 @@ pub(crate) use self::{
     ring::{Completion, Ring, Submitter},
     rw::{IoVecs, NOWAIT, access_mode, read_at, set_direct, write_at, DSYNC, AccessMode},
     space::{
-        DirectAlignment, Fallocate, clone_range, copy_file_range, direct_alignment, fallocate,
+        Fallocate, clone_range, copy_file_range, direct_alignment, fallocate,
         seek_data, seek_hole, set_no_cow,
     },
 };

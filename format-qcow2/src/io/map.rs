@@ -1,0 +1,164 @@
+//! From guest offsets to where the bytes are: runs of clusters of one kind within a slice, and the synchronous look at the
+//! caches that the core uses.
+
+use std::sync::Arc;
+
+use block_core::{
+    driver::{ChildRole, MapIntent, Mapping},
+    error::{Error, Result},
+    node::Edges,
+    pins::Pin,
+    request::Child,
+};
+
+use crate::{
+    cache::slice::Slice,
+    image::Qcow2,
+    layout::{ClusterIndex, CompressedRun, EntryProblem, HostOffset, L2Entry},
+};
+
+/// How the first bytes of a range are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Run {
+    /// At `host`, to the byte. `copied`: it may be overwritten there.
+    Data { host: HostOffset, len: u64, copied: bool },
+    /// Zeroes; `host` is the reservation of the first byte, if there is one.
+    Zero { len: u64, host: Option<HostOffset> },
+    /// Nothing here.
+    Unallocated { len: u64 },
+    /// A part of one compressed cluster.
+    Compressed { run: CompressedRun, cluster: ClusterIndex, len: u64 },
+}
+
+impl Run {
+    pub const fn len(self) -> u64 {
+        match self {
+            Self::Data { len, .. }
+            | Self::Zero { len, .. }
+            | Self::Unallocated { len }
+            | Self::Compressed { len, .. } => len,
+        }
+    }
+}
+
+impl Qcow2 {
+    /// Decodes an entry of a guest cluster.
+    pub fn decode(&self, raw: u64, cluster: ClusterIndex) -> Result<L2Entry> {
+        L2Entry::decode(raw, self.geometry).map_err(|problem| self.bad_entry(problem, cluster))
+    }
+
+    fn bad_entry(&self, problem: EntryProblem, cluster: ClusterIndex) -> Error {
+        let index = self.geometry.l2_index(cluster);
+        let guest = self.geometry.cluster_start(cluster);
+        Error::corrupt(match problem {
+            EntryProblem::Unaligned(offset) => format!(
+                "Cluster allocation offset {offset} unaligned (guest offset: {guest}, L2 index: {index:#x})"
+            ),
+            other => format!("{other} (guest offset: {guest}, L2 index: {index:#x})"),
+        })
+    }
+
+    /// The longest run of one kind at the start of a range that lies within `slice`.
+    pub fn run_in(&self, slice: &Slice, offset: u64, len: u64) -> Result<Run> {
+        let size = self.geometry.cluster_size();
+        let within = self.geometry.within(offset);
+        let first = self.cluster_of(offset);
+        let at = self.slice_entry(first);
+        let entry = self.decode(slice.load(at), first)?;
+        let clusters = (within + len).div_ceil(size) as usize;
+        // How many entries from the first on satisfy `goes_on`, given their distance and meaning.
+        let extent = |goes_on: &dyn Fn(u64, L2Entry) -> bool| {
+            let mut count = 1;
+            while count < clusters && at + count < slice.len() {
+                // A damaged entry ends the run; whoever gets to it meets the error.
+                match L2Entry::decode(slice.load(at + count), self.geometry) {
+                    Ok(next) if goes_on(count as u64, next) => count += 1,
+                    _ => break,
+                }
+            }
+            (count as u64 * size - within).min(len)
+        };
+        Ok(match entry {
+            L2Entry::Normal { host, copied } => Run::Data {
+                host: HostOffset(host.0 + within),
+                len: extent(&|n, next| {
+                    next == L2Entry::Normal { host: HostOffset(host.0 + n * size), copied }
+                }),
+                copied,
+            },
+            L2Entry::ZeroPlain => {
+                Run::Zero { len: extent(&|_, next| next == L2Entry::ZeroPlain), host: None }
+            }
+            L2Entry::ZeroAllocated { host, .. } => Run::Zero {
+                len: extent(&|n, next| {
+                    matches!(next, L2Entry::ZeroAllocated { host: there, .. }
+                        if there.0 == host.0 + n * size)
+                }),
+                host: Some(HostOffset(host.0 + within)),
+            },
+            L2Entry::Unallocated => {
+                Run::Unallocated { len: extent(&|_, next| next == L2Entry::Unallocated) }
+            }
+            L2Entry::Compressed(run) => {
+                Run::Compressed { run, cluster: first, len: (size - within).min(len) }
+            }
+        })
+    }
+
+    /// A run at the start of a range, read from disk if need be, with a pin that was published before the entries were
+    /// loaded.
+    pub async fn locate(
+        self: &Arc<Self>,
+        file: &Child,
+        offset: u64,
+        len: u64,
+    ) -> Result<(Run, Pin)> {
+        let len = len.min(self.left_in_slice(offset));
+        let index = self.slice_of(self.cluster_of(offset));
+        let Some(slice) = self.slice(file, index).await? else {
+            return Ok((Run::Unallocated { len }, self.pins.pin()));
+        };
+        let pin = self.pins.pin();
+        Ok((self.run_in(&slice, offset, len)?, pin))
+    }
+
+    /// See [`block_core::driver::BlockDriver::try_map`].
+    pub fn map_cached(&self, edges: &Edges, offset: u64, len: u64, intent: MapIntent) -> Mapping {
+        if self.check_usable().is_err() || len == 0 {
+            return Mapping::NotCached;
+        }
+        if intent == MapIntent::Overwrite && self.is_read_only() {
+            return Mapping::NotCached;
+        }
+        let pin = self.pins.pin();
+        let here = len.min(self.left_in_slice(offset));
+        let index = self.slice_of(self.cluster_of(offset));
+        let found = self.slices.table.with(index, |slice| self.run_in(slice, offset, here));
+        let run = match found {
+            Some(Ok(run)) => run,
+            Some(Err(_)) => return Mapping::NotCached,
+            None => match self.table_of(index) {
+                Ok(table) if table.l2.is_none() => Run::Unallocated { len: here },
+                _ => return Mapping::NotCached,
+            },
+        };
+        match (run, intent) {
+            (Run::Data { host, len, copied }, intent) => {
+                if intent == MapIntent::Overwrite && (!copied || len < here || self.claims.any()) {
+                    return Mapping::NotCached;
+                }
+                let Some(edge) = edges.index(ChildRole::File) else { return Mapping::NotCached };
+                // What lies beyond the end of the file reads as zeroes; `read` sees to that.
+                let end = edges.get(edge).map_or(0, |edge| edge.child.length());
+                if end < host.0 + len {
+                    return Mapping::NotCached;
+                }
+                Mapping::Data { edge, offset: host.0, len, pin: Some(pin) }
+            }
+            (_, MapIntent::Overwrite) => Mapping::NotCached,
+            (Run::Zero { len, .. }, MapIntent::Read) => Mapping::Zero { len },
+            (Run::Unallocated { len }, MapIntent::Read) => Mapping::Backing { len },
+            (Run::Compressed { .. }, MapIntent::Read) => Mapping::NotCached,
+        }
+    }
+}
