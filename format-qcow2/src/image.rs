@@ -116,6 +116,12 @@ impl Qcow2 {
         coverage - offset % coverage
     }
 
+    /// Bytes of the disk up to the end of the L2 table that maps `offset`.
+    pub const fn left_in_table(&self, offset: u64) -> u64 {
+        let coverage = self.geometry.l2_coverage();
+        coverage - offset % coverage
+    }
+
     /// The L1 entry above a slice.
     pub const fn l1_of(&self, index: SliceIndex) -> u64 {
         self.geometry.l1_index(self.slice_start(index))
@@ -183,6 +189,16 @@ impl Qcow2 {
         self.quarantined.store(meta.quarantine.len(), Ordering::Relaxed);
         Counters::max(&self.counters.quarantine_peak, meta.quarantine.len());
         self.cached_refcount_blocks.store(meta.refcounts.cached(), Ordering::Relaxed);
+    }
+
+    /// Before the first allocation: with lazy refcounts the dirty bit says, durably, that refcounts aren't to be trusted.
+    pub async fn mark_in_use(&self, meta: &mut Meta, file: &Child) -> Result<()> {
+        if !meta.header.lazy_refcounts() || meta.header.is_dirty() {
+            return Ok(());
+        }
+        let bits = meta.header.incompatible | Incompatible::DIRTY;
+        header_update::write_incompatible(file, &mut meta.header, bits).await?;
+        file.flush().await
     }
 
     /// Sees what an error means: damaged metadata of a writable image shuts it, durably marked corrupt. Not to be called

@@ -113,11 +113,12 @@ impl Qcow2 {
         offset: u64,
         len: u64,
     ) -> Result<(Run, Pin)> {
-        let len = len.min(self.left_in_slice(offset));
         let index = self.slice_of(self.cluster_of(offset));
         let Some(slice) = self.slice(file, index).await? else {
+            let len = len.min(self.left_in_table(offset));
             return Ok((Run::Unallocated { len }, self.pins.pin()));
         };
+        let len = len.min(self.left_in_slice(offset));
         let pin = self.pins.pin();
         Ok((self.run_in(&slice, offset, len)?, pin))
     }
@@ -138,7 +139,9 @@ impl Qcow2 {
             Some(Ok(run)) => run,
             Some(Err(_)) => return Mapping::NotCached,
             None => match self.table_of(index) {
-                Ok(table) if table.l2.is_none() => Run::Unallocated { len: here },
+                Ok(table) if table.l2.is_none() => {
+                    Run::Unallocated { len: len.min(self.left_in_table(offset)) }
+                }
                 _ => return Mapping::NotCached,
             },
         };

@@ -88,7 +88,13 @@ impl Qcow2 {
             let (step, in_place) = match run {
                 Run::Data { host, len, copied: true } => (len, Some(host)),
                 // Let the plan find out how far it reaches.
-                _ => (self.until_overwritable(file, offset, len).await?, None),
+                _ => match window.alongside(self.until_overwritable(file, offset, len)).await {
+                    Ok(step) => (step, None),
+                    Err(error) => {
+                        window.finish().await?;
+                        return Err(error);
+                    }
+                },
             };
             let piece = buf.split_to(step as usize);
             let whole = buf.is_empty() && window.is_idle();

@@ -1,0 +1,119 @@
+//! Compressed writes: whole clusters, each compressed on the environment's workers and packed right behind the one before.
+
+use std::sync::Arc;
+
+use block_core::{
+    buffer::IoBuf,
+    env::offload,
+    error::{Error, Result},
+    flags::RequestFlags,
+    request::Request,
+};
+use futures::FutureExt;
+
+use super::window::Window;
+use crate::{
+    compress,
+    counters::Counters,
+    image::Qcow2,
+    layout::{ClusterIndex, HostCluster, L2Entry},
+};
+
+/// Clusters of one request that are compressed at once.
+const WINDOW: usize = 8;
+
+impl Qcow2 {
+    /// Writes whole clusters compressed; the last one may be cut by the end of the disk.
+    ///
+    /// # Errors
+    /// EINVAL for a range that isn't made of whole clusters, EIO when a cluster is allocated already.
+    pub async fn write_compressed(
+        self: &Arc<Self>,
+        request: &Request,
+        offset: u64,
+        buf: IoBuf,
+    ) -> Result<()> {
+        self.check_writable()?;
+        let size = self.geometry.cluster_size();
+        let end = offset + buf.len() as u64;
+        if offset % size != 0 || (end % size != 0 && end != self.length()) {
+            return Err(Error::invalid("Compressed writes take whole clusters").with_field(
+                "offset",
+                offset,
+                format!("a multiple of {size}"),
+            ));
+        }
+        let mut window = Window::new(WINDOW);
+        let mut rest = buf;
+        let mut at = offset;
+        while !rest.is_empty() && !window.has_failed() {
+            let len = rest.len().min(size as usize);
+            let piece = rest.split_to(len);
+            window.push(self.write_compressed_cluster(request, at, piece).boxed()).await;
+            at += len as u64;
+        }
+        window.finish().await
+    }
+
+    async fn write_compressed_cluster(
+        self: &Arc<Self>,
+        request: &Request,
+        offset: u64,
+        data: IoBuf,
+    ) -> Result<()> {
+        let file = request.file()?;
+        let size = self.geometry.cluster_size() as usize;
+        let mut bytes = data.to_vec();
+        bytes.resize(size, 0);
+        let Some(packed) = offload(request.env(), move || compress::compress(&bytes)).await? else {
+            return self.write_guest(request, offset, data).await;
+        };
+        let cluster = self.cluster_of(offset);
+        self.make_room(request).await?;
+        let (_claim, waited) = self.claims.claim(cluster, cluster).await;
+        Counters::add(&self.counters.claim_waits, u64::from(waited));
+        let (run, allocation) = {
+            let mut meta = self.lock_meta(file).await?;
+            self.check_writable()?;
+            self.mark_in_use(&mut meta, file).await?;
+            let slice = self.slice_for_update(&mut meta, file, self.slice_of(cluster)).await?;
+            self.check_unallocated(slice.load(self.slice_entry(cluster)), cluster)?;
+            let allocated = meta.allocate_bytes(file, packed.len() as u64).await;
+            self.note_sizes(&meta);
+            allocated?
+        };
+        file.write(run.offset.0, packed, RequestFlags::empty()).await?;
+
+        let mut meta = self.lock_meta(file).await?;
+        self.check_writable()?;
+        let index = self.slice_of(cluster);
+        let slice = self.slice_for_update(&mut meta, file, index).await?;
+        let at = self.slice_entry(cluster);
+        if self.settings.safeguards {
+            self.check_unallocated(slice.load(at), cluster)?;
+            let (first, last) = run.clusters(self.geometry);
+            for host in first..=last {
+                let references = meta.refcounts.get(file, HostCluster(host)).await?;
+                if references <= meta.quarantine.pending(host) {
+                    Counters::add(&self.counters.ownership_violations, 1);
+                    return Err(Error::corrupt(format!(
+                        "Linking compressed data at offset {}, which isn't owned by the write",
+                        run.offset
+                    )));
+                }
+            }
+        }
+        meta.set_entry(index, &slice, at, L2Entry::Compressed(run).encode(self.geometry));
+        meta.linked = true;
+        Counters::add(&self.counters.allocated, 1);
+        allocation.linked();
+        Ok(())
+    }
+
+    fn check_unallocated(&self, raw: u64, cluster: ClusterIndex) -> Result<()> {
+        match self.decode(raw, cluster)? {
+            L2Entry::Unallocated | L2Entry::ZeroPlain => Ok(()),
+            _ => Err(Error::io("Compressed writes need a cluster that isn't allocated yet")),
+        }
+    }
+}

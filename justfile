@@ -1,0 +1,46 @@
+# Every command that a contributor needs. `just` lists them.
+
+default:
+    @just --list
+
+# README's first command: guest I/O, four jobs and a verdict
+live *args:
+    cargo run --release -- live {{args}}
+
+# README's second command
+test:
+    cargo test --workspace
+
+# What a change has to pass before it lands
+check: fmt-check clippy doc test loom
+
+fmt-check:
+    cargo fmt --all -- --check
+
+clippy:
+    cargo clippy --workspace --all-targets -- -D warnings
+
+doc:
+    RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
+
+# All interleavings of the shipped gate and pins, in small cases
+loom:
+    RUSTFLAGS="--cfg loom" LOOM_MAX_PREEMPTIONS=2 CARGO_TARGET_DIR=target/loom cargo test --release -p block-core --test loom_tracked --test loom_pins
+
+# Undefined behaviour in the buffers (needs a nightly with the miri component)
+miri:
+    cargo +nightly miri test -p block-core buffer
+
+# The numbers that the README speaks of
+bench:
+    cargo bench -p block-core --bench tracked
+    cargo bench -p protocol-file --bench inline_read
+    cargo bench -p tools --bench stack
+
+# The race tests alone
+races:
+    cargo test --release -p iotests
+
+# Licences, bans, advisories (needs cargo-deny)
+deny:
+    cargo deny check
