@@ -26,6 +26,8 @@ struct Section {
     id: u64,
     /// The node, or everything.
     node: Option<u64>,
+    /// The handle that goes on: of whoever does the rest of its I/O inside the section.
+    except: Option<u64>,
     roots: Vec<Arc<RootState>>,
 }
 
@@ -44,11 +46,17 @@ impl std::fmt::Debug for DrainGuard {
 
 impl Drains {
     /// Opens a section over `node`, or over the whole graph, and waits until it is quiet.
-    pub(crate) async fn begin(&self, graph: &Arc<Graph>, node: Option<u64>) -> DrainGuard {
+    pub(crate) async fn begin(
+        &self,
+        graph: &Arc<Graph>,
+        node: Option<u64>,
+        except: Option<u64>,
+    ) -> DrainGuard {
         let id = self.next.fetch_add(1, Ordering::SeqCst);
         self.sections.lock().push(Section {
             id,
             node,
+            except,
             roots: Vec::new(),
         });
         // From here on dropping the future ends the section.
@@ -99,6 +107,9 @@ impl Drains {
                 }
             });
             for root in wanted {
+                if section.except == Some(root.id) {
+                    continue;
+                }
                 if !section.roots.iter().any(|old| Arc::ptr_eq(old, &root)) {
                     root.quiesce();
                     section.roots.push(root);

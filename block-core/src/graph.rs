@@ -315,7 +315,7 @@ impl Graph {
         {
             let topology = lock.borrow();
             for (id, edges) in &change.edges {
-                self.check_frozen(&topology, *id, edges)?;
+                check_frozen(&topology, *id, edges)?;
             }
             let plan = permissions::plan(&topology, &change)?;
             permissions::apply(&topology, &plan)?;
@@ -349,43 +349,28 @@ impl Graph {
         Ok(())
     }
 
-    fn check_frozen(&self, topology: &Topology, id: u64, new: &Edges) -> Result<()> {
-        let Some(parent) = topology.nodes.get(&id) else {
-            return Ok(());
-        };
-        for edge in parent.edges().iter() {
-            let key = (id, edge.name.clone());
-            if topology.frozen.get(&key).is_none_or(Vec::is_empty) {
-                continue;
-            }
-            let same = new
-                .named(&edge.name)
-                .is_some_and(|other| other.child.node().id() == edge.child.node().id());
-            if !same {
-                return Err(Error::new(
-                    ErrorKind::NotPermitted,
-                    format!(
-                        "Cannot change frozen '{}' link from '{}' to '{}'",
-                        edge.name,
-                        parent.name(),
-                        edge.child.node().name()
-                    ),
-                ));
-            }
-        }
-        Ok(())
-    }
-
     /// Stops all producers above `node` and waits until nothing of theirs is in flight; ends when the guard is dropped.
     ///
     /// Cancellation: dropping the future lets the producers go on.
     pub async fn drain(self: &Arc<Self>, node: &Arc<Node>) -> DrainGuard {
-        self.drains.begin(self, Some(node.id())).await
+        self.drains.begin(self, Some(node.id()), None).await
+    }
+
+    /// Like [`Self::drain`], except that `handle` is not stopped: its owner does the last of its I/O inside the section
+    /// (a mirror that copies what is left before it switches over). Two such sections over nodes that have ancestors
+    /// in common would wait for each other: whoever opens them opens one at a time.
+    pub async fn drain_except(
+        self: &Arc<Self>,
+        node: &Arc<Node>,
+        handle: &BlockHandle,
+    ) -> DrainGuard {
+        let except = Some(handle.root().id);
+        self.drains.begin(self, Some(node.id()), except).await
     }
 
     /// The same for the whole graph.
     pub async fn drain_all(self: &Arc<Self>) -> DrainGuard {
-        self.drains.begin(self, None).await
+        self.drains.begin(self, None, None).await
     }
 
     /// Lets every parent and handle of `from` use `to` instead, except those that are `to` itself or below it. So a
@@ -547,7 +532,7 @@ impl Graph {
             }
             Some(true) => {
                 run(node.clone(), changes.clone()).await?;
-                self.reset_after_reopen(node, &changes);
+                reset_after_reopen(node, &changes);
                 self.commit(Change::default())?;
                 for child in &storage {
                     Box::pin(self.reopen(child, only_mode.clone())).await?;
@@ -555,23 +540,8 @@ impl Graph {
             }
             None => run(node.clone(), changes.clone()).await?,
         }
-        self.reset_after_reopen(node, &changes);
+        reset_after_reopen(node, &changes);
         self.commit(Change::default())
-    }
-
-    fn reset_after_reopen(&self, node: &Arc<Node>, changes: &Reopen) {
-        *node.flush.failed.lock() = None;
-        node.with_options(|options| {
-            if let Some(read_only) = changes.read_only {
-                options.read_only = read_only;
-            }
-            if let Some(value) = changes.options.get("discard")
-                && let Ok(mode) = serde_json::from_value(value.clone())
-            {
-                options.discard = mode;
-            }
-        });
-        node.refresh_limits();
     }
 
     /// Forbids changes of the chain edges from `top` down to `base` (or to the end), until the guard is dropped.
@@ -637,7 +607,11 @@ impl Graph {
         self.collect(node).await
     }
 
-    async fn collect(self: &Arc<Self>, node: &Arc<Node>) -> Result<()> {
+    /// [`Self::release`] for somebody who never kept the node: one that a program keeps ([`Self::keep`]) stays.
+    ///
+    /// # Errors
+    /// As with [`Self::release`].
+    pub async fn collect(self: &Arc<Self>, node: &Arc<Node>) -> Result<()> {
         let in_use = self.with_topology(|topology| {
             !topology.nodes.contains_key(&node.id())
                 || node.kept.load(Ordering::SeqCst)
@@ -691,6 +665,48 @@ impl fmt::Debug for Graph {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_list().entries(self.nodes()).finish()
     }
+}
+
+fn check_frozen(topology: &Topology, id: u64, new: &Edges) -> Result<()> {
+    let Some(parent) = topology.nodes.get(&id) else {
+        return Ok(());
+    };
+    for edge in parent.edges().iter() {
+        let key = (id, edge.name.clone());
+        if topology.frozen.get(&key).is_none_or(Vec::is_empty) {
+            continue;
+        }
+        let same = new
+            .named(&edge.name)
+            .is_some_and(|other| other.child.node().id() == edge.child.node().id());
+        if !same {
+            return Err(Error::new(
+                ErrorKind::NotPermitted,
+                format!(
+                    "Cannot change frozen '{}' link from '{}' to '{}'",
+                    edge.name,
+                    parent.name(),
+                    edge.child.node().name()
+                ),
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn reset_after_reopen(node: &Arc<Node>, changes: &Reopen) {
+    *node.flush.failed.lock() = None;
+    node.with_options(|options| {
+        if let Some(read_only) = changes.read_only {
+            options.read_only = read_only;
+        }
+        if let Some(value) = changes.options.get("discard")
+            && let Ok(mode) = serde_json::from_value(value.clone())
+        {
+            options.discard = mode;
+        }
+    });
+    node.refresh_limits();
 }
 
 fn filtered(filter: &Arc<Node>) -> Result<Arc<Node>> {

@@ -22,9 +22,10 @@ use crate::{
     graph::Graph,
     image::{CheckMode, CheckReport, ImageInfo, Progress},
     limits::Limits,
-    node::Node,
+    node::{Edges, Node},
     path::{self, Op, Origin},
     status::BlockStatus,
+    tracked::{RequestKind, Tracked, TrackedRange},
 };
 
 /// The part of a handle that the graph and requests in flight share.
@@ -254,6 +255,39 @@ impl BlockHandle {
         path::submit(&node, Origin::Root(guard), op).await
     }
 
+    /// Admits an operation that is made of several requests to children of the handle's node.
+    ///
+    /// Cancellation: a wait (for a drain to end) that is dropped leaves no trace.
+    pub async fn admit(&self) -> Admission {
+        let guard = self.root.enter().await;
+        let node = self.root.node.load_full();
+        Admission {
+            edges: node.edges(),
+            ticket: None,
+            node,
+            _guard: guard,
+        }
+    }
+
+    /// The same, with a serialising ticket over a range of the handle's node, rounded out to its serialising
+    /// granularity: waits for every overlapping request that began before, holds back those that come later.
+    ///
+    /// Cancellation: a wait (for a drain to end, at the gate) that is dropped leaves no trace.
+    pub async fn admit_serialising(&self, offset: u64, len: u64) -> Admission {
+        let mut admission = self.admit().await;
+        let range = path::round_out(&admission.node, offset, len);
+        let pending = admission
+            .node
+            .tracker()
+            .begin(range, true, RequestKind::Reserve);
+        admission.ticket = Some(match pending.into_ready() {
+            Ok(tracked) => tracked,
+            Err(pending) => path::wait_at_gate(&admission.node, pending).await,
+        });
+        admission.edges = admission.node.edges();
+        admission
+    }
+
     /// Reads `len` bytes at `offset` into a new buffer.
     pub async fn read(&self, offset: u64, len: usize) -> Result<Buffer> {
         self.read_into(offset, Buffer::try_new(len)?).await
@@ -414,6 +448,39 @@ impl BlockHandle {
         drop(self);
         let released = graph.release(&node).await;
         flushed.and(released)
+    }
+}
+
+/// An operation of a producer that was admitted as a whole. While it lasts it counts as in flight at its handle: a drain
+/// waits for it, and doesn't stop what it asks of the node's children. Whoever holds one has to get on with it, and must
+/// not ask for another admission or for a change of the graph meanwhile.
+pub struct Admission {
+    node: Arc<Node>,
+    edges: Arc<Edges>,
+    ticket: Option<Tracked>,
+    _guard: RootGuard,
+}
+
+impl Admission {
+    /// The node that the operation is at.
+    pub fn node(&self) -> &Arc<Node> {
+        &self.node
+    }
+
+    /// The node's children, which stay as they are while the admission lasts.
+    pub fn edges(&self) -> &Arc<Edges> {
+        &self.edges
+    }
+
+    /// The range that it holds, if it is serialising.
+    pub fn range(&self) -> Option<TrackedRange> {
+        self.ticket.as_ref().map(Tracked::range)
+    }
+}
+
+impl fmt::Debug for Admission {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Admission at '{}'", self.node.name())
     }
 }
 

@@ -112,6 +112,7 @@ impl Node {
 
     fn assert_quiet(&self) {
         assert_eq!(self.tracker.in_flight(), 0);
+        assert_eq!(self.tracker.watchers(), 0);
         assert!(!self.tracker.overlapping(TrackedRange::EVERYTHING));
     }
 }
@@ -124,7 +125,7 @@ fn on_shard(shard: usize, work: impl FnOnce() + Send + 'static) -> thread::JoinH
 }
 
 fn plain_against_serialising(tracker: fn() -> Tracker, plain_shard: usize) {
-    model(3, move || {
+    model(4, move || {
         let node = Node::with(tracker());
         // Both shards are alive, so that all of the visit is walked through.
         for shard in 0..2 {
@@ -168,7 +169,7 @@ fn without_the_gate_the_same_scenario_goes_wrong() {
 
 #[test]
 fn a_shard_that_comes_to_life_beside_a_serialising_request_sees_it() {
-    model(3, || {
+    model(4, || {
         let node = Node::new();
         let other = {
             let node = Arc::clone(&node);
@@ -188,7 +189,7 @@ fn a_shard_that_comes_to_life_beside_a_serialising_request_sees_it() {
 
 #[test]
 fn plain_requests_in_two_shards_are_both_waited_for() {
-    model(2, || {
+    model(3, || {
         let node = Node::new();
         let others: Vec<_> = (0..2)
             .map(|shard| {
@@ -212,7 +213,7 @@ fn plain_requests_in_two_shards_are_both_waited_for() {
 
 #[test]
 fn serialising_requests_come_one_after_another() {
-    model(2, || {
+    model(3, || {
         let node = Node::new();
         let others: Vec<_> = (0..2)
             .map(|shard| {
@@ -241,7 +242,7 @@ fn serialising_requests_come_one_after_another() {
 
 #[test]
 fn an_owner_dropped_on_another_thread_wakes_who_waits() {
-    model(3, || {
+    model(4, || {
         let node = Node::new();
         let first = block_on(plain(&node.tracker, LEFT));
         set_thread_index(1);
@@ -265,7 +266,7 @@ fn an_owner_dropped_on_another_thread_wakes_who_waits() {
 
 #[test]
 fn a_dropped_waiter_leaves_no_trace_whatever_happens_at_that_moment() {
-    model(3, || {
+    model(4, || {
         let node = Node::new();
         let owner = block_on(plain(&node.tracker, ALL));
         let mut quitter = serialising(&node.tracker, ALL);
@@ -291,18 +292,25 @@ fn a_dropped_waiter_leaves_no_trace_whatever_happens_at_that_moment() {
     });
 }
 
-#[test]
-fn a_waiter_dropped_while_it_moves_on_to_the_next_request_stays_nowhere() {
-    model(3, || {
+/// Drops a waiter while the first of two requests that it waits for ends.
+fn drop_a_waiter_in_transit(first: (TrackedRange, bool), second: (TrackedRange, bool)) {
+    model(4, move || {
         let node = Node::new();
-        // The waiter has one request to wait for in each place.
-        let first = block_on(serialising(&node.tracker, LEFT));
-        let second = block_on(plain(&node.tracker, RIGHT));
+        let begin = |(range, serialising)| {
+            block_on(node.tracker.begin(range, serialising, RequestKind::Write))
+        };
+        let (first, second) = (begin(first), begin(second));
         let quitter = serialising(&node.tracker, ALL);
+        assert_eq!(node.tracker.watchers(), 1);
         let owner = on_shard(1, move || drop(first));
         let quitter = on_shard(0, move || drop(quitter));
         owner.join().unwrap();
         quitter.join().unwrap();
+        assert_eq!(
+            node.tracker.watchers(),
+            0,
+            "the second one still has it in its list"
+        );
         drop(second);
         drop(block_on(serialising(&node.tracker, ALL)));
         node.assert_quiet();
@@ -310,8 +318,25 @@ fn a_waiter_dropped_while_it_moves_on_to_the_next_request_stays_nowhere() {
 }
 
 #[test]
+fn a_waiter_dropped_while_it_moves_on_between_serialising_requests_stays_nowhere() {
+    drop_a_waiter_in_transit((LEFT, true), (RIGHT, true));
+    drop_a_waiter_in_transit((RIGHT, true), (LEFT, true));
+}
+
+#[test]
+fn a_waiter_dropped_while_it_moves_on_between_plain_requests_stays_nowhere() {
+    drop_a_waiter_in_transit((LEFT, false), (RIGHT, false));
+    drop_a_waiter_in_transit((RIGHT, false), (LEFT, false));
+}
+
+#[test]
+fn a_waiter_dropped_while_it_moves_on_to_another_place_stays_nowhere() {
+    drop_a_waiter_in_transit((LEFT, true), (RIGHT, false));
+}
+
+#[test]
 fn a_queue_is_served_in_order() {
-    model(2, || {
+    model(3, || {
         let node = Node::new();
         let first = block_on(plain(&node.tracker, ALL));
         let second = serialising(&node.tracker, ALL);
@@ -337,7 +362,7 @@ fn a_queue_is_served_in_order() {
 
 #[test]
 fn a_request_that_begins_after_an_upgrade_waits_for_the_upgraded_one() {
-    model(3, || {
+    model(4, || {
         let node = Node::new();
         let mut old: Tracked = block_on(plain(&node.tracker, ALL));
         // Both shards are alive.
@@ -366,7 +391,7 @@ fn a_request_that_begins_after_an_upgrade_waits_for_the_upgraded_one() {
 
 #[test]
 fn an_upgrade_beside_waiting_requests_strands_nobody() {
-    model(3, || {
+    model(4, || {
         let node = Node::new();
         let mut old = block_on(plain(&node.tracker, ALL));
         let waiting = {
@@ -388,7 +413,7 @@ fn an_upgrade_beside_waiting_requests_strands_nobody() {
 
 #[test]
 fn a_refused_request_strands_nobody() {
-    model(3, || {
+    model(4, || {
         let node = Node::new();
         let owner = block_on(plain(&node.tracker, LEFT));
         let refused = {
@@ -426,7 +451,7 @@ fn copy<'a>(tracker: &'a Tracker, serialising: bool) -> PairEnd<'a> {
 
 #[test]
 fn copies_in_opposite_directions_do_not_lock_each_other_out() {
-    model(3, || {
+    model(4, || {
         let (one, two) = (Node::new(), Node::new());
         let other = {
             let (one, two) = (Arc::clone(&one), Arc::clone(&two));
@@ -452,7 +477,7 @@ fn copies_in_opposite_directions_do_not_lock_each_other_out() {
 
 #[test]
 fn copies_within_one_node_come_one_after_another() {
-    model(3, || {
+    model(4, || {
         let node = Node::new();
         let copy_once = |node: &Node| {
             let ends = (copy(&node.tracker, false), copy(&node.tracker, true));

@@ -175,8 +175,8 @@ impl Copier<'_> {
     async fn run(mut self) -> Result<Populated> {
         // Whole clusters are copied: a partial one would be filled up by the driver from the same place anyway.
         let range = self.reservation.range();
-        let end = range.end.min(self.node.length());
-        let mut at = range.start;
+        let end = range.end().min(self.node.length());
+        let mut at = range.start();
         while at < end {
             let wanted = end - at;
             let (allocated, known) =

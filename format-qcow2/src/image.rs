@@ -2,10 +2,7 @@
 //!
 //! Lock order: the write-back's turn, then the metadata lock, then (never across an await) a shard of the slice table.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
-};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use arc_swap::ArcSwap;
 use block_core::{
@@ -59,8 +56,8 @@ pub(crate) struct Settings {
     pub pass_discard: bool,
     /// Freed space of other kinds is, too.
     pub pass_discard_other: bool,
-    /// A guest's discard keeps the mapping as a reservation.
-    pub discard_no_unref: bool,
+    /// The dirty bit is set before the first allocation.
+    pub lazy_refcounts: bool,
     /// Off in tests only.
     pub safeguards: bool,
 }
@@ -193,7 +190,7 @@ impl Qcow2 {
 
     /// Before the first allocation: with lazy refcounts the dirty bit says, durably, that refcounts aren't to be trusted.
     pub async fn mark_in_use(&self, meta: &mut Meta, file: &Child) -> Result<()> {
-        if !meta.header.lazy_refcounts() || meta.header.is_dirty() {
+        if !self.settings.lazy_refcounts || meta.header.is_dirty() {
             return Ok(());
         }
         let bits = meta.header.incompatible | Incompatible::DIRTY;

@@ -200,6 +200,8 @@ impl Header {
 pub(crate) struct Geometry {
     /// Virtual size in bytes.
     pub length: u64,
+    /// Version of the format.
+    pub version: u32,
     /// Bytes in a grain, a power of two.
     pub grain_bytes: u64,
     /// Sectors in a grain.
@@ -233,9 +235,6 @@ impl Geometry {
             || header.gd_offset == GD_AT_END
         {
             return Err(unsupported_type("streamOptimized"));
-        }
-        if header.version == 3 && writable {
-            return Err(Error::invalid("VMDK version 3 must be read only"));
         }
         if header.gt_entries > MAX_GT_ENTRIES {
             return Err(Error::invalid("L2 table size too big")
@@ -289,8 +288,9 @@ impl Geometry {
                 })
         };
         let redundant = header.flags & FLAG_REDUNDANT != 0 && header.rgd_offset != 0;
-        Ok(Self {
+        let geometry = Self {
             length,
+            version: header.version,
             grain_bytes: header.grain * SECTOR,
             grain_sectors: header.grain as u32,
             gt_entries: header.gt_entries,
@@ -303,7 +303,19 @@ impl Geometry {
             },
             overhead: header.overhead,
             zeroed_grains: header.flags & FLAG_ZEROED_GRAINS != 0,
-        })
+        };
+        if writable {
+            geometry.check_writable()?;
+        }
+        Ok(geometry)
+    }
+
+    /// Whether images of this version may be written.
+    pub(crate) fn check_writable(&self) -> Result<()> {
+        if self.version == 3 {
+            return Err(Error::invalid("VMDK version 3 must be read only"));
+        }
+        Ok(())
     }
 
     /// The grain that holds the guest's `offset`.

@@ -13,8 +13,8 @@ use block_core::{
 };
 
 use crate::{
-    image_lock::{ImageLock, Locking},
     fd_sets::FdSets,
+    image_lock::{ImageLock, Locking},
     open_file::{FileKind, OpenFile, OpenHow, open_error},
     options::FileCreateOptions,
     space, sys,
@@ -27,18 +27,14 @@ const PERMISSIONS: PermissionSet = PermissionSet::new(
 );
 
 /// The error of a resize that no file can do, if this is one.
-pub(crate) fn check_preallocation(
-    preallocation: Preallocation,
-    old: u64,
-    new: u64,
-) -> Result<()> {
+pub(crate) fn check_preallocation(preallocation: Preallocation, old: u64, new: u64) -> Result<()> {
     match preallocation {
-        Preallocation::Metadata => {
-            Err(Error::unsupported("Unsupported preallocation mode: metadata"))
-        }
-        Preallocation::Falloc | Preallocation::Full if new < old => {
-            Err(Error::invalid("Preallocation can only be used for growing images"))
-        }
+        Preallocation::Metadata => Err(Error::unsupported(
+            "Unsupported preallocation mode: metadata",
+        )),
+        Preallocation::Falloc | Preallocation::Full if new < old => Err(Error::invalid(
+            "Preallocation can only be used for growing images",
+        )),
         _ => Ok(()),
     }
 }
@@ -75,7 +71,7 @@ pub(crate) fn create(path: &str, options: &FileCreateOptions) -> Result<()> {
     lock.commit(&file);
     let made = fill(&file, options).map_err(|error| {
         Error::from(error)
-            .context(format_args!("Could not resize file '{path}'"))
+            .context(space::resize_failure(options.preallocation))
             .with_file(path)
             .with_operation(Operation::Create, 0, options.size.0)
     });
@@ -116,12 +112,14 @@ pub(crate) fn check_device(path: &str, options: &FileCreateOptions) -> Result<()
 }
 
 fn ready_device(file: &OpenFile, path: &str, options: &FileCreateOptions) -> Result<()> {
-    let length = file.query_length().map_err(|error| open_error(path, error))?;
+    let length = file
+        .query_length()
+        .map_err(|error| open_error(path, error))?;
     if file.kind() != FileKind::Block {
         return Ok(());
     }
     if length < options.size.0 {
-        return Err(Error::new(ErrorKind::NoSpace, "Device is too small")
+        return Err(Error::new(ErrorKind::NoSpace, "Cannot grow device files")
             .with_file(path)
             .with_operation(Operation::Create, 0, options.size.0)
             .with_field("size", options.size.0, format!("at most {length}")));
@@ -130,7 +128,9 @@ fn ready_device(file: &OpenFile, path: &str, options: &FileCreateOptions) -> Res
     let head = file.offset_alignment().max(512).min(length);
     space::write_buffer_zeroes(file, 0, head).map_err(|error| {
         Error::from(error)
-            .context(format_args!("Could not clear the new image's first sector in '{path}'"))
+            .context(format_args!(
+                "Could not clear the new image's first sector in '{path}'"
+            ))
             .with_file(path)
             .with_operation(Operation::Create, 0, head)
     })

@@ -91,7 +91,14 @@ fn capabilities_of(file: &OpenFile) -> Capabilities {
 
 impl FileDriver {
     pub(crate) fn new(file: OpenFile, engine: Engine, settings: Settings) -> Result<Self> {
-        let Settings { how, fd_sets, inline, locking, no_flush, force_share } = settings;
+        let Settings {
+            how,
+            fd_sets,
+            inline,
+            locking,
+            no_flush,
+            force_share,
+        } = settings;
         let length = file
             .query_length()
             .map_err(|error| Error::from(error).with_file(&how.path))?;
@@ -118,12 +125,17 @@ impl FileDriver {
 
     /// Bytes that the file system has allocated for it.
     pub fn allocated_bytes(&self) -> Result<u64> {
-        self.file.load().allocated().map_err(|error| self.error(error, Operation::BlockStatus, 0, 0))
+        self.file
+            .load()
+            .allocated()
+            .map_err(|error| self.error(error, Operation::BlockStatus, 0, 0))
     }
 
     #[cold]
     fn error(&self, error: io::Error, operation: Operation, offset: u64, len: u64) -> Error {
-        Error::from(error).with_file(&self.how.path).with_operation(operation, offset, len)
+        Error::from(error)
+            .with_file(&self.how.path)
+            .with_operation(operation, offset, len)
     }
 
     /// A write has ended at `end`.
@@ -142,7 +154,8 @@ impl FileDriver {
     }
 
     fn drop_capabilities(&self, capabilities: Capabilities) {
-        self.capabilities.fetch_and(!capabilities.bits(), Ordering::AcqRel);
+        self.capabilities
+            .fetch_and(!capabilities.bits(), Ordering::AcqRel);
     }
 
     /// Runs `work` on the file, away from the tasks.
@@ -165,10 +178,15 @@ impl FileDriver {
             let mut piece = buf.split_to(buf.len().min(BOUNCE_MAX));
             self.counters.bounced.add();
             let len = piece.len();
-            let (lent, whole) =
-                self.bounce.try_get(len).map_err(|_| io::Error::from_raw_os_error(libc::ENOMEM))?.lend();
+            let (lent, whole) = self
+                .bounce
+                .try_get(len)
+                .map_err(|_| io::Error::from_raw_os_error(libc::ENOMEM))?
+                .lend();
             self.engine.read(file.clone(), offset, whole, 0).await?;
-            let bounce = lent.reclaim().map_err(|_| io::Error::from_raw_os_error(libc::EIO))?;
+            let bounce = lent
+                .reclaim()
+                .map_err(|_| io::Error::from_raw_os_error(libc::EIO))?;
             piece.copy_from_slice(0, &bounce);
             self.bounce.put(bounce);
             offset += len as u64;
@@ -188,11 +206,15 @@ impl FileDriver {
             let piece = buf.split_to(buf.len().min(BOUNCE_MAX));
             self.counters.bounced.add();
             let len = piece.len();
-            let mut bounce =
-                self.bounce.try_get(len).map_err(|_| io::Error::from_raw_os_error(libc::ENOMEM))?;
+            let mut bounce = self
+                .bounce
+                .try_get(len)
+                .map_err(|_| io::Error::from_raw_os_error(libc::ENOMEM))?;
             piece.copy_to_slice(0, &mut bounce);
             let data = IoBuf::from(bounce);
-            self.engine.write(file.clone(), offset, data.clone(), 0, dsync).await?;
+            self.engine
+                .write(file.clone(), offset, data.clone(), 0, dsync)
+                .await?;
             if let Ok(bounce) = data.try_into_buffer() {
                 self.bounce.put(bounce);
             }
@@ -229,7 +251,9 @@ impl FileDriver {
                     // concerns others. Running out of space is told by the write itself.
                     let of_this_write = matches!(
                         error.raw_os_error(),
-                        Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG | libc::EINVAL | libc::ENOMEM)
+                        Some(
+                            libc::ENOSPC | libc::EDQUOT | libc::EFBIG | libc::EINVAL | libc::ENOMEM
+                        )
                     );
                     if !of_this_write {
                         self.flush_failed.store(true, Ordering::Release);
@@ -283,7 +307,11 @@ impl std::fmt::Debug for FileDriver {
 #[async_trait]
 impl BlockDriver for FileDriver {
     fn name(&self) -> &'static str {
-        if self.how.device { "host_device" } else { "file" }
+        if self.how.device {
+            "host_device"
+        } else {
+            "file"
+        }
     }
 
     fn kind(&self) -> DriverKind {
@@ -329,7 +357,12 @@ impl BlockDriver for FileDriver {
         self.lock.abort(&self.file.load());
     }
 
-    async fn read(self: Arc<Self>, _request: Request, offset: u64, mut buf: IoBufMut) -> Result<()> {
+    async fn read(
+        self: Arc<Self>,
+        _request: Request,
+        offset: u64,
+        mut buf: IoBufMut,
+    ) -> Result<()> {
         let left = match inline::read(&self.file.load(), self.inline, offset, &mut buf) {
             Attempt::Done(Ok(())) => {
                 self.counters.inline_reads.add();
@@ -400,8 +433,9 @@ impl BlockDriver for FileDriver {
         }
         self.counters.zeroes.add();
         let may_unmap = flags.contains(RequestFlags::MAY_UNMAP);
-        let mut result =
-            self.blocking(move |file| space::write_zeroes(file, offset, len, may_unmap)).await;
+        let mut result = self
+            .blocking(move |file| space::write_zeroes(file, offset, len, may_unmap))
+            .await;
         if result.is_ok() && durable {
             result = self.sync().await;
         }
@@ -419,7 +453,9 @@ impl BlockDriver for FileDriver {
 
     async fn discard(self: Arc<Self>, _request: Request, offset: u64, len: u64) -> Result<()> {
         self.counters.discards.add();
-        let result = self.blocking(move |file| space::discard(file, offset, len)).await;
+        let result = self
+            .blocking(move |file| space::discard(file, offset, len))
+            .await;
         result.map_err(|error| {
             if is_unsupported(&error) {
                 self.drop_capabilities(Capabilities::DISCARD | Capabilities::DISCARD_ZEROES);
@@ -433,7 +469,9 @@ impl BlockDriver for FileDriver {
             return Ok(());
         }
         self.check_flushable()?;
-        self.sync().await.map_err(|error| self.error(error, Operation::Flush, 0, 0))
+        self.sync()
+            .await
+            .map_err(|error| self.error(error, Operation::Flush, 0, 0))
     }
 
     async fn truncate(
@@ -452,21 +490,23 @@ impl BlockDriver for FileDriver {
         if !file.is_regular() {
             let device = file.query_length().unwrap_or(old);
             self.length.store(device, Ordering::Release);
-            if length > device {
-                return refuse("Cannot grow device files");
-            }
             if length != device && how.exact {
                 return refuse("Cannot resize device files");
+            }
+            if length > device {
+                return refuse("Cannot grow device files");
             }
             return Ok(());
         }
         check_preallocation(how.preallocation, old, length)
             .map_err(|error| error.with_file(&self.how.path))?;
-        let result =
-            self.blocking(move |file| space::resize(file, length, how.preallocation)).await;
+        let result = self
+            .blocking(move |file| space::resize(file, length, how.preallocation))
+            .await;
         self.refresh_length();
         result.map_err(|error| {
-            self.error(error, Operation::Truncate, length, 0).context("Failed to resize the file")
+            self.error(error, Operation::Truncate, length, 0)
+                .context(space::resize_failure(how.preallocation))
         })
     }
 
@@ -488,7 +528,11 @@ impl BlockDriver for FileDriver {
             Extent::Data(len) => (StatusFlags::DATA, len),
             Extent::Hole(len) => (StatusFlags::ZERO, len),
         };
-        Ok(DriverStatus { flags: flags | StatusFlags::OFFSET_VALID, len, file_offset: offset })
+        Ok(DriverStatus {
+            flags: flags | StatusFlags::OFFSET_VALID,
+            len,
+            file_offset: offset,
+        })
     }
 
     async fn copy_range_from(
@@ -569,7 +613,8 @@ impl BlockDriver for FileDriver {
             .query_length()
             .map_err(|error| self.error(error, Operation::Reopen, 0, 0))?;
         self.length.store(length, Ordering::Release);
-        self.capabilities.store(capabilities_of(&new).bits(), Ordering::Release);
+        self.capabilities
+            .store(capabilities_of(&new).bits(), Ordering::Release);
         self.file.store(Arc::new(new));
         self.lock.release_descriptor(&old);
         self.flush_failed.store(false, Ordering::Release);

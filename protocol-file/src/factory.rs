@@ -101,10 +101,12 @@ impl FileFactory {
         options: &FileOptions,
         mode: FileMode,
     ) -> Result<Arc<FileDriver>> {
-        let (file, writable) =
-            FdSets::inspect(fd).map_err(|error| open_error(name, error))?;
+        let (file, writable) = FdSets::inspect(fd).map_err(|error| open_error(name, error))?;
         if !writable && !mode.read_only && !mode.auto_read_only {
-            return Err(open_error(name, std::io::Error::from_raw_os_error(libc::EACCES)));
+            return Err(open_error(
+                name,
+                std::io::Error::from_raw_os_error(libc::EACCES),
+            ));
         }
         let device = !file.metadata().is_ok_and(|metadata| metadata.is_file());
         let how = OpenHow {
@@ -134,16 +136,24 @@ impl FileFactory {
         let result = match aio {
             Aio::Threads => self.engines.engine(false),
             Aio::IoUring => self.engines.engine(true),
-            Aio::Auto => self.engines.engine(true).or_else(|_| self.engines.engine(false)),
+            Aio::Auto => self
+                .engines
+                .engine(true)
+                .or_else(|_| self.engines.engine(false)),
             Aio::Native if !direct => {
                 return Err(Error::invalid(
                     "aio=native was specified, but it requires cache.direct=on, which was not specified.",
                 ));
             }
-            Aio::Native => self.engines.engine(true).or_else(|_| self.engines.engine(false)),
+            Aio::Native => self
+                .engines
+                .engine(true)
+                .or_else(|_| self.engines.engine(false)),
         };
         result.map_err(|error| {
-            let kind = error.raw_os_error().map_or(ErrorKind::NotSupported, ErrorKind::from_errno);
+            let kind = error
+                .raw_os_error()
+                .map_or(ErrorKind::NotSupported, ErrorKind::from_errno);
             Error::new(kind, format!("Unable to use io_uring: {}", kind.strerror()))
                 .with_operation(Operation::Open, 0, 0)
                 .with_source(error)
@@ -180,7 +190,10 @@ impl FileFactory {
         let (how, file) = engine.call(opening).await?;
         let settings = self.settings(how, &options, mode);
         let driver: Arc<dyn BlockDriver> = Arc::new(FileDriver::new(file?, engine, settings)?);
-        Ok(Opened { driver, edges: Vec::new() })
+        Ok(Opened {
+            driver,
+            edges: Vec::new(),
+        })
     }
 }
 
@@ -203,7 +216,11 @@ const CREATE_OPTIONS: [CreateOption; 3] = [
         kind: "str",
         help: "Preallocation mode (allowed values: off, falloc, full)",
     },
-    CreateOption { name: "size", kind: "size", help: "Virtual disk size" },
+    CreateOption {
+        name: "size",
+        kind: "size",
+        help: "Virtual disk size",
+    },
 ];
 
 #[async_trait]
@@ -269,6 +286,8 @@ impl DriverFactory for HostDeviceFactory {
         let options = FileCreateOptions::from_options(options)?;
         let path = strip_prefix(&context.filename).to_owned();
         let engine = self.0.engine(Aio::Threads, false)?;
-        engine.call(move || create::check_device(&path, &options)).await?
+        engine
+            .call(move || create::check_device(&path, &options))
+            .await?
     }
 }

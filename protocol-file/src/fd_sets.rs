@@ -52,16 +52,19 @@ impl FdSets {
     pub(crate) fn parse(path: &str) -> Option<Result<u64>> {
         let number = path.strip_prefix(PREFIX)?;
         Some(number.parse().map_err(|_| {
-            Error::invalid(format!("Could not open '{path}': not the name of a descriptor set"))
-                .with_file(path)
+            Error::invalid(format!(
+                "Could not open '{path}': not the name of a descriptor set"
+            ))
+            .with_file(path)
         }))
     }
 
     /// A duplicate of the set's descriptor that fits best. EACCES when none allows writing though it is wanted.
     pub(crate) fn duplicate(&self, set: u64, writable: bool) -> io::Result<File> {
         let sets = self.0.lock();
-        let fds =
-            sets.get(&set).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOENT))?;
+        let fds = sets
+            .get(&set)
+            .ok_or_else(|| io::Error::from_raw_os_error(libc::ENOENT))?;
         let mut fallback = None;
         for fd in fds {
             match sys::access_mode(fd.as_fd())? {

@@ -44,15 +44,24 @@ struct LockSet {
 
 impl LockSet {
     fn of(wanted: PermissionSet) -> Self {
-        Self { used: wanted.used.bits(), refused: (Permissions::all() - wanted.shared).bits() }
+        Self {
+            used: wanted.used.bits(),
+            refused: (Permissions::all() - wanted.shared).bits(),
+        }
     }
 
     fn union(self, other: Self) -> Self {
-        Self { used: self.used | other.used, refused: self.refused | other.refused }
+        Self {
+            used: self.used | other.used,
+            refused: self.refused | other.refused,
+        }
     }
 
     fn minus(self, other: Self) -> Self {
-        Self { used: self.used & !other.used, refused: self.refused & !other.refused }
+        Self {
+            used: self.used & !other.used,
+            refused: self.refused & !other.refused,
+        }
     }
 
     fn is_empty(self) -> bool {
@@ -61,7 +70,9 @@ impl LockSet {
 
     fn bytes(self) -> impl Iterator<Item = u64> {
         let bits = |bits: u8, base: u64| {
-            (0..COUNT).filter(move |bit| bits & (1 << bit) != 0).map(move |bit| base + bit)
+            (0..COUNT)
+                .filter(move |bit| bits & (1 << bit) != 0)
+                .map(move |bit| base + bit)
         };
         bits(self.used, USED).chain(bits(self.refused, REFUSED))
     }
@@ -100,7 +111,12 @@ impl ImageLock {
                 Some(LockKind::Posix)
             }
         };
-        Self { kind, name: name.to_owned(), force_share, state: Mutex::default() }
+        Self {
+            kind,
+            name: name.to_owned(),
+            force_share,
+            state: Mutex::default(),
+        }
     }
 
     /// What `info` shows.
@@ -121,7 +137,9 @@ impl ImageLock {
         }
         let wanted = LockSet::of(wanted);
         let mut state = self.state.lock();
-        let locked = state.wanted.map_or(state.held, |before| before.union(state.held));
+        let locked = state
+            .wanted
+            .map_or(state.held, |before| before.union(state.held));
         let added = wanted.minus(locked);
         if let Err(error) = self.lock(file, kind, added) {
             self.unlock(file, kind, added);
@@ -165,7 +183,9 @@ impl ImageLock {
     pub(crate) fn carry_over(&self, new: &File) -> Result<()> {
         let Some(kind) = self.kind else { return Ok(()) };
         let state = self.state.lock();
-        let locked = state.wanted.map_or(state.held, |wanted| wanted.union(state.held));
+        let locked = state
+            .wanted
+            .map_or(state.held, |wanted| wanted.union(state.held));
         self.lock(new, kind, locked)
     }
 
@@ -174,7 +194,14 @@ impl ImageLock {
     pub(crate) fn release_descriptor(&self, old: &File) {
         if let Some(kind) = self.kind {
             let all = (1 << COUNT) - 1;
-            self.unlock(old, kind, LockSet { used: all, refused: all });
+            self.unlock(
+                old,
+                kind,
+                LockSet {
+                    used: all,
+                    refused: all,
+                },
+            );
         }
     }
 
@@ -182,7 +209,9 @@ impl ImageLock {
     pub(crate) fn release(&self, file: &File) {
         let held = {
             let mut state = self.state.lock();
-            let locked = state.wanted.map_or(state.held, |wanted| wanted.union(state.held));
+            let locked = state
+                .wanted
+                .map_or(state.held, |wanted| wanted.union(state.held));
             *state = State::default();
             locked
         };
@@ -193,9 +222,8 @@ impl ImageLock {
 
     fn lock(&self, file: &File, kind: LockKind, set: LockSet) -> Result<()> {
         for byte in set.bytes() {
-            sys::set_read_lock(file.as_fd(), kind, byte).map_err(|error| {
-                self.error(format!("Failed to lock byte {byte}"), error)
-            })?;
+            sys::set_read_lock(file.as_fd(), kind, byte)
+                .map_err(|error| self.error(format!("Failed to lock byte {byte}"), error))?;
         }
         Ok(())
     }
@@ -208,30 +236,20 @@ impl ImageLock {
         }
     }
 
+    /// First whether anyone refuses what is used, then whether anyone uses what is refused.
     fn test(&self, file: &File, kind: LockKind, wanted: LockSet) -> Result<()> {
-        let conflict = |byte| match sys::test_write_lock(file.as_fd(), kind, byte) {
-            Ok(conflict) => Ok(conflict),
-            Err(error) => Err(error),
-        };
-        for bit in 0..COUNT {
-            let name = Permissions::from_bits_truncate(1 << bit).name();
-            let tests = [
-                (wanted.used, REFUSED, format!("Failed to get \"{name}\" lock")),
-                (wanted.refused, USED, format!("Failed to get shared \"{name}\" lock")),
-            ];
-            for (bits, base, message) in tests {
-                if bits & (1 << bit) == 0 {
-                    continue;
-                }
-                match conflict(base + bit) {
-                    Ok(false) => {}
-                    Ok(true) => {
-                        return Err(
-                            self.error(message, io::Error::from_raw_os_error(libc::EAGAIN))
-                        );
-                    }
-                    Err(error) => return Err(self.error(message, error)),
-                }
+        for (bits, base, shared) in [
+            (wanted.used, REFUSED, ""),
+            (wanted.refused, USED, "shared "),
+        ] {
+            for bit in (0..COUNT).filter(|bit| bits & (1 << bit) != 0) {
+                let conflict = match sys::test_write_lock(file.as_fd(), kind, base + bit) {
+                    Ok(false) => continue,
+                    Ok(true) => io::Error::from_raw_os_error(libc::EAGAIN),
+                    Err(error) => error,
+                };
+                let name = Permissions::from_bits_truncate(1 << bit).name();
+                return Err(self.error(format!("Failed to get {shared}\"{name}\" lock"), conflict));
             }
         }
         Ok(())
@@ -248,7 +266,10 @@ impl ImageLock {
         };
         Error::new(
             kind,
-            format!("{message}{reason}\nIs another process using the image [{}]?", self.name),
+            format!(
+                "{message}{reason}\nIs another process using the image [{}]?",
+                self.name
+            ),
         )
         .with_file(&self.name)
         .with_operation(Operation::Open, 0, 0)

@@ -44,7 +44,9 @@ fn flags(file: &OpenFile, mode: Inline, len: usize, refused: bool) -> Option<i32
 pub(crate) fn read(file: &OpenFile, mode: Inline, offset: u64, buf: &mut IoBufMut) -> Attempt {
     let len = buf.len();
     let refused = file.refusals.nowait_read.is_set();
-    let Some(flags) = flags(file, mode, len, refused) else { return Attempt::Left(0) };
+    let Some(flags) = flags(file, mode, len, refused) else {
+        return Attempt::Left(0);
+    };
     let mut done = 0;
     loop {
         match sys::read_at(file.as_fd(), buf, done, offset + done as u64, flags) {
@@ -73,7 +75,9 @@ pub(crate) fn read(file: &OpenFile, mode: Inline, offset: u64, buf: &mut IoBufMu
 pub(crate) fn write(file: &OpenFile, mode: Inline, offset: u64, buf: &IoBuf) -> Attempt {
     let len = buf.len();
     let refused = file.refusals.nowait_write.is_set();
-    let Some(flags) = flags(file, mode, len, refused) else { return Attempt::Left(0) };
+    let Some(flags) = flags(file, mode, len, refused) else {
+        return Attempt::Left(0);
+    };
     let mut done = 0;
     loop {
         match sys::write_at(file.as_fd(), buf, done, offset + done as u64, flags) {

@@ -56,7 +56,10 @@ impl Refused {
 
 /// Whether an error means that the file system or device can't do this at all.
 pub(crate) fn is_unsupported(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY))
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY)
+    )
 }
 
 /// All that a file system may refuse.
@@ -118,8 +121,11 @@ impl OpenHow {
     }
 
     fn wrong_kind(&self) -> Error {
-        let wanted =
-            if self.device { "either a character or block device" } else { "a regular file" };
+        let wanted = if self.device {
+            "either a character or block device"
+        } else {
+            "a regular file"
+        };
         Error::invalid(format!(
             "'{}' driver requires '{}' to be {wanted}",
             self.driver(),
@@ -154,7 +160,10 @@ impl OpenHow {
         if let Err(error) = &file
             && writable
             && self.auto_read_only
-            && matches!(error.raw_os_error(), Some(libc::EACCES | libc::EROFS | libc::EPERM))
+            && matches!(
+                error.raw_os_error(),
+                Some(libc::EACCES | libc::EROFS | libc::EPERM)
+            )
         {
             writable = false;
             file = open(false)?;
@@ -232,7 +241,10 @@ impl OpenHow {
         if opened.identity != old.identity {
             return Err(Error::new(
                 ErrorKind::NotFound,
-                format!("Could not reopen '{}': another file has taken its place", self.path),
+                format!(
+                    "Could not reopen '{}': another file has taken its place",
+                    self.path
+                ),
             )
             .with_file(&self.path)
             .with_operation(Operation::Reopen, 0, 0));
@@ -259,7 +271,11 @@ fn open_path(path: &str, writable: bool, direct: bool) -> io::Result<File> {
     if direct {
         flags |= libc::O_DIRECT;
     }
-    OpenOptions::new().read(true).write(writable).custom_flags(flags).open(path)
+    OpenOptions::new()
+        .read(true)
+        .write(writable)
+        .custom_flags(flags)
+        .open(path)
 }
 
 /// Offset and memory alignment that O_DIRECT asks for here, in bytes: what the kernel says, or else what reading finds.
@@ -295,6 +311,22 @@ fn probe_direct(file: &File, least: u64) -> (u64, usize) {
 }
 
 impl OpenFile {
+    /// Something that stays pending for as long as a test wants, a pipe for one.
+    #[cfg(test)]
+    pub(crate) fn for_tests(file: File) -> Self {
+        Self {
+            file,
+            kind: FileKind::Regular,
+            writable: true,
+            direct: false,
+            offset_alignment: 1,
+            memory_alignment: 1,
+            block_size: 4096,
+            identity: (0, 0),
+            refusals: Refusals::default(),
+        }
+    }
+
     pub(crate) fn kind(&self) -> FileKind {
         self.kind
     }
@@ -330,7 +362,11 @@ impl OpenFile {
 
     /// A partial transfer is a multiple of this, unless it ended at the end of the file.
     pub(crate) fn transfer_unit(&self) -> usize {
-        if self.direct { self.offset_alignment as usize } else { 1 }
+        if self.direct {
+            self.offset_alignment as usize
+        } else {
+            1
+        }
     }
 
     /// The length now, in bytes. Blocks, if at all, on metadata only.
@@ -344,7 +380,9 @@ impl OpenFile {
 
     /// Bytes that the file system has allocated.
     pub(crate) fn allocated(&self) -> io::Result<u64> {
-        self.file.metadata().map(|metadata| metadata.blocks().saturating_mul(512))
+        self.file
+            .metadata()
+            .map(|metadata| metadata.blocks().saturating_mul(512))
     }
 
     /// Whether the descriptor may be written to, whatever it was asked for.

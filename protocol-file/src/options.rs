@@ -84,7 +84,10 @@ fn parse<T: DeserializeOwned>(options: Options) -> Result<T> {
     options.parse().map_err(|error| {
         // serde's text of an enumeration's bad value, and the value that it names.
         let reason = error.reason();
-        match reason.split_once("unknown variant `").and_then(|(_, rest)| rest.split_once('`')) {
+        match reason
+            .split_once("unknown variant `")
+            .and_then(|(_, rest)| rest.split_once('`'))
+        {
             Some((value, _)) => Error::invalid(format!("invalid parameter value: {value}")),
             None => error,
         }
@@ -94,7 +97,11 @@ fn parse<T: DeserializeOwned>(options: Options) -> Result<T> {
 impl FileOptions {
     /// Reads the options of `driver`.
     pub fn from_options(driver: &str, mut options: Options) -> Result<Self> {
-        if let Some(key) = options.0.keys().find(|key| !OPEN_KEYS.contains(&key.as_str())) {
+        if let Some(key) = options
+            .0
+            .keys()
+            .find(|key| !OPEN_KEYS.contains(&key.as_str()))
+        {
             return Err(Error::invalid(format!(
                 "Block protocol '{driver}' doesn't support the option '{key}'"
             )));
@@ -108,9 +115,15 @@ impl FileOptions {
 
     /// The path.
     pub fn path(&self, driver: &str) -> Result<String> {
-        match self.filename.as_deref().map(|name| strip_prefix(name).to_owned()) {
+        match self
+            .filename
+            .as_deref()
+            .map(|name| strip_prefix(name).to_owned())
+        {
             Some(path) if !path.is_empty() => Ok(path),
-            _ => Err(Error::invalid(format!("The '{driver}' block driver requires a file name"))),
+            _ => Err(Error::invalid(format!(
+                "The '{driver}' block driver requires a file name"
+            ))),
         }
     }
 }
@@ -124,7 +137,9 @@ impl FileCreateOptions {
 
 /// A file name without the protocol in front of it.
 pub(crate) fn strip_prefix(name: &str) -> &str {
-    name.strip_prefix("file:").or_else(|| name.strip_prefix("host_device:")).unwrap_or(name)
+    name.strip_prefix("file:")
+        .or_else(|| name.strip_prefix("host_device:"))
+        .unwrap_or(name)
 }
 
 #[cfg(test)]
@@ -137,22 +152,33 @@ mod tests {
 
     #[test]
     fn options_read_as_qemu_writes_them() {
-        let options = open("filename=file:a,,b.raw,aio=io_uring,inline=always,locking=off").unwrap();
+        let options =
+            open("filename=file:a,,b.raw,aio=io_uring,inline=always,locking=off").unwrap();
         assert_eq!(options.path("file").unwrap(), "a,b.raw");
         assert_eq!(options.aio, Aio::IoUring);
         assert_eq!(options.inline, Some(Inline::Always));
         assert_eq!(options.locking, Locking::Off);
         let json = Options::from_json(r#"{"filename":"a","locking":true}"#).unwrap();
-        assert_eq!(FileOptions::from_options("file", json).unwrap().locking, Locking::On);
+        assert_eq!(
+            FileOptions::from_options("file", json).unwrap().locking,
+            Locking::On
+        );
     }
 
     #[test]
     fn a_wrong_option_is_named_as_qemu_names_it() {
         let reason = |text| open(text).unwrap_err().reason();
-        assert_eq!(reason("bogus=1"), "Block protocol 'file' doesn't support the option 'bogus'");
+        assert_eq!(
+            reason("bogus=1"),
+            "Block protocol 'file' doesn't support the option 'bogus'"
+        );
         assert_eq!(reason("aio=zz"), "invalid parameter value: zz");
         assert_eq!(reason("locking=zz"), "invalid parameter value: zz");
-        let reason = open("aio=threads").unwrap().path("file").unwrap_err().reason();
+        let reason = open("aio=threads")
+            .unwrap()
+            .path("file")
+            .unwrap_err()
+            .reason();
         assert_eq!(reason, "The 'file' block driver requires a file name");
     }
 

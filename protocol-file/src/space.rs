@@ -2,12 +2,12 @@
 //! resizing. Every function here blocks, and is called on a thread of the pool. "Not supported" (EOPNOTSUPP) is
 //! returned only when nothing has been changed.
 
-use std::{
-    io,
-    os::fd::AsFd,
-};
+use std::{io, os::fd::AsFd};
 
-use block_core::{buffer::{Buffer, IoBuf, IoBufMut}, driver::Preallocation};
+use block_core::{
+    buffer::{Buffer, IoBuf, IoBufMut},
+    driver::Preallocation,
+};
 
 use crate::{
     open_file::{FileKind, OpenFile, is_unsupported},
@@ -78,7 +78,11 @@ fn zero_in_file(file: &OpenFile, offset: u64, len: u64, may_unmap: bool) -> io::
     let inside = length.saturating_sub(offset).min(len);
     if may_unmap {
         // What is beyond the end reads as zeroes by growing the file.
-        let punched = if inside == 0 { Ok(()) } else { punch(file, offset, inside) };
+        let punched = if inside == 0 {
+            Ok(())
+        } else {
+            punch(file, offset, inside)
+        };
         match punched {
             Ok(()) => {
                 if end > length {
@@ -135,7 +139,13 @@ fn zero_on_device(file: &OpenFile, offset: u64, len: u64, may_unmap: bool) -> io
 
 /// ENOTTY and ENOSYS mean "not supported" as well.
 fn map_unsupported<T>(result: io::Result<T>) -> io::Result<T> {
-    result.map_err(|error| if is_unsupported(&error) { unsupported() } else { error })
+    result.map_err(|error| {
+        if is_unsupported(&error) {
+            unsupported()
+        } else {
+            error
+        }
+    })
 }
 
 /// Gives the space of a range back. A file's range reads as zeroes afterwards, a device's as anything.
@@ -183,7 +193,11 @@ pub(crate) fn extent_at(file: &OpenFile, offset: u64, len: u64) -> Extent {
             // A hole is only reported as far as whole units go.
             let hole = (data - offset).min(len);
             let whole = if hole < len { hole - hole % unit } else { hole };
-            if whole == 0 { Extent::Data(unit.min(len)) } else { Extent::Hole(whole) }
+            if whole == 0 {
+                Extent::Data(unit.min(len))
+            } else {
+                Extent::Hole(whole)
+            }
         }
         Ok(_) => match sys::seek_hole(file.as_fd(), offset) {
             Ok(hole) if hole > offset => {
@@ -207,16 +221,17 @@ pub(crate) fn copy_range(
         return Err(unsupported());
     }
     let block = to.block_size().max(from.block_size());
-    let aligned = [from_offset, to_offset, len].iter().all(|number| number.is_multiple_of(block));
+    let aligned = [from_offset, to_offset, len]
+        .iter()
+        .all(|number| number.is_multiple_of(block));
     // Sharing within one file is left to copy_file_range, which knows about overlaps.
     if aligned
         && !to.refusals.clone_range.is_set()
         && from.identity() != to.identity()
         && from_offset.saturating_add(len) <= from.query_length()?
     {
-        let result = retry(|| {
-            sys::clone_range(from.as_fd(), from_offset, to.as_fd(), to_offset, len)
-        });
+        let result =
+            retry(|| sys::clone_range(from.as_fd(), from_offset, to.as_fd(), to_offset, len));
         match result {
             Ok(()) => return Ok(()),
             // Not this file system, not these files, or not this alignment.
@@ -311,9 +326,13 @@ fn copy_through_memory(
     let mut done = 0;
     while done < len {
         let step = (len - done).min(CHUNK as u64);
-        let (lent, buf) = Buffer::try_new(step as usize).map_err(out_of_memory)?.lend();
+        let (lent, buf) = Buffer::try_new(step as usize)
+            .map_err(out_of_memory)?
+            .lend();
         read_all(from, buf, from_offset + done)?;
-        let data = lent.reclaim().map_err(|_| io::Error::from_raw_os_error(libc::EIO))?;
+        let data = lent
+            .reclaim()
+            .map_err(|_| io::Error::from_raw_os_error(libc::EIO))?;
         write_all(to, &IoBuf::from(data), to_offset + done)?;
         done += step;
     }
@@ -351,6 +370,15 @@ pub(crate) fn resize(file: &OpenFile, length: u64, preallocation: Preallocation)
         let _ = retry(|| file.set_len(old));
     }
     grown
+}
+
+/// What [`resize`] couldn't do, in qemu's words.
+pub(crate) const fn resize_failure(preallocation: Preallocation) -> &'static str {
+    match preallocation {
+        Preallocation::Off | Preallocation::Metadata => "Could not resize file",
+        Preallocation::Falloc => "Could not preallocate new data",
+        Preallocation::Full => "Could not write zeros for preallocation",
+    }
 }
 
 fn fill(file: &OpenFile, old: u64, length: u64) -> io::Result<()> {

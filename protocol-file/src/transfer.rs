@@ -52,7 +52,16 @@ impl Transfer {
     ) -> (Box<Self>, oneshot::Receiver<io::Result<()>>) {
         let (reply, end) = oneshot::channel();
         let vectors = IoVecs::default();
-        let transfer = Self { file, kind, offset, done, retries: 0, reply, vectors, lane };
+        let transfer = Self {
+            file,
+            kind,
+            offset,
+            done,
+            retries: 0,
+            reply,
+            vectors,
+            lane,
+        };
         (Box::new(transfer), end)
     }
 
@@ -91,9 +100,7 @@ impl Transfer {
         loop {
             let position = self.position();
             let result = match &mut self.kind {
-                Kind::Read(buf) => {
-                    sys::read_at(self.file.as_fd(), buf, self.done, position, 0)
-                }
+                Kind::Read(buf) => sys::read_at(self.file.as_fd(), buf, self.done, position, 0),
                 Kind::Write { buf, dsync } => {
                     let flags = if *dsync { sys::DSYNC } else { 0 };
                     sys::write_at(self.file.as_fd(), buf, self.done, position, flags)
@@ -153,7 +160,9 @@ impl Transfer {
     }
 
     fn finish(self: Box<Self>, result: io::Result<()>) {
-        let Self { file, kind, reply, .. } = *self;
+        let Self {
+            file, kind, reply, ..
+        } = *self;
         // The buffers go before the reply: whoever waits may take their memory back at once.
         drop(kind);
         drop(file);

@@ -32,12 +32,20 @@ fn storm(bed: &Bed, handle: &BlockHandle, name: &str, seed: u64, steps: usize) {
                 let (a, b) = data.split_at(count / 2);
                 let mut buf = IoBuf::from(a.to_vec());
                 buf.append(IoBuf::from(b.to_vec()));
-                let flags = if random.below(8) == 0 { RequestFlags::FUA } else { NONE };
+                let flags = if random.below(8) == 0 {
+                    RequestFlags::FUA
+                } else {
+                    NONE
+                };
                 block_on(handle.write(offset as u64, buf, flags)).unwrap();
                 oracle[offset..end].copy_from_slice(&data);
             }
             3 => {
-                let flags = if random.below(2) == 0 { RequestFlags::MAY_UNMAP } else { NONE };
+                let flags = if random.below(2) == 0 {
+                    RequestFlags::MAY_UNMAP
+                } else {
+                    NONE
+                };
                 block_on(handle.write_zeroes(offset as u64, count as u64, flags)).unwrap();
                 oracle[offset..end].fill(0);
             }
@@ -59,12 +67,18 @@ fn storm(bed: &Bed, handle: &BlockHandle, name: &str, seed: u64, steps: usize) {
             }
             _ => {
                 let data = block_on(handle.read(offset as u64, count)).unwrap();
-                assert!(data[..] == oracle[offset..end], "step {step}: {count} at {offset}");
+                assert!(
+                    data[..] == oracle[offset..end],
+                    "step {step}: {count} at {offset}"
+                );
             }
         }
     }
     block_on(handle.flush()).unwrap();
-    assert!(std::fs::read(bed.path(name)).unwrap() == oracle, "the file differs from the oracle");
+    assert!(
+        std::fs::read(bed.path(name)).unwrap() == oracle,
+        "the file differs from the oracle"
+    );
 }
 
 #[test]
@@ -73,8 +87,10 @@ fn every_way_through_the_driver_gives_what_was_written() {
         for aio in engines() {
             for inline in ["never", "nowait", "always"] {
                 let bed = Bed::new(place);
-                bed.create(&bed.name("a"), json!({"size": 262_144})).unwrap();
-                let handle = bed.open(json!({"filename": bed.name("a"), "aio": aio, "inline": inline}));
+                bed.create(&bed.name("a"), json!({"size": 262_144}))
+                    .unwrap();
+                let handle =
+                    bed.open(json!({"filename": bed.name("a"), "aio": aio, "inline": inline}));
                 storm(&bed, &handle, "a", 0x1234_5678, 400);
                 let queued = counter(&handle, "queued-reads");
                 let inlined = counter(&handle, "inline-reads");
@@ -96,20 +112,27 @@ fn direct_io_works_at_any_offset_and_address() {
     for place in PLACES {
         for aio in engines() {
             let bed = Bed::new(place);
-            bed.create(&bed.name("a"), json!({"size": 262_144})).unwrap();
-            let options =
-                json!({"filename": bed.name("a"), "aio": aio, "cache": {"direct": true}});
+            bed.create(&bed.name("a"), json!({"size": 262_144}))
+                .unwrap();
+            let options = json!({"filename": bed.name("a"), "aio": aio, "cache": {"direct": true}});
             let node = match bed.try_node(options) {
                 Ok(node) => node,
                 Err(error) => {
-                    assert!(error.reason().ends_with("filesystem does not support O_DIRECT"));
-                    note(&format!("{place:?} has no O_DIRECT, this part of the test is skipped"));
+                    assert!(
+                        error
+                            .reason()
+                            .ends_with("filesystem does not support O_DIRECT")
+                    );
+                    note(&format!(
+                        "{place:?} has no O_DIRECT, this part of the test is skipped"
+                    ));
                     continue;
                 }
             };
             let all = block_core::flags::Permissions::all();
-            let handle =
-                bed.attach(&node, block_core::flags::PermissionSet::new(all, all)).unwrap();
+            let handle = bed
+                .attach(&node, block_core::flags::PermissionSet::new(all, all))
+                .unwrap();
             storm(&bed, &handle, "a", 0xfeed, 300);
             assert_eq!(counter(&handle, "inline-reads"), 0);
             assert!(counter(&handle, "queued-reads") > 0);
@@ -174,8 +197,10 @@ fn more_segments_than_one_call_takes_are_all_moved() {
                 target.append(piece);
             }
             block_on(handle.readv(5, target, NONE)).unwrap();
-            let back: Vec<u8> =
-                claims.into_iter().flat_map(|lent| lent.reclaim().unwrap().to_vec()).collect();
+            let back: Vec<u8> = claims
+                .into_iter()
+                .flat_map(|lent| lent.reclaim().unwrap().to_vec())
+                .collect();
             assert!(back == data);
         }
     }
@@ -185,11 +210,13 @@ fn more_segments_than_one_call_takes_are_all_moved() {
 fn a_hundred_requests_at_once_all_end_with_their_own_data() {
     for aio in engines() {
         let bed = Bed::new(Place::Disk);
-        bed.create(&bed.name("a"), json!({"size": 100 * 8192})).unwrap();
+        bed.create(&bed.name("a"), json!({"size": 100 * 8192}))
+            .unwrap();
         let handle = bed.open(json!({"filename": bed.name("a"), "aio": aio, "inline": "never"}));
-        let results = block_on(join_all(
-            (0..100).map(|at| handle.write(at * 8192, pattern(at as usize, 8192), NONE)),
-        ));
+        let results =
+            block_on(join_all((0..100).map(|at| {
+                handle.write(at * 8192, pattern(at as usize, 8192), NONE)
+            })));
         assert!(results.iter().all(Result::is_ok));
         let results = block_on(join_all((0..100).map(|at| handle.read(at * 8192, 8192))));
         for (at, data) in results.into_iter().enumerate() {
@@ -248,7 +275,8 @@ fn discards_and_unmapping_zero_writes_give_space_back() {
 fn block_status_follows_holes_and_data() {
     for place in PLACES {
         let bed = Bed::new(place);
-        bed.create(&bed.name("a"), json!({"size": 1 << 20})).unwrap();
+        bed.create(&bed.name("a"), json!({"size": 1 << 20}))
+            .unwrap();
         let handle = bed.open(json!({"filename": bed.name("a")}));
         block_on(handle.write(256 << 10, pattern(0, 128 << 10), NONE)).unwrap();
         let mut at = 0;
@@ -264,7 +292,11 @@ fn block_status_follows_holes_and_data() {
         let (k128, k256) = (128 << 10, 256 << 10);
         assert_eq!(
             seen,
-            [(0, k256, false), (k256, k128, true), (k256 + k128, (1 << 20) - k256 - k128, false)]
+            [
+                (0, k256, false),
+                (k256, k128, true),
+                (k256 + k128, (1 << 20) - k256 - k128, false)
+            ]
         );
     }
 }
@@ -276,7 +308,10 @@ fn truncate_with_preallocation_reserves_space_and_reads_as_zeroes() {
         let name = bed.file("a", 5000);
         let handle = bed.open(json!({"filename": name}));
         let resize = |length, preallocation| {
-            let how = Truncate { preallocation, ..Truncate::default() };
+            let how = Truncate {
+                preallocation,
+                ..Truncate::default()
+            };
             block_on(handle.truncate(length, how))
         };
         let allocated = || block_on(handle.info()).unwrap().actual_size.unwrap();
@@ -289,7 +324,10 @@ fn truncate_with_preallocation_reserves_space_and_reads_as_zeroes() {
         let error = resize(4 << 20, Preallocation::Metadata).unwrap_err();
         assert_eq!(error.reason(), "Unsupported preallocation mode: metadata");
         let error = resize(1 << 20, Preallocation::Falloc).unwrap_err();
-        assert_eq!(error.reason(), "Preallocation can only be used for growing images");
+        assert_eq!(
+            error.reason(),
+            "Preallocation can only be used for growing images"
+        );
         assert_eq!(handle.length(), 3 << 20);
         let mut wanted = pattern(0, 5000);
         wanted.resize(3 << 20, 0);
@@ -304,11 +342,18 @@ fn ranges_are_copied_between_files_without_passing_through_memory() {
     for place in PLACES {
         let bed = Bed::new(place);
         let source = bed.open(json!({"filename": bed.file("a", 300_000)}));
-        bed.create(&bed.name("b"), json!({"size": 300_000})).unwrap();
+        bed.create(&bed.name("b"), json!({"size": 300_000}))
+            .unwrap();
         let target = bed.open(json!({"filename": bed.name("b")}));
-        block_on(block_core::copy_range(&source, 1000, &target, 5000, 200_000, NONE)).unwrap();
+        block_on(block_core::copy_range(
+            &source, 1000, &target, 5000, 200_000, NONE,
+        ))
+        .unwrap();
         assert_eq!(counter(&target, "range-copies"), 1);
-        assert_eq!(counter(&target, "queued-writes") + counter(&target, "inline-writes"), 0);
+        assert_eq!(
+            counter(&target, "queued-writes") + counter(&target, "inline-writes"),
+            0
+        );
         let mut wanted = vec![0; 300_000];
         wanted[5000..205_000].copy_from_slice(&pattern(0, 300_000)[1000..201_000]);
         assert!(std::fs::read(bed.path("b")).unwrap() == wanted);
@@ -319,10 +364,14 @@ fn ranges_are_copied_between_files_without_passing_through_memory() {
 fn copying_between_file_systems_falls_back_and_copies_all_the_same() {
     let (disk, shm) = (Bed::new(Place::Disk), Bed::new(Place::Shm));
     let name = shm.file("a", 100_000);
-    disk.create(&disk.name("b"), json!({"size": 100_000})).unwrap();
+    disk.create(&disk.name("b"), json!({"size": 100_000}))
+        .unwrap();
     let source = disk.open(json!({"filename": name}));
     let target = disk.open(json!({"filename": disk.name("b")}));
-    block_on(block_core::copy_range(&source, 0, &target, 0, 100_000, NONE)).unwrap();
+    block_on(block_core::copy_range(
+        &source, 0, &target, 0, 100_000, NONE,
+    ))
+    .unwrap();
     assert!(std::fs::read(disk.path("b")).unwrap() == pattern(0, 100_000));
 }
 
@@ -357,15 +406,25 @@ fn requests_outside_the_file_or_the_permissions_touch_nothing() {
     let bed = Bed::new(Place::Disk);
     let name = bed.file("a", 4096);
     let handle = bed.open(json!({"filename": name}));
-    assert_eq!(block_on(handle.read(4000, 200)).unwrap_err().kind(), ErrorKind::Io);
-    assert_eq!(block_on(handle.read(u64::MAX, 1)).unwrap_err().kind(), ErrorKind::Io);
+    assert_eq!(
+        block_on(handle.read(4000, 200)).unwrap_err().kind(),
+        ErrorKind::Io
+    );
+    assert_eq!(
+        block_on(handle.read(u64::MAX, 1)).unwrap_err().kind(),
+        ErrorKind::Io
+    );
     bed.close(handle);
     let node = bed.node(json!({"filename": name, "read-only": true}));
     let read = block_core::flags::Permissions::CONSISTENT_READ;
     let all = block_core::flags::Permissions::all();
-    let handle = bed.attach(&node, block_core::flags::PermissionSet::new(read, all)).unwrap();
+    let handle = bed
+        .attach(&node, block_core::flags::PermissionSet::new(read, all))
+        .unwrap();
     assert_eq!(
-        block_on(handle.write(0, pattern(0, 10), NONE)).unwrap_err().kind(),
+        block_on(handle.write(0, pattern(0, 10), NONE))
+            .unwrap_err()
+            .kind(),
         ErrorKind::NotPermitted
     );
     assert!(std::fs::read(bed.path("a")).unwrap() == pattern(0, 4096));

@@ -679,8 +679,7 @@ impl Core {
         self.waits[kind as usize].load(Ordering::Relaxed)
     }
 
-    /// How many list entries of waiting requests there are: each is to be in one list at most.
-    #[cfg(test)]
+    #[cfg(any(test, loom))]
     pub(super) fn watchers(&self) -> usize {
         let count = |table: &Table| {
             table

@@ -336,8 +336,10 @@ impl Tracker {
         self.core().overlapping(range)
     }
 
-    #[cfg(test)]
-    fn watchers(&self) -> usize {
+    /// How many list entries of waiting requests there are: each is to be in one list at most.
+    #[cfg(any(test, loom))]
+    #[doc(hidden)]
+    pub fn watchers(&self) -> usize {
         self.core().watchers()
     }
 }

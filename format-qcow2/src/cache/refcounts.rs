@@ -56,11 +56,18 @@ pub(crate) struct RefcountStore {
     unpublished: BTreeSet<u64>,
     blocks: NumberMap<Block>,
     clock: u64,
+    /// More clean blocks than this aren't kept.
+    capacity: usize,
 }
 
 impl RefcountStore {
     /// Reads the refcount table, whose place was found valid.
-    pub async fn load(file: &Child, geometry: Geometry, place: TablePlace) -> Result<Self> {
+    pub async fn load(
+        file: &Child,
+        geometry: Geometry,
+        place: TablePlace,
+        capacity: usize,
+    ) -> Result<Self> {
         let len = u64::from(place.clusters) << geometry.cluster_bits();
         if len > MAX_TABLE_BYTES {
             return Err(Error::new(ErrorKind::TooBig, "Reference count table too large"));
@@ -75,6 +82,7 @@ impl RefcountStore {
             unpublished: BTreeSet::new(),
             blocks: NumberMap::default(),
             clock: 0,
+            capacity,
         })
     }
 
@@ -121,6 +129,9 @@ impl RefcountStore {
         self.clock += 1;
         let clock = self.clock;
         if !self.blocks.contains_key(&table_index) {
+            if self.blocks.len() > self.capacity {
+                self.evict(self.capacity - self.capacity / 4);
+            }
             let len = self.geometry.cluster_size() as usize;
             let bytes = file.read_padded(host.0, len).await?.to_vec();
             let block = Block { bytes, version: 0, written: 0, used: clock };

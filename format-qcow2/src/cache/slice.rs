@@ -171,13 +171,6 @@ impl SliceTable {
         slice
     }
 
-    /// Forgets a slice whose content no longer counts (its table was dropped). Whoever holds it still may read it.
-    pub fn forget(&self, index: SliceIndex) {
-        if self.shard(index).write().remove(&index.0).is_some() {
-            self.count.fetch_sub(1, Ordering::Relaxed);
-        }
-    }
-
     /// Forgets everything.
     pub fn clear(&self) {
         for shard in &*self.shards {

@@ -233,3 +233,16 @@ impl Qcow2 {
         Ok(())
     }
 }
+
+/// Reads the refcount table that a header points to.
+pub(crate) async fn load_refcounts(
+    file: &Child,
+    header: &crate::layout::Header,
+    capacity: usize,
+) -> Result<super::refcounts::RefcountStore> {
+    let place = super::refcounts::TablePlace {
+        offset: header.refcount_table_offset,
+        clusters: header.refcount_table_clusters,
+    };
+    super::refcounts::RefcountStore::load(file, header.geometry(), place, capacity).await
+}

@@ -38,7 +38,12 @@ impl<T> FairQueue<T> {
 
     /// A lane for a new node.
     pub(crate) fn open_lane(&mut self) -> usize {
-        let lane = Lane { items: VecDeque::new(), running: 0, listed: false, closed: false };
+        let lane = Lane {
+            items: VecDeque::new(),
+            running: 0,
+            listed: false,
+            closed: false,
+        };
         match self.free.pop() {
             Some(index) => {
                 self.lanes[index] = lane;
@@ -131,7 +136,9 @@ mod tests {
         }
         queue.push(quiet, 1000);
         queue.push(quiet, 1001);
-        let order: Vec<_> = (0..5).filter_map(|_| queue.pop().map(|(_, item)| item)).collect();
+        let order: Vec<_> = (0..5)
+            .filter_map(|_| queue.pop().map(|(_, item)| item))
+            .collect();
         assert_eq!(order, [0, 1000, 1, 1001, 2]);
     }
 

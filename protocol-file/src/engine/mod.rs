@@ -5,6 +5,9 @@ mod fair;
 mod threads;
 mod uring;
 
+#[cfg(test)]
+mod tests;
+
 use std::{
     fmt, io,
     os::fd::BorrowedFd,
@@ -37,7 +40,11 @@ pub struct EngineConfig {
 
 impl Default for EngineConfig {
     fn default() -> Self {
-        Self { max_threads: 64, ring_entries: 256, reactor: Reactor::Thread }
+        Self {
+            max_threads: 64,
+            ring_entries: 256,
+            reactor: Reactor::Thread,
+        }
     }
 }
 
@@ -55,7 +62,11 @@ impl Engines {
     /// Engines that are set up as `config` says.
     pub fn new(config: EngineConfig) -> Self {
         let pool = ThreadPool::new(config.max_threads);
-        Self(Arc::new(Shared { config, pool, ring: OnceLock::new() }))
+        Self(Arc::new(Shared {
+            config,
+            pool,
+            ring: OnceLock::new(),
+        }))
     }
 
     fn ring(&self) -> io::Result<&Arc<RingEngine>> {
@@ -74,7 +85,10 @@ impl Engines {
     /// # Errors
     /// What the kernel says where it has no io_uring or forbids it.
     pub fn ring_handle(&self) -> io::Result<RingHandle> {
-        self.ring().map(|ring| RingHandle { ring: ring.clone(), _engines: self.clone() })
+        self.ring().map(|ring| RingHandle {
+            ring: ring.clone(),
+            _engines: self.clone(),
+        })
     }
 
     /// Threads of the pool that exist now.
@@ -92,7 +106,11 @@ impl Engines {
             None
         };
         let lane = self.0.pool.open_lane();
-        Ok(Engine { shared: self.0.clone(), lane, ring })
+        Ok(Engine {
+            shared: self.0.clone(),
+            lane,
+            ring,
+        })
     }
 }
 
@@ -112,7 +130,9 @@ impl Drop for Shared {
 
 impl fmt::Debug for Engines {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Engines").field("config", &self.0.config).finish_non_exhaustive()
+        f.debug_struct("Engines")
+            .field("config", &self.0.config)
+            .finish_non_exhaustive()
     }
 }
 
@@ -158,7 +178,11 @@ fn lost() -> io::Error {
 impl Engine {
     /// What `aio` stands at.
     pub(crate) fn name(&self) -> &'static str {
-        if self.ring.is_some() { "io_uring" } else { "threads" }
+        if self.ring.is_some() {
+            "io_uring"
+        } else {
+            "threads"
+        }
     }
 
     async fn transfer(
@@ -174,7 +198,9 @@ impl Engine {
             end
         } else {
             let (transfer, end) = Transfer::new(file, kind, offset, done, self.lane);
-            self.shared.pool.submit(self.lane, Task::Transfer(transfer))?;
+            self.shared
+                .pool
+                .submit(self.lane, Task::Transfer(transfer))?;
             end
         };
         end.await.unwrap_or_else(|_| Err(lost()))
@@ -204,7 +230,8 @@ impl Engine {
         done: usize,
         dsync: bool,
     ) -> io::Result<()> {
-        self.transfer(file, Kind::Write { buf, dsync }, offset, done).await
+        self.transfer(file, Kind::Write { buf, dsync }, offset, done)
+            .await
     }
 
     /// `fdatasync`.

@@ -62,8 +62,14 @@ impl ThreadPool {
             idle: 0,
             stopping: false,
         };
-        let shared = Shared { state: Mutex::new(state), work: Condvar::new(), max_threads };
-        Self { shared: Arc::new(shared) }
+        let shared = Shared {
+            state: Mutex::new(state),
+            work: Condvar::new(),
+            max_threads,
+        };
+        Self {
+            shared: Arc::new(shared),
+        }
     }
 
     pub(super) fn open_lane(&self) -> usize {

@@ -56,7 +56,9 @@ impl RingEngine {
         });
         if reactor == Reactor::Thread {
             let engine = engine.clone();
-            thread::Builder::new().name("block-file-ring".into()).spawn(move || engine.react())?;
+            thread::Builder::new()
+                .name("block-file-ring".into())
+                .spawn(move || engine.react())?;
         }
         Ok(engine)
     }
@@ -109,10 +111,14 @@ impl RingEngine {
     /// Moves what is queued into the ring, as much as there is room for.
     fn push_queued(&self) {
         loop {
-            let Some(mut submitter) = self.ring.try_submitter() else { return };
+            let Some(mut submitter) = self.ring.try_submitter() else {
+                return;
+            };
             let mut pushed = false;
             while submitter.has_room() {
-                let Some((lane, transfer)) = self.queue.lock().pop() else { break };
+                let Some((lane, transfer)) = self.queue.lock().pop() else {
+                    break;
+                };
                 if let Err(back) = submitter.push(transfer) {
                     self.queue.lock().push_back_running(lane, back);
                     break;
@@ -120,7 +126,8 @@ impl RingEngine {
                 pushed = true;
             }
             if pushed || self.unsubmitted.swap(false, Ordering::AcqRel) {
-                self.unsubmitted.store(!submit_all(&mut submitter), Ordering::Release);
+                self.unsubmitted
+                    .store(!submit_all(&mut submitter), Ordering::Release);
             }
             let full = !submitter.has_room();
             drop(submitter);

@@ -16,13 +16,13 @@ mod rw;
 mod space;
 
 pub(crate) use self::{
-    device::{device_size, logical_sector_size, zero_out, discard as discard_device},
+    device::{device_size, discard as discard_device, logical_sector_size, zero_out},
     lock::{LockKind, ofd_locks_available, set_read_lock, test_write_lock, unset_lock},
     ring::{Completion, Ring, Submitter},
-    rw::{IoVecs, NOWAIT, access_mode, read_at, set_direct, write_at, DSYNC, AccessMode},
+    rw::{AccessMode, DSYNC, IoVecs, NOWAIT, access_mode, read_at, set_direct, write_at},
     space::{
-        Fallocate, clone_range, copy_file_range, direct_alignment, fallocate,
-        seek_data, seek_hole, set_no_cow,
+        Fallocate, clone_range, copy_file_range, direct_alignment, fallocate, seek_data, seek_hole,
+        set_no_cow,
     },
 };
 
@@ -30,7 +30,11 @@ use std::io;
 
 /// Turns the −1 of a system call into the errno.
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
 }
 
 /// The same for calls that return a count of bytes.

@@ -53,7 +53,9 @@ impl Ring {
             return Err(io::Error::from_raw_os_error(libc::ENOSYS));
         }
         // One place is kept for nudges.
-        let capacity = (ring.params().sq_entries() as usize).saturating_sub(1).max(1);
+        let capacity = (ring.params().sq_entries() as usize)
+            .saturating_sub(1)
+            .max(1);
         Ok(Self {
             ring,
             submission: Mutex::new(()),
@@ -75,7 +77,10 @@ impl Ring {
 
     /// The right to push, unless another thread has it.
     pub(crate) fn try_submitter(&self) -> Option<Submitter<'_>> {
-        self.submission.try_lock().map(|guard| Submitter { ring: self, _guard: guard })
+        self.submission.try_lock().map(|guard| Submitter {
+            ring: self,
+            _guard: guard,
+        })
     }
 
     /// Waits until there is a completion to be collected.
@@ -83,21 +88,26 @@ impl Ring {
         const IORING_ENTER_GETEVENTS: u32 = 1;
         // SAFETY: nothing is submitted (0 entries), so that no entry has to be valid; there is no argument.
         let result = unsafe {
-            self.ring.submitter().enter::<libc::sigset_t>(0, 1, IORING_ENTER_GETEVENTS, None)
+            self.ring
+                .submitter()
+                .enter::<libc::sigset_t>(0, 1, IORING_ENTER_GETEVENTS, None)
         };
         result.map(drop)
     }
 
     /// Collects what the kernel has completed. Returns at once, with nothing if another thread is collecting.
     pub(crate) fn collect(&self, into: &mut Vec<Completion>) {
-        let Some(_guard) = self.completion.try_lock() else { return };
+        let Some(_guard) = self.completion.try_lock() else {
+            return;
+        };
         // SAFETY: `completion` is held, so there is no other `CompletionQueue`.
         let queue = unsafe { self.ring.completion_shared() };
         for entry in queue {
             if entry.user_data() == NUDGE {
                 continue;
             }
-            let pointer = std::ptr::with_exposed_provenance_mut::<Transfer>(entry.user_data() as usize);
+            let pointer =
+                std::ptr::with_exposed_provenance_mut::<Transfer>(entry.user_data() as usize);
             // SAFETY: the only user data besides NUDGE are the exposed results of `Box::into_raw` in `push`, and the
             // kernel completes each entry exactly once.
             let transfer = unsafe { Box::from_raw(pointer) };
@@ -182,10 +192,12 @@ fn entry_for(transfer: &Transfer) -> squeue::Entry {
     let vectors = transfer.vectors.as_slice();
     let count = vectors.len() as u32;
     match (transfer.kind(), vectors) {
-        (Kind::Read(_), [one]) => {
-            opcode::Read::new(fd, one.iov_base.cast(), one.iov_len as u32).offset(offset).build()
-        }
-        (Kind::Read(_), _) => opcode::Readv::new(fd, vectors.as_ptr(), count).offset(offset).build(),
+        (Kind::Read(_), [one]) => opcode::Read::new(fd, one.iov_base.cast(), one.iov_len as u32)
+            .offset(offset)
+            .build(),
+        (Kind::Read(_), _) => opcode::Readv::new(fd, vectors.as_ptr(), count)
+            .offset(offset)
+            .build(),
         (Kind::Write { dsync, .. }, _) => {
             let flags = if *dsync { super::DSYNC } else { 0 };
             match vectors {
@@ -199,6 +211,8 @@ fn entry_for(transfer: &Transfer) -> squeue::Entry {
                     .build(),
             }
         }
-        (Kind::Flush, _) => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
+        (Kind::Flush, _) => opcode::Fsync::new(fd)
+            .flags(types::FsyncFlags::DATASYNC)
+            .build(),
     }
 }

@@ -54,7 +54,10 @@ impl IoVecs {
                 continue;
             }
             let take = (len - skip).min(room);
-            list.push(libc::iovec { iov_base: ptr.wrapping_add(skip).cast(), iov_len: take });
+            list.push(libc::iovec {
+                iov_base: ptr.wrapping_add(skip).cast(),
+                iov_len: take,
+            });
             skip = 0;
             room -= take;
             if room == 0 || list.len() == IOV_MAX {
@@ -62,12 +65,6 @@ impl IoVecs {
             }
         }
         Self(list)
-    }
-
-    /// Bytes in all.
-    #[cfg(test)]
-    pub(crate) fn len(&self) -> usize {
-        self.0.iter().map(|vector| vector.iov_len).sum()
     }
 
     pub(super) fn as_slice(&self) -> &[libc::iovec] {
@@ -95,7 +92,13 @@ pub(crate) fn read_at(
         },
         // SAFETY: as above for each segment; `list` outlives the call and is at most IOV_MAX long.
         _ => unsafe {
-            libc::preadv2(fd.as_raw_fd(), list.as_ptr(), list.len() as libc::c_int, offset, flags)
+            libc::preadv2(
+                fd.as_raw_fd(),
+                list.as_ptr(),
+                list.len() as libc::c_int,
+                offset,
+                flags,
+            )
         },
     };
     check_len(result)
@@ -121,7 +124,13 @@ pub(crate) fn write_at(
         },
         // SAFETY: as above for each segment; `list` outlives the call and is at most IOV_MAX long.
         _ => unsafe {
-            libc::pwritev2(fd.as_raw_fd(), list.as_ptr(), list.len() as libc::c_int, offset, flags)
+            libc::pwritev2(
+                fd.as_raw_fd(),
+                list.as_ptr(),
+                list.len() as libc::c_int,
+                offset,
+                flags,
+            )
         },
     };
     check_len(result)
@@ -150,7 +159,11 @@ pub(crate) fn access_mode(fd: BorrowedFd<'_>) -> io::Result<AccessMode> {
 pub(crate) fn set_direct(fd: BorrowedFd<'_>, direct: bool) -> io::Result<()> {
     // SAFETY: F_GETFL takes no argument and touches no memory of ours.
     let old = check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) })?;
-    let new = if direct { old | libc::O_DIRECT } else { old & !libc::O_DIRECT };
+    let new = if direct {
+        old | libc::O_DIRECT
+    } else {
+        old & !libc::O_DIRECT
+    };
     if new != old {
         // SAFETY: F_SETFL takes a number.
         check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, new) })?;

@@ -58,7 +58,9 @@ impl Environment for Threads {
     }
 
     fn random(&self) -> u64 {
-        let mut x = self.state.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed);
+        let mut x = self
+            .state
+            .fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed);
         x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         x ^ (x >> 31)
@@ -66,7 +68,10 @@ impl Environment for Threads {
 }
 
 pub fn graph() -> Arc<Graph> {
-    Graph::new(Arc::new(Threads { start: Instant::now(), state: AtomicU64::new(1) }))
+    Graph::new(Arc::new(Threads {
+        start: Instant::now(),
+        state: AtomicU64::new(1),
+    }))
 }
 
 /// What a test happens in.
@@ -103,10 +108,18 @@ impl Bed {
             Place::Disk => Path::new(env!("CARGO_TARGET_TMPDIR")),
             Place::Shm => Path::new("/dev/shm"),
         };
-        let registry =
-            Arc::new(Registry::new().with(files.clone()).with(files.host_device()));
+        let registry = Arc::new(
+            Registry::new()
+                .with(files.clone())
+                .with(files.host_device()),
+        );
         let dir = tempfile::tempdir_in(root).expect("a temporary directory");
-        Self { dir, graph: graph(), registry, files }
+        Self {
+            dir,
+            graph: graph(),
+            registry,
+            files,
+        }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -127,9 +140,13 @@ impl Bed {
         let map = options.as_object_mut().unwrap();
         map.entry("driver").or_insert(json!("file"));
         let count = self.graph.nodes().len();
-        map.entry("node-name").or_insert(json!(format!("file{count}")));
+        map.entry("node-name")
+            .or_insert(json!(format!("file{count}")));
         let options = Options::from_json(&options.to_string()).unwrap();
-        block_on(self.registry.open(&self.graph, options, OpenOptions::default()))
+        block_on(
+            self.registry
+                .open(&self.graph, options, OpenOptions::default()),
+        )
     }
 
     pub fn node(&self, options: Value) -> Arc<Node> {
@@ -142,8 +159,11 @@ impl Bed {
 
     /// A handle that may do everything.
     pub fn open(&self, options: Value) -> BlockHandle {
-        self.attach(&self.node(options), PermissionSet::new(Permissions::all(), Permissions::all()))
-            .unwrap()
+        self.attach(
+            &self.node(options),
+            PermissionSet::new(Permissions::all(), Permissions::all()),
+        )
+        .unwrap()
     }
 
     pub fn create(&self, name: &str, options: Value) -> Result<()> {
@@ -167,7 +187,12 @@ pub fn counter(handle: &BlockHandle, name: &str) -> u64 {
 }
 
 pub fn node_counter(node: &Node, name: &str) -> u64 {
-    node.driver().counters().into_iter().find(|(key, _)| *key == name).unwrap().1
+    node.driver()
+        .counters()
+        .into_iter()
+        .find(|(key, _)| *key == name)
+        .unwrap()
+        .1
 }
 
 /// Whether the kernel lets us use io_uring.
@@ -190,7 +215,9 @@ pub fn qemu(program: &str, args: &[&str]) -> Option<Output> {
     match Command::new(program).args(args).output() {
         Ok(output) => Some(output),
         Err(error) => {
-            note(&format!("{program} can't be run ({error}), this part of the test is skipped"));
+            note(&format!(
+                "{program} can't be run ({error}), this part of the test is skipped"
+            ));
             None
         }
     }

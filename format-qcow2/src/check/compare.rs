@@ -1,0 +1,198 @@
+//! Compares the refcounts that are stored with the references that were counted, and corrects them where a refcount
+//! block is there to be corrected.
+
+use block_core::{
+    error::Result,
+    image::{CheckMode, CheckReport, Progress, Severity},
+};
+
+use super::{
+    stored::{BlockPlace, Stored},
+    walk::{Walk, stop_if_cancelled},
+};
+use crate::layout::{Header, HostCluster, Refcounts};
+
+/// Findings about one block that can't be read are given with their text up to this many; all are counted.
+const MAX_UNREADABLE_TEXTS: u64 = 1000;
+
+/// What [`compare`] does about differences.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Fix {
+    /// Lower refcounts that are too high.
+    pub leaks: bool,
+    /// Raise refcounts that are too low.
+    pub errors: bool,
+}
+
+impl Fix {
+    pub const NOTHING: Self = Self { leaks: false, errors: false };
+
+    /// What `mode` allows. Leaks are left alone while a part of the mapping can't be followed: what looks like a leak
+    /// may be the user's data.
+    pub fn allowed(mode: CheckMode, walk: &Walk<'_>) -> Self {
+        Self {
+            leaks: mode != CheckMode::ReadOnly && !walk.incomplete,
+            errors: mode == CheckMode::RepairAll,
+        }
+    }
+}
+
+/// What the comparison found, besides what is in the report.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Outcome {
+    /// A cluster in use has the stored refcount 0, or none that can be read.
+    pub rebuild: bool,
+}
+
+struct Comparison<'w, 'a> {
+    walk: &'w Walk<'a>,
+    fix: Fix,
+    max: u64,
+    /// The first cluster behind the last one in use.
+    end: u64,
+    outcome: Outcome,
+}
+
+/// Compares all clusters up to the end of the file and reports the differences. Corrections are written to the blocks
+/// in memory; the caller writes them back.
+pub(super) async fn compare(
+    walk: &Walk<'_>,
+    header: &Header,
+    stored: &mut Stored<'_>,
+    fix: Fix,
+    report: &mut CheckReport,
+    progress: &Progress,
+) -> Result<Outcome> {
+    let geometry = walk.geometry;
+    let clusters = walk.clusters();
+    let per_block = geometry.refcounts_per_block();
+    let refcounts = Refcounts::from(geometry);
+    let mut state = Comparison {
+        walk,
+        fix,
+        max: geometry.refcount_max(),
+        end: 0,
+        outcome: Outcome::default(),
+    };
+    let blocks = header.refcount_table_entries().min(clusters.div_ceil(per_block));
+    for index in 0..blocks {
+        stop_if_cancelled(progress)?;
+        let first = index * per_block;
+        let last = clusters.min(first + per_block);
+        if stored.place(index) == BlockPlace::Absent {
+            state.without_block(first, last, stored, report).await?;
+            continue;
+        }
+        let reason = match stored.block_bytes(index).await {
+            Ok(Some(block)) => {
+                // A copy, so that corrections can go to the block meanwhile. It is one cluster.
+                let block = block.to_vec();
+                for cluster in first..last {
+                    let at = geometry.refcount_block_index(HostCluster(cluster)) as usize;
+                    let value = refcounts.get(&block, at);
+                    state.cluster(cluster, value, stored, report).await?;
+                }
+                continue;
+            }
+            Ok(None) => "no refcount block".into(),
+            Err(error) => error.reason(),
+        };
+        state.outcome.rebuild = true;
+        for cluster in first..last.min(first + MAX_UNREADABLE_TEXTS) {
+            report.add(
+                Severity::CheckError,
+                false,
+                format!("Can't get refcount for cluster {cluster}: {reason}"),
+            );
+        }
+        report.check_errors += (last - first).saturating_sub(MAX_UNREADABLE_TEXTS);
+        let mut from = first;
+        while let Some(cluster) = walk.counts.next_used(from, last) {
+            state.end = cluster + 1;
+            from = cluster + 1;
+        }
+    }
+    state.without_block(blocks * per_block, clusters, stored, report).await?;
+    report.image_end_offset = Some(state.end << geometry.cluster_bits());
+    Ok(state.outcome)
+}
+
+impl Comparison<'_, '_> {
+    /// Clusters whose refcounts are 0 because there is no block.
+    async fn without_block(
+        &mut self,
+        first: u64,
+        last: u64,
+        stored: &mut Stored<'_>,
+        report: &mut CheckReport,
+    ) -> Result<()> {
+        let mut from = first;
+        while let Some(cluster) = self.walk.counts.next_used(from, last) {
+            self.cluster(cluster, 0, stored, report).await?;
+            from = cluster + 1;
+        }
+        Ok(())
+    }
+
+    async fn cluster(
+        &mut self,
+        cluster: u64,
+        refcount: u64,
+        stored: &mut Stored<'_>,
+        report: &mut CheckReport,
+    ) -> Result<()> {
+        let references = self.walk.counts.get(cluster);
+        if refcount > 0 || references > 0 {
+            self.end = cluster + 1;
+        }
+        if refcount == references {
+            return Ok(());
+        }
+        let difference = format!("cluster {cluster} refcount={refcount} reference={references}");
+        if refcount > references {
+            if self.fix.leaks {
+                stored.set(cluster, references).await?;
+                report.add(Severity::Leak, true, format!("Repairing {difference}"));
+            } else {
+                report.add(Severity::Leak, false, format!("Leaked {difference}"));
+            }
+            return Ok(());
+        }
+        if refcount == 0 {
+            // Nothing tells how much else is missing: new structures are safer than patched ones.
+            self.outcome.rebuild = true;
+        }
+        if references > self.max {
+            report.add(
+                Severity::Corruption,
+                false,
+                format!(
+                    "ERROR: overflow cluster offset={:#x}: {difference}; the refcount width is too small",
+                    cluster << self.walk.geometry.cluster_bits()
+                ),
+            );
+        } else if self.fix.errors && refcount > 0 {
+            stored.set(cluster, references).await?;
+            report.add(Severity::Corruption, true, format!("Repairing {difference}"));
+        } else {
+            report.add(Severity::Corruption, false, format!("ERROR {difference}"));
+        }
+        Ok(())
+    }
+}
+
+/// Whether refcounts are missing altogether for clusters in use, so that the structures have to be rebuilt. Changes
+/// and reports nothing.
+pub(super) async fn needs_rebuild(
+    walk: &Walk<'_>,
+    header: &Header,
+    stored: &mut Stored<'_>,
+    progress: &Progress,
+) -> Result<bool> {
+    if walk.rebuild {
+        return Ok(true);
+    }
+    let mut ignored = CheckReport::default();
+    let outcome = compare(walk, header, stored, Fix::NOTHING, &mut ignored, progress).await?;
+    Ok(outcome.rebuild)
+}

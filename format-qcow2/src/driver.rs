@@ -1,0 +1,321 @@
+//! The driver as the core sees it: each method checks, hands over to where the work is done, and judges errors.
+
+use std::{any::Any, sync::Arc};
+
+use async_trait::async_trait;
+use block_core::{
+    buffer::{IoBuf, IoBufMut},
+    driver::{BlockDriver, Capabilities, DriverKind, MapIntent, Mapping, Reopen, Truncate},
+    error::{Error, ErrorKind, Result},
+    flags::RequestFlags,
+    image::{CheckMode, CheckReport, ImageInfo, Progress},
+    limits::Limits,
+    node::Edges,
+    request::Request,
+    status::DriverStatus,
+};
+use std::sync::atomic::Ordering;
+
+use crate::{
+    check, header_update,
+    image::Qcow2,
+    info,
+    layout::{Header, Incompatible},
+    meta::Meta,
+};
+
+impl Qcow2 {
+    async fn judged<T>(&self, request: &Request, result: Result<T>) -> Result<T> {
+        match result {
+            Ok(done) => Ok(done),
+            Err(error) => Err(self.judge(request, error).await),
+        }
+    }
+
+    /// Says on disk that refcounts are right again.
+    async fn clear_dirty(&self, request: &Request) -> Result<()> {
+        let file = request.file()?;
+        let mut meta = self.lock_meta(file).await?;
+        if meta.header.is_dirty() {
+            let bits = meta.header.incompatible - Incompatible::DIRTY;
+            header_update::write_incompatible(file, &mut meta.header, bits).await?;
+            file.flush().await?;
+        }
+        Ok(())
+    }
+
+    async fn run_check(
+        self: &Arc<Self>,
+        request: &Request,
+        mode: CheckMode,
+        progress: &Progress,
+    ) -> Result<CheckReport> {
+        if mode != CheckMode::ReadOnly && self.is_read_only() {
+            self.check_writable()?;
+        }
+        let shut = self.shut.load(Ordering::Acquire);
+        if !self.is_read_only() && !shut {
+            self.settle(request).await?;
+        }
+        let file = request.file()?;
+        let _turn = self.hold_batches().await;
+        let mut meta = self.meta.lock().await;
+        let mut header = header_update::read_header(file).await?;
+        let report = check::run(file, &mut header, mode, progress).await;
+        if mode != CheckMode::ReadOnly {
+            self.reload(&mut meta, request).await?;
+            if !meta.header.is_corrupt() {
+                self.shut.store(false, Ordering::Release);
+            }
+        }
+        report
+    }
+
+    async fn switch_access(self: &Arc<Self>, request: &Request, read_only: bool) -> Result<()> {
+        let file = request.file()?;
+        if read_only {
+            if !self.is_read_only() && !self.shut.load(Ordering::Acquire) {
+                self.settle(request).await?;
+                self.clear_dirty(request).await?;
+            }
+            self.read_only.store(true, Ordering::Release);
+            return Ok(());
+        }
+        if !self.is_read_only() {
+            return Ok(());
+        }
+        let _turn = self.hold_batches().await;
+        let mut meta = self.meta.lock().await;
+        let mut header = header_update::read_header(file).await?;
+        header.check_open(false, false)?;
+        prepare_for_writing(file, &mut header).await?;
+        self.reload(&mut meta, request).await?;
+        self.read_only.store(false, Ordering::Release);
+        Ok(())
+    }
+
+    /// After a failed flush: what is on disk counts.
+    async fn recover(&self, request: &Request) -> Result<()> {
+        if self.writeback.check().is_ok() {
+            return Ok(());
+        }
+        let _turn = self.hold_batches().await;
+        let mut meta: futures::lock::MutexGuard<'_, Meta> = self.meta.lock().await;
+        self.reload(&mut meta, request).await
+    }
+}
+
+/// What has to happen before an image is written to: unknown autoclear bits go, and an image that wasn't closed properly is
+/// repaired.
+pub(crate) async fn prepare_for_writing(
+    file: &block_core::request::Child,
+    header: &mut Header,
+) -> Result<()> {
+    if header_update::drop_unknown_autoclear(file, header).await? {
+        file.flush().await?;
+    }
+    if header.is_dirty() {
+        let report = check::run(file, header, CheckMode::RepairAll, &Progress::new()).await;
+        match report {
+            Ok(report) if report.corruptions == 0 && report.check_errors == 0 => {
+                *header = header_update::read_header(file).await?;
+            }
+            Ok(_) => return Err(Error::io("Could not repair dirty image")),
+            Err(error) => return Err(error.context("Could not repair dirty image")),
+        }
+    }
+    Ok(())
+}
+
+#[async_trait]
+impl BlockDriver for Qcow2 {
+    fn name(&self) -> &'static str {
+        "qcow2"
+    }
+
+    fn kind(&self) -> DriverKind {
+        DriverKind::Format
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        let mut can = Capabilities::BACKING | Capabilities::CHECK | Capabilities::TRY_MAP;
+        if !self.is_read_only() {
+            can |= Capabilities::WRITE
+                | Capabilities::WRITE_ZEROES
+                | Capabilities::DISCARD
+                | Capabilities::COMPRESSED
+                | Capabilities::REPAIR
+                | Capabilities::TRUNCATE
+                | Capabilities::CHANGE_BACKING
+                | Capabilities::MAKE_EMPTY;
+        }
+        let backing = self.names_backing.load(Ordering::Acquire);
+        if self.geometry.has_zero_flag() || !backing {
+            can |= Capabilities::DISCARD_ZEROES;
+        }
+        if !backing {
+            can |= Capabilities::ZERO_INIT;
+        }
+        can
+    }
+
+    fn length(&self, _edges: &Edges) -> u64 {
+        Self::length(self)
+    }
+
+    fn limits(&self, edges: &Edges) -> Limits {
+        let size = self.geometry.cluster_size();
+        let file = edges.primary().map_or_else(Limits::default, block_core::request::Child::limits);
+        Limits {
+            request_alignment: 1,
+            zeroes_alignment: size,
+            discard_alignment: size,
+            serialising_granularity: size,
+            opt_transfer: size,
+            memory_alignment: file.memory_alignment,
+            ..Limits::default()
+        }
+    }
+
+    fn filename(&self) -> Option<String> {
+        Some(self.filename.clone())
+    }
+
+    fn is_read_only(&self) -> bool {
+        Self::is_read_only(self)
+    }
+
+    fn try_map(&self, edges: &Edges, offset: u64, len: u64, intent: MapIntent) -> Mapping {
+        self.map_cached(edges, offset, len, intent)
+    }
+
+    async fn read(self: Arc<Self>, request: Request, offset: u64, buf: IoBufMut) -> Result<()> {
+        self.check_usable()?;
+        let result = self.read_guest(&request, offset, buf).await;
+        self.judged(&request, result).await
+    }
+
+    async fn write(
+        self: Arc<Self>,
+        request: Request,
+        offset: u64,
+        buf: IoBuf,
+        flags: RequestFlags,
+    ) -> Result<()> {
+        let result = if flags.contains(RequestFlags::WRITE_COMPRESSED) {
+            self.write_compressed(&request, offset, buf).await
+        } else {
+            self.write_guest(&request, offset, buf).await
+        };
+        self.judged(&request, result).await
+    }
+
+    async fn write_zeroes(
+        self: Arc<Self>,
+        request: Request,
+        offset: u64,
+        len: u64,
+        flags: RequestFlags,
+    ) -> Result<()> {
+        let result = self.zero_guest(&request, offset, len, flags).await;
+        self.judged(&request, result).await
+    }
+
+    async fn discard(self: Arc<Self>, request: Request, offset: u64, len: u64) -> Result<()> {
+        let result = self.discard_guest(&request, offset, len).await;
+        self.judged(&request, result).await
+    }
+
+    async fn flush(self: Arc<Self>, request: Request) -> Result<()> {
+        if self.is_read_only() {
+            return Ok(());
+        }
+        self.check_usable()?;
+        let result = self.write_back(&request).await;
+        self.judged(&request, result).await
+    }
+
+    async fn truncate(self: Arc<Self>, request: Request, length: u64, how: Truncate) -> Result<()> {
+        let result = self.resize(&request, length, how).await;
+        self.judged(&request, result).await
+    }
+
+    async fn block_status(
+        self: Arc<Self>,
+        request: Request,
+        offset: u64,
+        len: u64,
+    ) -> Result<DriverStatus> {
+        self.check_usable()?;
+        let result = self.status_guest(&request, offset, len).await;
+        self.judged(&request, result).await
+    }
+
+    async fn check(
+        self: Arc<Self>,
+        request: Request,
+        mode: CheckMode,
+        progress: Progress,
+    ) -> Result<CheckReport> {
+        let report = self.run_check(&request, mode, &progress).await;
+        report.map_err(|error| error.with_file(self.filename.clone()))
+    }
+
+    async fn change_backing(
+        self: Arc<Self>,
+        request: Request,
+        file: Option<String>,
+        format: Option<String>,
+    ) -> Result<()> {
+        self.check_writable()?;
+        self.write_back(&request).await?;
+        let child = request.file()?;
+        let mut meta = self.lock_meta(child).await?;
+        header_update::change_backing(child, &mut meta.header, file.as_deref(), format.as_deref())
+            .await?;
+        child.flush().await?;
+        self.names_backing.store(meta.header.backing_file.is_some(), Ordering::Release);
+        Ok(())
+    }
+
+    async fn make_empty(self: Arc<Self>, request: Request) -> Result<()> {
+        let result = self.empty(&request).await;
+        self.judged(&request, result).await
+    }
+
+    async fn info(self: Arc<Self>, request: Request) -> Result<ImageInfo> {
+        let meta = self.lock_meta(request.file()?).await?;
+        Ok(info::image_info(&meta.header))
+    }
+
+    async fn reopen(self: Arc<Self>, request: Request, changes: Reopen) -> Result<()> {
+        if let Some(key) = changes.options.keys().next() {
+            return Err(Error::new(
+                ErrorKind::NotSupported,
+                format!("Cannot change the option '{key}'"),
+            ));
+        }
+        self.recover(&request).await?;
+        match changes.read_only {
+            Some(read_only) => self.switch_access(&request, read_only).await,
+            None => Ok(()),
+        }
+    }
+
+    async fn close(self: Arc<Self>, request: Request) -> Result<()> {
+        if self.is_read_only() || self.shut.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let settled = self.settle(&request).await;
+        self.judged(&request, settled).await?;
+        self.clear_dirty(&request).await
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        self.counters.list()
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}

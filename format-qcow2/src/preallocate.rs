@@ -1,0 +1,103 @@
+//! Preallocation of clusters beyond the end of the disk, before it grows over them.
+//!
+//! The clusters become ordinary data clusters, so their host ranges are made to read as zeroes before they are linked:
+//! a recycled cluster must not show what it held before.
+
+use std::sync::Arc;
+
+use block_core::{
+    buffer::IoBuf,
+    driver::Preallocation,
+    error::{ErrorKind, Result},
+    flags::RequestFlags,
+    request::{Child, Request},
+};
+
+use crate::{
+    counters::Counters,
+    image::Qcow2,
+    layout::{ClusterIndex, HostOffset, L2Entry},
+};
+
+/// Zeroes written at once.
+const ZERO_STEP: u64 = 4 << 20;
+
+impl Qcow2 {
+    /// Allocates every cluster from `old` to `new` that isn't yet. Nothing but this request is at that range.
+    pub async fn preallocate(
+        self: &Arc<Self>,
+        request: &Request,
+        old: u64,
+        new: u64,
+        how: Preallocation,
+    ) -> Result<()> {
+        let file = request.file()?;
+        let bits = self.geometry.cluster_bits();
+        let end = self.geometry.clusters_for(new);
+        let mut at = old >> bits;
+        while at < end {
+            let first = ClusterIndex(at);
+            let index = self.slice_of(first);
+            let left = self.left_in_slice(at << bits) >> bits;
+            let stop = (at + left).min(end);
+            self.make_room(request).await?;
+            // Where the run of unallocated clusters is, and what it gets.
+            let (start, allocation) = {
+                let mut meta = self.lock_meta(file).await?;
+                self.mark_in_use(&mut meta, file).await?;
+                let slice = self.slice_for_update(&mut meta, file, index).await?;
+                let free = |cluster: &u64| {
+                    let raw = slice.load(self.slice_entry(ClusterIndex(*cluster)));
+                    raw == L2Entry::Unallocated.encode(self.geometry)
+                };
+                let Some(start) = (at..stop).find(free) else {
+                    at = stop;
+                    continue;
+                };
+                let want = (start..stop).take_while(free).count() as u64;
+                let allocation = meta.allocate(file, want).await?;
+                self.note_sizes(&meta);
+                (start, allocation)
+            };
+            for (host, count) in allocation.runs() {
+                zero_host(file, self.geometry.host_start(*host), count << bits, how).await?;
+            }
+            let mut meta = self.lock_meta(file).await?;
+            let slice = self.slice_for_update(&mut meta, file, index).await?;
+            for (n, host) in allocation.clusters().enumerate() {
+                let entry = self.slice_entry(ClusterIndex(start + n as u64));
+                let host = self.geometry.host_start(host);
+                let new = L2Entry::Normal { host, copied: true }.encode(self.geometry);
+                meta.set_entry(index, &slice, entry, new);
+                meta.unlinked.remove(&(host.0 >> bits));
+            }
+            meta.linked = true;
+            Counters::add(&self.counters.allocated, allocation.count());
+            at = start + allocation.count();
+            allocation.linked();
+        }
+        Ok(())
+    }
+}
+
+/// Makes a host range read as zeroes, with as much space behind it as `how` asks for.
+async fn zero_host(file: &Child, host: HostOffset, len: u64, how: Preallocation) -> Result<()> {
+    let flags = match how {
+        Preallocation::Off | Preallocation::Metadata => RequestFlags::MAY_UNMAP,
+        Preallocation::Falloc | Preallocation::Full => RequestFlags::empty(),
+    };
+    if how != Preallocation::Full {
+        match file.write_zeroes(host.0, len, flags).await {
+            Err(error) if error.kind() == ErrorKind::NotSupported => {}
+            done => return done,
+        }
+    }
+    let mut at = host.0;
+    let end = host.0 + len;
+    while at < end {
+        let step = (end - at).min(ZERO_STEP);
+        file.write(at, IoBuf::zeroes(step as usize), RequestFlags::empty()).await?;
+        at += step;
+    }
+    Ok(())
+}

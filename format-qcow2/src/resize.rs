@@ -1,0 +1,229 @@
+//! Changing the size of the virtual disk, and emptying it.
+//!
+//! Growing moves the L1 table if it is too small: the copy and its refcounts are durable before the header points to it, and
+//! the size comes last. Shrinking drops the clusters that are cut off, durably, before the size changes.
+
+use std::sync::{Arc, atomic::Ordering};
+
+use block_core::{
+    buffer::IoBuf,
+    driver::{Preallocation, Truncate},
+    error::{Error, ErrorKind, Result},
+    flags::RequestFlags,
+    request::Request,
+};
+
+use crate::{
+    cache::slices,
+    header_update,
+    image::{L1Table, Qcow2},
+    io::zero::Change,
+    layout::{ClusterIndex, HostCluster, entry, header::MAX_L1_BYTES},
+    meta::Meta,
+};
+
+/// Zeroes written at once where there is no better way.
+const ZERO_STEP: u64 = 4 << 20;
+
+impl Qcow2 {
+    /// Changes the size of the disk.
+    pub async fn resize(
+        self: &Arc<Self>,
+        request: &Request,
+        length: u64,
+        how: Truncate,
+    ) -> Result<()> {
+        self.check_writable()?;
+        if length % 512 != 0 {
+            return Err(Error::invalid("The new size must be a multiple of 512"));
+        }
+        let old = self.length();
+        if length < old {
+            if how.preallocation != Preallocation::Off {
+                return Err(Error::invalid(
+                    "Preallocation can't be used for shrinking an image",
+                ));
+            }
+            self.shrink(request, old, length).await
+        } else if length > old {
+            self.grow(request, old, length, how).await
+        } else {
+            Ok(())
+        }
+    }
+
+    async fn grow(
+        self: &Arc<Self>,
+        request: &Request,
+        old: u64,
+        new: u64,
+        how: Truncate,
+    ) -> Result<()> {
+        self.make_room(request).await?;
+        self.grow_l1(request, self.geometry.l1_entries_for(new)).await?;
+        if how.zero && self.has_backing(request) {
+            self.zero_new(request, old, new).await?;
+        }
+        if how.preallocation != Preallocation::Off {
+            self.preallocate(request, old, new, how.preallocation).await?;
+        }
+        if how.zero || how.preallocation != Preallocation::Off {
+            self.write_back(request).await?;
+        }
+        self.set_size(request, new).await
+    }
+
+    async fn set_size(&self, request: &Request, size: u64) -> Result<()> {
+        let file = request.file()?;
+        let mut meta = self.lock_meta(file).await?;
+        header_update::write_size(file, &mut meta.header, size).await?;
+        file.flush().await?;
+        self.size.store(size, Ordering::Release);
+        Ok(())
+    }
+
+    /// Moves the L1 table to where it has room for `needed` entries, if it has too few.
+    async fn grow_l1(self: &Arc<Self>, request: &Request, needed: u64) -> Result<()> {
+        let file = request.file()?;
+        // No batch may be writing entries to the old place.
+        let _turn = self.hold_batches().await;
+        let mut meta = self.lock_meta(file).await?;
+        let old = self.l1.load_full();
+        let old_bytes = old.entries.len() as u64 * 8;
+        if needed <= old.entries.len() as u64 {
+            return Ok(());
+        }
+        let entries = u32::try_from(needed)
+            .ok()
+            .filter(|entries| u64::from(*entries) * 8 <= MAX_L1_BYTES)
+            .ok_or_else(|| Error::new(ErrorKind::TooBig, "Active L1 table too large"))?;
+        let clusters = self.geometry.clusters_for(needed * 8);
+        let allocation = meta.allocate_contiguous(file, clusters).await?;
+        let place = self.geometry.host_start(allocation.first());
+        // The copy is made from the disk: what is linked in memory only follows with the next batch.
+        let mut bytes = file.read_padded(old.offset.0, old_bytes as usize).await?.to_vec();
+        bytes.resize((clusters * self.geometry.cluster_size()) as usize, 0);
+        file.write(place.0, bytes, RequestFlags::empty()).await?;
+        self.write_refcounts(&mut meta, request).await?;
+        header_update::write_l1_pointer(file, &mut meta.header, place, entries).await?;
+        file.flush().await?;
+        let kept = old.entries.iter().map(|raw| raw.load(Ordering::SeqCst));
+        let new = kept.chain(std::iter::repeat(0)).take(needed as usize);
+        self.slices.change_tables(|_| self.l1.store(Arc::new(L1Table::new(place, new))));
+        for cluster in allocation.clusters() {
+            meta.unlinked.remove(&cluster.0);
+        }
+        allocation.linked();
+        // The header no longer points to the old table, durably.
+        let first = self.geometry.host_cluster_of(old.offset).0;
+        for cluster in first..first + self.geometry.clusters_for(old_bytes) {
+            meta.drop_reference(file, HostCluster(cluster)).await?;
+        }
+        Ok(())
+    }
+
+    /// Makes all refcounts durable. With the metadata lock and the write-back's turn held.
+    async fn write_refcounts(&self, meta: &mut Meta, request: &Request) -> Result<()> {
+        let file = request.file()?;
+        let copies = meta.refcounts.dirty_copies();
+        for copy in &copies {
+            file.write(copy.host.0, copy.bytes.clone(), RequestFlags::empty()).await?;
+        }
+        file.flush().await?;
+        if meta.refcounts.publish(file, &copies).await? {
+            file.flush().await?;
+        }
+        for copy in &copies {
+            meta.refcounts.wrote(copy);
+        }
+        Ok(())
+    }
+
+    /// Makes the range from `old` to `new`, beyond the end of the disk, read as zeroes whatever the backing file holds.
+    async fn zero_new(self: &Arc<Self>, request: &Request, old: u64, new: u64) -> Result<()> {
+        let size = self.geometry.cluster_size();
+        let aligned = old.next_multiple_of(size).min(new);
+        self.write_zero_data(request, old, aligned).await?;
+        if self.geometry.has_zero_flag() {
+            let first = ClusterIndex(aligned.div_ceil(size));
+            let end = ClusterIndex(new.div_ceil(size));
+            return self.change_clusters(request, first, end, Change::Unmap).await;
+        }
+        self.write_zero_data(request, aligned, new).await
+    }
+
+    async fn write_zero_data(
+        self: &Arc<Self>,
+        request: &Request,
+        mut at: u64,
+        end: u64,
+    ) -> Result<()> {
+        while at < end {
+            let len = (end - at).min(ZERO_STEP);
+            self.write_guest(request, at, IoBuf::zeroes(len as usize)).await?;
+            at += len;
+        }
+        Ok(())
+    }
+
+    async fn shrink(self: &Arc<Self>, request: &Request, old: u64, new: u64) -> Result<()> {
+        let size = self.geometry.cluster_size();
+        // What is left of the last cluster must not come back when the disk grows again.
+        let edge = new.next_multiple_of(size).min(old);
+        if new < edge {
+            let (run, pin) = self.locate(request.file()?, new, edge - new).await?;
+            drop(pin);
+            use crate::io::map::Run;
+            if matches!(run, Run::Data { .. } | Run::Compressed { .. }) {
+                self.write_zero_data(request, new, edge).await?;
+            }
+        }
+        let first = ClusterIndex(new.div_ceil(size));
+        let end = ClusterIndex(old.div_ceil(size));
+        self.change_clusters(request, first, end, Change::Full).await?;
+        self.write_back(request).await?;
+        self.set_size(request, new).await
+    }
+
+    /// Drops all data of this layer.
+    pub async fn empty(self: &Arc<Self>, request: &Request) -> Result<()> {
+        self.check_writable()?;
+        let end = ClusterIndex(self.length().div_ceil(self.geometry.cluster_size()));
+        self.change_clusters(request, ClusterIndex(0), end, Change::Full).await?;
+        self.write_back(request).await
+    }
+
+    /// Reads the L1 table that a header points to.
+    pub async fn read_l1(
+        file: &block_core::request::Child,
+        header: &crate::layout::Header,
+    ) -> Result<L1Table> {
+        let bytes = file.read_padded(header.l1_table_offset.0, header.l1_bytes() as usize).await?;
+        Ok(L1Table::new(header.l1_table_offset, entry::be64s(&bytes)))
+    }
+
+    /// Forgets everything in memory and reads it again from disk: after a repair, or when a failed flush left it unknown what
+    /// is there. With the write-back's turn held.
+    pub async fn reload(&self, meta: &mut Meta, request: &Request) -> Result<()> {
+        let file = request.file()?;
+        let header = header_update::read_header(file).await?;
+        let refcounts =
+            slices::load_refcounts(file, &header, self.settings.refcount_blocks).await?;
+        let l1 = Self::read_l1(file, &header).await?;
+        let durable = meta.durable;
+        let batch = meta.batch;
+        meta.orphans.lock().clear();
+        let orphans = meta.orphans.clone();
+        *meta = Meta::new(header, refcounts, orphans, self.settings.safeguards);
+        (meta.batch, meta.durable) = (batch, durable);
+        self.slices.change_tables(|table| {
+            table.clear();
+            self.l1.store(Arc::new(l1));
+        });
+        self.size.store(meta.header.disk_size(), Ordering::Release);
+        self.names_backing.store(meta.header.backing_file.is_some(), Ordering::Release);
+        self.writeback.forget_failure();
+        self.note_sizes(meta);
+        Ok(())
+    }
+}

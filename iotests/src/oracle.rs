@@ -1,0 +1,475 @@
+//! The content oracle: what each sector of a disk may hold, given what was asked of it and when.
+//!
+//! Every request is told to the oracle when it begins and when it ends. Its value for a sector is *superseded* once a
+//! later request, begun after this one had ended, has succeeded there; until then the sector may hold it. That is all
+//! that overlapping requests without an order among them may be asked for, and it is exact where there is no overlap.
+//! *Victims* are ranges with one owner whose bytes must never change once written: nothing else is ever allowed there.
+//!
+//! The oracle never does I/O and knows no format; it judges buffers that it is given.
+
+use std::{collections::BTreeMap, fmt, ops::Range, sync::Arc};
+
+use parking_lot::Mutex;
+
+use crate::pattern::{SECTOR, Seen, Stamp};
+
+/// What a driver's discard leaves behind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AfterDiscard {
+    /// Zeroes, always.
+    Zeroes,
+    /// Zeroes, what was there, or what the backing file has.
+    Anything,
+}
+
+/// What a request does to its sectors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Value {
+    /// What was there before anything was asked.
+    Initial,
+    Stamp { owner: u32, seq: u64 },
+    Zero,
+    /// What is there may become zeroes, or what it was at the beginning.
+    Discarded,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Entry {
+    id: u64,
+    value: Value,
+    began: u64,
+    /// When it ended, if it did.
+    ended: Option<u64>,
+    superseded: Option<u64>,
+}
+
+/// How a request ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// It did what it was asked for.
+    Done,
+    /// It failed or was dropped: it may have happened or not, but it happens no more. Anything that begins later wins.
+    Undone,
+}
+
+/// A sector that holds what it may not.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mismatch {
+    /// Where, in bytes.
+    pub offset: u64,
+    /// How many sectors in a row have the same fault.
+    pub sectors: u64,
+    /// What is there.
+    pub found: Seen,
+    /// What would have been allowed, in words.
+    pub allowed: String,
+    /// It is in a range whose bytes must never change.
+    pub victim: bool,
+    /// What is there belongs to another place: data of one range came into another.
+    pub foreign: bool,
+}
+
+impl fmt::Display for Mismatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let what = match (self.victim, self.foreign) {
+            (true, true) => "victim overwritten with another range's data",
+            (true, false) => "victim changed",
+            (false, true) => "another range's data",
+            (false, false) => "wrong content",
+        };
+        write!(
+            f,
+            "{what} at {:#x} ({} sectors): found {}, allowed: {}",
+            self.offset, self.sectors, self.found, self.allowed
+        )
+    }
+}
+
+#[derive(Default)]
+struct State {
+    clock: u64,
+    next_request: u64,
+    /// Per sector. Absent: only what it was at the beginning is allowed.
+    sectors: BTreeMap<u64, Vec<Entry>>,
+    initial: BTreeMap<u64, Seen>,
+    /// Begin times of reads in flight, with their count.
+    readers: BTreeMap<u64, u64>,
+    victims: Vec<Range<u64>>,
+    /// Every request that wrote data: owner, range in sectors.
+    wrote: BTreeMap<u64, (u32, Range<u64>)>,
+}
+
+/// The oracle of one disk. Cloning shares it.
+#[derive(Clone)]
+pub struct Oracle {
+    after_discard: AfterDiscard,
+    state: Arc<Mutex<State>>,
+}
+
+/// A request that the oracle was told of. Dropped without [`Change::end`] it counts as dropped by its producer.
+#[must_use = "a change ends when it is dropped"]
+pub struct Change {
+    oracle: Oracle,
+    id: u64,
+    seq: u64,
+    range: Range<u64>,
+    open: bool,
+}
+
+/// A read that the oracle was told of.
+#[must_use = "a read ends when it is dropped"]
+pub struct Reading {
+    oracle: Oracle,
+    began: u64,
+}
+
+fn sectors_of(offset: u64, len: u64) -> Range<u64> {
+    debug_assert!(offset % SECTOR == 0, "the oracle judges whole sectors");
+    offset / SECTOR..(offset + len).div_ceil(SECTOR)
+}
+
+impl Oracle {
+    /// An oracle for a disk that reads as zeroes.
+    pub fn new(after_discard: AfterDiscard) -> Self {
+        Self {
+            after_discard,
+            state: Arc::default(),
+        }
+    }
+
+    /// Tells what the disk holds before anything is done to it (a backing file's content).
+    pub fn set_initial(&self, offset: u64, bytes: &[u8]) {
+        let mut state = self.state.lock();
+        for (at, sector) in bytes.chunks(SECTOR as usize).enumerate() {
+            let seen = Seen::of(sector);
+            if seen != Seen::Zero {
+                state.initial.insert(offset / SECTOR + at as u64, seen);
+            }
+        }
+    }
+
+    /// From now on nothing but what is allowed there already is ever allowed in this range.
+    pub fn protect(&self, offset: u64, len: u64) {
+        self.state.lock().victims.push(offset..offset + len);
+    }
+
+    fn begin(&self, range: Range<u64>, owner: Option<u32>, value: Option<Value>) -> Change {
+        let mut state = self.state.lock();
+        state.clock += 1;
+        state.next_request += 1;
+        let (id, began) = (state.next_request, state.clock);
+        let value = match (value, owner) {
+            (Some(value), _) => value,
+            (None, owner) => Value::Stamp {
+                owner: owner.unwrap_or(0),
+                seq: id,
+            },
+        };
+        if let Value::Stamp { owner, seq } = value {
+            state.wrote.insert(seq, (owner, range.clone()));
+        }
+        for sector in range.clone() {
+            let entries = state.sectors.entry(sector).or_insert_with(|| {
+                vec![Entry {
+                    id: 0,
+                    value: Value::Initial,
+                    began: 0,
+                    ended: Some(0),
+                    superseded: None,
+                }]
+            });
+            entries.push(Entry {
+                id,
+                value,
+                began,
+                ended: None,
+                superseded: None,
+            });
+        }
+        Change {
+            oracle: self.clone(),
+            id,
+            seq: id,
+            range,
+            open: true,
+        }
+    }
+
+    /// A write of stamped data begins. The stamp's request number is [`Change::seq`].
+    pub fn write(&self, owner: u32, offset: u64, len: u64) -> Change {
+        self.begin(sectors_of(offset, len), Some(owner), None)
+    }
+
+    /// A zero write begins.
+    pub fn zero(&self, offset: u64, len: u64) -> Change {
+        self.begin(sectors_of(offset, len), None, Some(Value::Zero))
+    }
+
+    /// A discard begins.
+    pub fn discard(&self, offset: u64, len: u64) -> Change {
+        let value = match self.after_discard {
+            AfterDiscard::Zeroes => Value::Zero,
+            AfterDiscard::Anything => Value::Discarded,
+        };
+        self.begin(sectors_of(offset, len), None, Some(value))
+    }
+
+    /// A read begins.
+    pub fn read(&self) -> Reading {
+        let mut state = self.state.lock();
+        state.clock += 1;
+        let began = state.clock;
+        *state.readers.entry(began).or_default() += 1;
+        Reading {
+            oracle: self.clone(),
+            began,
+        }
+    }
+
+    fn end(&self, id: u64, range: Range<u64>, how: Ended) {
+        let mut state = self.state.lock();
+        state.clock += 1;
+        let now = state.clock;
+        let oldest_reader = state.readers.keys().next().copied();
+        for sector in range {
+            let Some(entries) = state.sectors.get_mut(&sector) else {
+                continue;
+            };
+            let Some(this) = entries.iter_mut().find(|entry| entry.id == id) else {
+                continue;
+            };
+            this.ended = Some(now);
+            let began = this.began;
+            let replaces = how == Ended::Done && this.value != Value::Discarded;
+            if replaces {
+                for entry in entries.iter_mut() {
+                    if entry.superseded.is_none() && entry.ended.is_some_and(|end| end < began) {
+                        entry.superseded = Some(now);
+                    }
+                }
+            }
+            entries.retain(|entry| match (entry.superseded, oldest_reader) {
+                (None, _) => true,
+                (Some(at), Some(reader)) => at > reader,
+                (Some(_), None) => false,
+            });
+        }
+    }
+
+    fn allowed(state: &State, sector: u64, began: u64) -> Vec<Seen> {
+        let initial = state.initial.get(&sector).copied().unwrap_or(Seen::Zero);
+        let Some(entries) = state.sectors.get(&sector) else {
+            return vec![initial];
+        };
+        let mut allowed = Vec::new();
+        for entry in entries {
+            if entry.superseded.is_some_and(|at| at <= began) {
+                continue;
+            }
+            match entry.value {
+                Value::Initial => allowed.push(initial),
+                Value::Zero => allowed.push(Seen::Zero),
+                Value::Discarded => allowed.extend([Seen::Zero, initial]),
+                Value::Stamp { owner, seq } => allowed.push(Seen::Stamp(Stamp {
+                    owner,
+                    seq,
+                    sector,
+                })),
+            }
+        }
+        allowed
+    }
+
+    fn judge(&self, offset: u64, bytes: &[u8], began: u64, lenient: bool) -> Vec<Mismatch> {
+        let state = self.state.lock();
+        let mut mismatches: Vec<Mismatch> = Vec::new();
+        for (at, bytes) in bytes.chunks(SECTOR as usize).enumerate() {
+            let sector = offset / SECTOR + at as u64;
+            let found = Seen::of(bytes);
+            let allowed = Self::allowed(&state, sector, began);
+            if allowed.contains(&found) {
+                continue;
+            }
+            let place = sector * SECTOR;
+            let victim = state.victims.iter().any(|range| range.contains(&place));
+            let foreign = matches!(found, Seen::Stamp(stamp) if stamp.sector != sector);
+            if lenient && !victim && !foreign {
+                let known = match found {
+                    Seen::Zero => true,
+                    Seen::Stamp(stamp) => {
+                        state.wrote.get(&stamp.seq).is_some_and(|(owner, range)| {
+                            *owner == stamp.owner && range.contains(&sector)
+                        }) || state.initial.get(&sector) == Some(&found)
+                    }
+                    Seen::Garbage(_) => false,
+                };
+                if known {
+                    continue;
+                }
+            }
+            if let Some(last) = mismatches.last_mut()
+                && last.offset + last.sectors * SECTOR == place
+                && (last.victim, last.foreign) == (victim, foreign)
+                && std::mem::discriminant(&last.found) == std::mem::discriminant(&found)
+            {
+                last.sectors += 1;
+                continue;
+            }
+            let mut words: Vec<String> = allowed.iter().map(ToString::to_string).collect();
+            words.dedup();
+            mismatches.push(Mismatch {
+                offset: place,
+                sectors: 1,
+                found,
+                allowed: words.join(" or "),
+                victim,
+                foreign,
+            });
+        }
+        mismatches
+    }
+
+    /// Judges what a disk at rest holds at `offset`: nothing is in flight.
+    pub fn check(&self, offset: u64, bytes: &[u8]) -> Vec<Mismatch> {
+        self.judge(offset, bytes, u64::MAX, false)
+    }
+
+    /// The same, but outside of victims a sector may hold anything that somebody ever wrote to it, or zeroes: what a
+    /// disk without a gate owes.
+    pub fn check_lenient(&self, offset: u64, bytes: &[u8]) -> Vec<Mismatch> {
+        self.judge(offset, bytes, u64::MAX, true)
+    }
+}
+
+impl Change {
+    /// The request number to stamp the data with.
+    pub fn seq(&self) -> u64 {
+        self.seq
+    }
+
+    /// The request has ended.
+    pub fn end(mut self, how: Ended) {
+        self.open = false;
+        self.oracle.end(self.id, self.range.clone(), how);
+    }
+}
+
+impl Drop for Change {
+    fn drop(&mut self) {
+        if self.open {
+            self.oracle.end(self.id, self.range.clone(), Ended::Undone);
+        }
+    }
+}
+
+impl Reading {
+    /// The read has ended with these bytes from `offset`.
+    pub fn check(self, offset: u64, bytes: &[u8]) -> Vec<Mismatch> {
+        self.oracle.judge(offset, bytes, self.began, false)
+    }
+
+    /// The same as [`Oracle::check_lenient`] does.
+    pub fn check_lenient(self, offset: u64, bytes: &[u8]) -> Vec<Mismatch> {
+        self.oracle.judge(offset, bytes, self.began, true)
+    }
+}
+
+impl Drop for Reading {
+    fn drop(&mut self) {
+        let mut state = self.oracle.state.lock();
+        if let Some(count) = state.readers.get_mut(&self.began) {
+            *count -= 1;
+            if *count == 0 {
+                state.readers.remove(&self.began);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pattern::stamped;
+
+    fn oracle() -> Oracle {
+        Oracle::new(AfterDiscard::Zeroes)
+    }
+
+    fn data(seq: u64) -> Vec<u8> {
+        stamped(1, seq, 0, 512).to_vec()
+    }
+
+    #[test]
+    fn only_the_last_of_ordered_writes_is_allowed() {
+        let oracle = oracle();
+        let first = oracle.write(1, 0, 512);
+        let old = data(first.seq());
+        first.end(Ended::Done);
+        let second = oracle.write(1, 0, 512);
+        let new = data(second.seq());
+        assert!(oracle.check(0, &old).is_empty() && oracle.check(0, &new).is_empty());
+        second.end(Ended::Done);
+        assert!(!oracle.check(0, &old).is_empty());
+        assert!(!oracle.check(0, &[0; 512]).is_empty());
+        assert!(oracle.check(0, &new).is_empty());
+    }
+
+    #[test]
+    fn either_of_two_overlapping_writes_is_allowed_but_nothing_before_them() {
+        let oracle = oracle();
+        let (a, b) = (oracle.write(1, 0, 512), oracle.write(2, 0, 512));
+        let (seen_a, seen_b) = (data(a.seq()), stamped(2, b.seq(), 0, 512).to_vec());
+        b.end(Ended::Done);
+        a.end(Ended::Done);
+        assert!(oracle.check(0, &seen_a).is_empty() && oracle.check(0, &seen_b).is_empty());
+        assert!(!oracle.check(0, &[0; 512]).is_empty());
+    }
+
+    #[test]
+    fn a_dropped_write_may_show_until_a_newer_one_is_acknowledged() {
+        let oracle = oracle();
+        let dropped = oracle.write(1, 0, 512);
+        let late = data(dropped.seq());
+        drop(dropped);
+        assert!(oracle.check(0, &late).is_empty() && oracle.check(0, &[0; 512]).is_empty());
+        oracle.write(1, 0, 512).end(Ended::Done);
+        assert!(!oracle.check(0, &late).is_empty());
+    }
+
+    #[test]
+    fn a_read_may_see_what_was_there_when_it_began() {
+        let oracle = oracle();
+        let reading = oracle.read();
+        oracle.write(1, 0, 512).end(Ended::Done);
+        oracle.write(1, 0, 512).end(Ended::Done);
+        assert!(reading.check(0, &[0; 512]).is_empty());
+        assert!(!oracle.read().check(0, &[0; 512]).is_empty());
+    }
+
+    #[test]
+    fn another_ranges_data_in_a_victim_is_named_even_when_leniently_judged() {
+        let oracle = oracle();
+        let victim = oracle.write(7, 0, 512);
+        victim.end(Ended::Done);
+        oracle.protect(0, 512);
+        let write = oracle.write(1, 4096, 512);
+        let foreign = stamped(1, write.seq(), 4096, 512);
+        write.end(Ended::Done);
+        let found = oracle.check_lenient(0, &foreign);
+        assert_eq!(found.len(), 1);
+        assert!(found[0].victim && found[0].foreign, "{}", found[0]);
+        // Outside of a victim, what was once written there is no fault, but foreign data is.
+        assert!(oracle.check_lenient(4096, &[0; 512]).is_empty());
+        assert!(!oracle.check_lenient(8192, &foreign).is_empty());
+    }
+
+    #[test]
+    fn a_discard_that_promises_nothing_leaves_old_new_and_zero_allowed() {
+        let oracle = Oracle::new(AfterDiscard::Anything);
+        let write = oracle.write(1, 0, 512);
+        let old = data(write.seq());
+        write.end(Ended::Done);
+        oracle.discard(0, 512).end(Ended::Done);
+        assert!(oracle.check(0, &old).is_empty() && oracle.check(0, &[0; 512]).is_empty());
+    }
+}

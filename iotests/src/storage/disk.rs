@@ -1,0 +1,408 @@
+//! One simulated disk: its content now, what of it is durable, its rules, and what happened to it. It outlives the
+//! nodes that use it, so that it can be looked at, cut off from power and opened again.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use block_core::{env::Environment, error::ErrorKind};
+use parking_lot::Mutex;
+
+use super::{
+    content::Content,
+    rules::{Choose, Fate, HoldState, OpInfo, OpKind, Rules, Stage},
+};
+
+/// The unit that a power cut never tears, in bytes.
+pub const SECTOR: u64 = 512;
+/// The most entries that are kept in the log.
+const MAX_LOG: usize = 200_000;
+
+/// A change of the content that isn't durable yet.
+#[derive(Clone)]
+pub(super) enum Change {
+    Write(u64, Arc<Vec<u8>>),
+    Punch(u64, u64),
+    Resize(u64),
+}
+
+/// One request in the log.
+#[derive(Debug, Clone, Copy)]
+pub struct LogEntry {
+    /// The request.
+    pub op: OpInfo,
+    /// How it ended; `None` while it is in flight.
+    pub result: Option<Result<(), ErrorKind>>,
+}
+
+#[derive(Default)]
+struct State {
+    now: Content,
+    durable: Content,
+    track_durability: bool,
+    unflushed: Vec<Change>,
+    rules: Rules,
+    holds: Vec<Arc<HoldState>>,
+    next_op: u64,
+    in_flight: BTreeMap<u64, (OpInfo, Option<Change>)>,
+    log: Vec<LogEntry>,
+    counts: BTreeMap<OpKind, u64>,
+    jitter: u64,
+}
+
+/// A disk of the simulated storage. Cheap to share.
+pub struct Disk {
+    name: String,
+    state: Mutex<State>,
+}
+
+impl Disk {
+    /// A disk with that content, all of it durable.
+    pub fn new(name: &str, content: Content) -> Arc<Self> {
+        Arc::new(Self {
+            name: name.to_owned(),
+            state: Mutex::new(State {
+                durable: content.clone(),
+                now: content,
+                ..State::default()
+            }),
+        })
+    }
+
+    /// Its file name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> u64 {
+        self.state.lock().now.len()
+    }
+
+    /// Whether there is no byte on it.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// What is on it now. Shares pages; later writes don't show.
+    pub fn content(&self) -> Content {
+        self.state.lock().now.clone()
+    }
+
+    /// Replaces everything on it, durably. Nobody may have it open.
+    pub fn restore(&self, content: Content) {
+        let mut state = self.state.lock();
+        state.durable = content.clone();
+        state.now = content;
+        state.unflushed.clear();
+    }
+
+    /// From now on remembers what isn't durable, as [`Self::power_cut`] needs it. What is there now counts as durable.
+    pub fn track_durability(&self) {
+        let mut state = self.state.lock();
+        state.track_durability = true;
+        state.durable = state.now.clone();
+        state.unflushed.clear();
+    }
+
+    /// What might be found after a cut of the power now: all that is durable, and of everything else any subset,
+    /// torn at sector boundaries. Durability must be tracked.
+    pub fn power_cut(&self, env: &dyn Environment) -> Content {
+        let state = self.state.lock();
+        let mut content = state.durable.clone();
+        let in_flight = state.in_flight.values().filter_map(|(_, change)| change.as_ref());
+        for change in state.unflushed.iter().chain(in_flight) {
+            // A quarter is lost, a quarter arrives, half is torn.
+            let luck = env.random() % 4;
+            if luck == 0 {
+                continue;
+            }
+            let mut keep = || luck == 1 || env.random() % 2 == 0;
+            match change {
+                Change::Resize(len) => {
+                    if keep() {
+                        content.set_len(*len);
+                    }
+                }
+                Change::Write(offset, data) => {
+                    for (piece, at) in sectors(*offset, data.len() as u64) {
+                        if keep() {
+                            let from = (at - offset) as usize;
+                            content.write(at, &data[from..from + piece as usize]);
+                        }
+                    }
+                }
+                Change::Punch(offset, len) => {
+                    for (piece, at) in sectors(*offset, *len) {
+                        if keep() {
+                            content.punch(at, piece);
+                        }
+                    }
+                }
+            }
+        }
+        content
+    }
+
+    /// Every request yields up to so many further times, as the environment's random numbers say.
+    pub fn set_jitter(&self, jitter: u64) {
+        self.state.lock().jitter = jitter;
+    }
+
+    /// Stops the chosen requests until they are let go. Dropping the [`Hold`] lets everything go.
+    pub fn hold(self: &Arc<Self>, choose: Choose, stage: Stage) -> Hold {
+        let hold = Arc::new(HoldState::default());
+        let mut state = self.state.lock();
+        let rule = state.rules.add(choose, Fate::Hold(stage, hold.clone()));
+        state.holds.push(hold.clone());
+        Hold {
+            disk: self.clone(),
+            rule,
+            hold,
+        }
+    }
+
+    /// Makes the chosen requests take longer.
+    pub fn delay(&self, choose: Choose, by: Duration) -> u64 {
+        self.state.lock().rules.add(choose, Fate::Delay(by))
+    }
+
+    /// Makes the chosen requests fail.
+    pub fn fail(&self, choose: Choose, kind: ErrorKind, stage: Stage) -> u64 {
+        self.state.lock().rules.add(choose, Fate::Fail(kind, stage))
+    }
+
+    /// Ends a rule.
+    pub fn remove_rule(&self, rule: u64) {
+        self.state.lock().rules.remove(rule);
+    }
+
+    /// Ends all rules and lets everything go that was held.
+    pub fn clear_rules(&self) {
+        let holds = {
+            let mut state = self.state.lock();
+            state.rules.clear();
+            std::mem::take(&mut state.holds)
+        };
+        for hold in holds {
+            hold.open();
+        }
+    }
+
+    /// What happened, oldest first; bounded.
+    pub fn log(&self) -> Vec<LogEntry> {
+        self.state.lock().log.clone()
+    }
+
+    /// Where the log is now, for [`Self::log_since`].
+    pub fn log_position(&self) -> usize {
+        self.state.lock().log.len()
+    }
+
+    /// What happened since.
+    pub fn log_since(&self, position: usize) -> Vec<LogEntry> {
+        let state = self.state.lock();
+        state.log.get(position..).unwrap_or_default().to_vec()
+    }
+
+    /// How many requests of that kind there have been.
+    pub fn count(&self, kind: OpKind) -> u64 {
+        self.state.lock().counts.get(&kind).copied().unwrap_or(0)
+    }
+
+    /// The offsets of all sectors on it that begin with `needle`.
+    pub fn find(&self, needle: &[u8]) -> Vec<u64> {
+        self.state.lock().now.find(needle)
+    }
+
+    /// What is in flight, in words.
+    pub fn describe(&self) -> Vec<String> {
+        let state = self.state.lock();
+        state
+            .in_flight
+            .values()
+            .map(|(op, _)| {
+                let held = state.holds.iter().any(|hold| hold.is_holding(op.id));
+                let why = if held { "held by the test" } else { "in flight" };
+                format!("{op} of '{}': {why}", self.name)
+            })
+            .collect()
+    }
+
+    pub(super) fn jitter(&self) -> u64 {
+        self.state.lock().jitter
+    }
+
+    /// Takes note of a request and decides what happens to it.
+    pub(super) fn begin(
+        &self,
+        kind: OpKind,
+        offset: u64,
+        len: u64,
+        change: Option<Change>,
+    ) -> (OpInfo, Vec<Fate>) {
+        let mut state = self.state.lock();
+        let op = OpInfo {
+            id: state.next_op,
+            kind,
+            offset,
+            len,
+        };
+        state.next_op += 1;
+        *state.counts.entry(kind).or_default() += 1;
+        if state.log.len() < MAX_LOG {
+            state.log.push(LogEntry { op, result: None });
+        }
+        let fates = {
+            let data = match &change {
+                Some(Change::Write(_, data)) => Some(data.as_slice()),
+                _ => None,
+            };
+            state.rules.judge(&op, data)
+        };
+        state.in_flight.insert(op.id, (op, change));
+        (op, fates)
+    }
+
+    pub(super) fn end(&self, op: &OpInfo, result: Result<(), ErrorKind>) {
+        let mut state = self.state.lock();
+        state.in_flight.remove(&op.id);
+        // Requests are logged in the order of their ids, none is left out before the log is full.
+        if let Some(entry) = state.log.get_mut(op.id as usize) {
+            entry.result = Some(result);
+        }
+    }
+
+    /// The effect of a request that changes something.
+    pub(super) fn apply(&self, op: &OpInfo) {
+        let mut state = self.state.lock();
+        let Some(change) = state.in_flight.get_mut(&op.id).and_then(|(_, c)| c.take()) else {
+            return;
+        };
+        change_content(&mut state.now, &change);
+        if state.track_durability {
+            state.unflushed.push(change);
+        }
+    }
+
+    pub(super) fn read(&self, offset: u64, out: &mut [u8]) {
+        self.state.lock().now.read(offset, out);
+    }
+
+    pub(super) fn run(&self, offset: u64, len: u64) -> (bool, u64) {
+        self.state.lock().now.run(offset, len)
+    }
+
+    pub(super) fn allocated(&self) -> u64 {
+        self.state.lock().now.allocated()
+    }
+
+    /// Makes everything durable that has taken effect.
+    pub(super) fn flush(&self) {
+        let mut state = self.state.lock();
+        let state = &mut *state;
+        for change in state.unflushed.drain(..) {
+            change_content(&mut state.durable, &change);
+        }
+    }
+}
+
+fn change_content(content: &mut Content, change: &Change) {
+    match change {
+        Change::Write(offset, data) => content.write(*offset, data),
+        Change::Punch(offset, len) => content.punch(*offset, *len),
+        Change::Resize(len) => content.set_len(*len),
+    }
+}
+
+/// Splits a range at sector boundaries: (length, offset).
+fn sectors(offset: u64, len: u64) -> impl Iterator<Item = (u64, u64)> {
+    let end = offset + len;
+    let mut at = offset;
+    std::iter::from_fn(move || {
+        if at >= end {
+            return None;
+        }
+        let stop = (at - at % SECTOR + SECTOR).min(end);
+        let piece = (stop - at, at);
+        at = stop;
+        Some(piece)
+    })
+}
+
+/// Requests that are stopped, and will be as long as this lives.
+pub struct Hold {
+    disk: Arc<Disk>,
+    rule: u64,
+    hold: Arc<HoldState>,
+}
+
+impl Hold {
+    /// How many requests were ever stopped.
+    pub fn arrivals(&self) -> u64 {
+        self.hold.arrivals()
+    }
+
+    /// Those that are stopped now.
+    pub fn waiting(&self) -> Vec<OpInfo> {
+        self.hold.waiting()
+    }
+
+    /// Completes when at least one request has been stopped.
+    pub async fn arrived(&self) {
+        futures::future::poll_fn(|cx| self.hold.poll_arrived(cx, 1)).await;
+    }
+
+    /// Lets one of those that are stopped go: the others stay, which is how requests are reordered.
+    pub fn let_go(&self, op: OpInfo) {
+        self.hold.let_go(|held| held.id == op.id);
+    }
+
+    /// Lets those go that are stopped now; later ones are stopped again.
+    pub fn let_all_go(&self) {
+        self.hold.let_go(|_| true);
+    }
+
+    /// Lets everything go and stops nothing any more.
+    pub fn release(&self) {
+        self.disk.remove_rule(self.rule);
+        self.hold.open();
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.release();
+        let mut state = self.disk.state.lock();
+        state.holds.retain(|hold| !Arc::ptr_eq(hold, &self.hold));
+    }
+}
+
+/// The disks of one simulated world, by file name.
+#[derive(Clone, Default)]
+pub struct Disks(Arc<Mutex<BTreeMap<String, Arc<Disk>>>>);
+
+impl Disks {
+    /// No disks.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The disk with that name.
+    pub fn get(&self, name: &str) -> Option<Arc<Disk>> {
+        self.0.lock().get(name).cloned()
+    }
+
+    /// Adds a disk, or replaces the one of that name for those who open it from now on.
+    pub fn insert(&self, disk: Arc<Disk>) {
+        self.0.lock().insert(disk.name().to_owned(), disk);
+    }
+
+    /// All of them, by name.
+    pub fn all(&self) -> Vec<Arc<Disk>> {
+        self.0.lock().values().cloned().collect()
+    }
+
+    /// What is in flight on any of them, in words.
+    pub fn describe(&self) -> Vec<String> {
+        self.all().iter().flat_map(|disk| disk.describe()).collect()
+    }
+}

@@ -1,0 +1,665 @@
+//! What each qemu-io command does. Messages and their place (standard output for results, standard error for usage) are
+//! qemu-io's.
+
+use std::{sync::Arc, time::Instant};
+
+use block_core::{
+    BlockHandle, Buffer, Error, IoBuf, IoBufMut, Permissions, RequestFlags,
+    driver::{Preallocation, Reopen, Truncate},
+};
+
+use super::{
+    help,
+    line::{Given, number, pattern, request_length},
+    report,
+    session::{OpenHow, Session, cache_mode},
+};
+
+/// What the shell does after a command.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// Goes on.
+    Done,
+    /// Goes on, and remembers that something failed.
+    Failed,
+    /// Ends.
+    Quit,
+}
+
+use Outcome::{Done, Failed, Quit};
+
+/// A refusal: text for standard error.
+struct Refused(String);
+
+impl From<String> for Refused {
+    fn from(text: String) -> Self {
+        Self(text)
+    }
+}
+
+impl From<Error> for Refused {
+    fn from(error: Error) -> Self {
+        Self(error.reason())
+    }
+}
+
+type Answer = Result<Outcome, Refused>;
+
+/// Runs one command line that has at least one word.
+pub async fn run(session: &mut Session, program: &str, words: &[&str]) -> Outcome {
+    let Some((name, args)) = words.split_first() else { return Done };
+    let Some(command) = help::find(name) else {
+        eprintln!("command \"{name}\" not found");
+        return Failed;
+    };
+    let needs_image = !matches!(command.name, "open" | "close" | "help" | "quit" | "sleep");
+    if needs_image && session.image.is_none() {
+        eprintln!("no file open, try 'help open'");
+        return Failed;
+    }
+    if command.writes && session.image.as_ref().is_some_and(|image| image.read_only) {
+        eprintln!("{program}: Block node is read-only");
+        return Failed;
+    }
+    if let Err(text) = command.check_count(args) {
+        eprintln!("{text}");
+        return Failed;
+    }
+    let given = match Given::parse(command.name, command.options, args) {
+        Ok(given) => given,
+        Err(text) => {
+            eprintln!("{text}");
+            eprintln!("{}", command.usage());
+            return Failed;
+        }
+    };
+    let answer = match command.name {
+        "read" => read(session, &given, false).await,
+        "readv" => read(session, &given, true).await,
+        "write" => write(session, &given, false).await,
+        "writev" => write(session, &given, true).await,
+        "aio_read" => aio_read(session, &given),
+        "aio_write" => aio_write(session, &given),
+        "aio_flush" => {
+            session.settle().await;
+            Ok(Done)
+        }
+        "flush" => flush(session).await,
+        "discard" => discard(session, &given).await,
+        "alloc" => alloc(session, &given).await,
+        "map" => map(session).await,
+        "length" => length(session),
+        "truncate" => truncate(session, &given).await,
+        "info" => info(session).await,
+        "sleep" => sleep(session, &given).await,
+        "open" => open(session, program, &given).await,
+        "close" => session.close().await.map(|()| Done).map_err(Refused::from),
+        "reopen" => reopen(session, program, &given).await,
+        "help" => Ok(help::show(given.rest.first().map(String::as_str))),
+        _ => Ok(Quit),
+    };
+    match answer {
+        Ok(outcome) => outcome,
+        Err(Refused(text)) if text.is_empty() => {
+            eprintln!("{}", command.usage());
+            Failed
+        }
+        Err(Refused(text)) => {
+            eprintln!("{text}");
+            Failed
+        }
+    }
+}
+
+fn handle(session: &Session) -> Result<Arc<BlockHandle>, Refused> {
+    session.handle().cloned().ok_or_else(|| Refused("no file open, try 'help open'".into()))
+}
+
+fn failed(what: &str, error: &Error) -> Outcome {
+    println!("{what} failed: {}", error.kind().strerror());
+    tracing::debug!("{what}: {error}");
+    Failed
+}
+
+/// Offset, and the sum and parts of the lengths that follow.
+fn ranges(given: &Given, vectored: bool) -> Result<(u64, u64, Vec<usize>), Refused> {
+    let (offset, lengths) = match given.rest.as_slice() {
+        [offset, lengths @ ..] if !lengths.is_empty() && (vectored || lengths.len() == 1) => {
+            (number(offset)?, lengths)
+        }
+        _ => return Err(Refused(String::new())),
+    };
+    let mut parts = Vec::with_capacity(lengths.len());
+    let mut total = 0u64;
+    for text in lengths {
+        let len = request_length(text)?;
+        total = total.saturating_add(len);
+        if total > super::line::MAX_REQUEST {
+            return Err(Refused(format!(
+                "length cannot exceed {}, given {text}",
+                super::line::MAX_REQUEST
+            )));
+        }
+        parts.push(len as usize);
+    }
+    Ok((offset, total, parts))
+}
+
+/// What a read is to be compared with.
+#[derive(Clone, Copy)]
+struct Verify {
+    byte: u8,
+    start: usize,
+    len: usize,
+}
+
+/// Everything that a read prints after it has ended.
+struct ReadReport {
+    offset: u64,
+    total: u64,
+    verify: Option<Verify>,
+    dump: bool,
+    quiet: bool,
+    machine: bool,
+    begun: Instant,
+}
+
+impl ReadReport {
+    fn finish(&self, data: &[u8]) -> Outcome {
+        let elapsed = self.begun.elapsed();
+        let mut outcome = Done;
+        if let Some(verify) = self.verify {
+            let part = &data[verify.start..verify.start + verify.len];
+            if part.iter().any(|byte| *byte != verify.byte) {
+                println!(
+                    "Pattern verification failed at offset {}, {} bytes",
+                    self.offset + verify.start as u64,
+                    verify.len
+                );
+                outcome = Failed;
+            }
+        }
+        if !self.quiet {
+            if self.dump {
+                print!("{}", report::dump(data, self.offset));
+            }
+            let (offset, total) = (self.offset, self.total);
+            print!("{}", report::request("read", elapsed, offset, total, total, 1, self.machine));
+        }
+        outcome
+    }
+}
+
+fn prepare_read(given: &Given, vectored: bool) -> Result<(ReadReport, Vec<usize>), Refused> {
+    let byte = given.value('P').map(pattern).transpose()?;
+    let (offset, total, parts) = ranges(given, vectored)?;
+    if (given.has('s') || given.has('l')) && byte.is_none() {
+        return Err(Refused(String::new()));
+    }
+    let verify = match byte {
+        None => None,
+        Some(byte) => {
+            let start = given.value('s').map(number).transpose()?.unwrap_or(0);
+            let len = given.value('l').map(number).transpose()?;
+            let len = len.unwrap_or(total.saturating_sub(start));
+            if start.checked_add(len).is_none_or(|end| end > total) {
+                return Err(Refused("pattern verification range exceeds end of read data".into()));
+            }
+            Some(Verify { byte, start: start as usize, len: len as usize })
+        }
+    };
+    let report = ReadReport {
+        offset,
+        total,
+        verify,
+        dump: given.has('v'),
+        quiet: given.has('q'),
+        machine: given.has('C'),
+        begun: Instant::now(),
+    };
+    Ok((report, parts))
+}
+
+/// Reads into separate buffers, one per part, and joins them.
+async fn read_parts(
+    handle: &BlockHandle,
+    offset: u64,
+    parts: &[usize],
+    flags: RequestFlags,
+) -> block_core::Result<Vec<u8>> {
+    let mut lent = Vec::with_capacity(parts.len());
+    let mut all = IoBufMut::new();
+    for len in parts {
+        let (keep, buf) = Buffer::try_new(*len)?.lend();
+        lent.push(keep);
+        all.append(buf);
+    }
+    handle.readv(offset, all, flags).await?;
+    let mut data = Vec::with_capacity(parts.iter().sum());
+    for keep in lent {
+        let buffer = keep.reclaim().map_err(|_| Error::io("a read buffer is still in use"))?;
+        data.extend_from_slice(&buffer);
+    }
+    Ok(data)
+}
+
+async fn read(session: &Session, given: &Given, vectored: bool) -> Answer {
+    let handle = handle(session)?;
+    if given.has('b') {
+        return Err(Refused("reading the VM state is not supported yet".into()));
+    }
+    let (mut report, parts) = prepare_read(given, vectored)?;
+    let flags = if session.image.as_ref().is_some_and(|image| image.copy_on_read) {
+        RequestFlags::COPY_ON_READ
+    } else {
+        RequestFlags::empty()
+    };
+    report.begun = Instant::now();
+    match session.drive(read_parts(&handle, report.offset, &parts, flags)).await {
+        Ok(data) => Ok(report.finish(&data)),
+        Err(error) => Ok(failed("read", &error)),
+    }
+}
+
+fn aio_read(session: &Session, given: &Given) -> Answer {
+    let handle = handle(session)?;
+    let (report, parts) = prepare_read(given, true)?;
+    session.start(async move {
+        match read_parts(&handle, report.offset, &parts, RequestFlags::empty()).await {
+            Ok(data) => {
+                report.finish(&data);
+            }
+            Err(error) => println!("readv failed: {}", error.kind().strerror()),
+        }
+    });
+    Ok(Done)
+}
+
+/// What a write writes.
+enum Payload {
+    Data(IoBuf),
+    Zeroes,
+}
+
+struct WritePlan {
+    offset: u64,
+    total: u64,
+    payload: Payload,
+    flags: RequestFlags,
+    quiet: bool,
+    machine: bool,
+}
+
+impl WritePlan {
+    async fn run(self, handle: &BlockHandle, failure: &str) -> Outcome {
+        let begun = Instant::now();
+        let result = match self.payload {
+            Payload::Zeroes => handle.write_zeroes(self.offset, self.total, self.flags).await,
+            Payload::Data(data) => handle.write(self.offset, data, self.flags).await,
+        };
+        match result {
+            Err(error) => failed(failure, &error),
+            Ok(()) => {
+                if !self.quiet {
+                    let (offset, total) = (self.offset, self.total);
+                    let elapsed = begun.elapsed();
+                    print!(
+                        "{}",
+                        report::request("wrote", elapsed, offset, total, total, 1, self.machine)
+                    );
+                }
+                Done
+            }
+        }
+    }
+}
+
+fn prepare_write(given: &Given, vectored: bool) -> Result<WritePlan, Refused> {
+    let mut flags = RequestFlags::empty();
+    let zero = given.has('z');
+    let sources = usize::from(zero) + usize::from(given.has('P')) + usize::from(given.has('s'));
+    for (letter, flag) in [
+        ('f', RequestFlags::FUA),
+        ('u', RequestFlags::MAY_UNMAP),
+        ('n', RequestFlags::NO_FALLBACK),
+        ('c', RequestFlags::WRITE_COMPRESSED),
+    ] {
+        if given.has(letter) {
+            flags |= flag;
+        }
+    }
+    if given.has('b') && given.has('c') {
+        return Err(Refused("-b and -c cannot be specified at the same time".into()));
+    }
+    if given.has('b') {
+        return Err(Refused("writing the VM state is not supported yet".into()));
+    }
+    if given.has('b') && zero {
+        return Err(Refused("-b and -z cannot be specified at the same time".into()));
+    }
+    if given.has('n') && !zero {
+        return Err(Refused("-n requires -z to be specified".into()));
+    }
+    if given.has('u') && !zero {
+        return Err(Refused("-u requires -z to be specified".into()));
+    }
+    if given.has('c') && zero {
+        return Err(Refused("-c and -z cannot be specified at the same time".into()));
+    }
+    if sources > 1 {
+        return Err(Refused("Only one of -z, -P, and -s can be specified at the same time".into()));
+    }
+    let byte = given.value('P').map(pattern).transpose()?.unwrap_or(0xcd);
+    let file = given.value('s');
+    let (offset, total, parts) = ranges(given, vectored)?;
+    let payload = if zero {
+        Payload::Zeroes
+    } else if let Some(name) = file {
+        Payload::Data(IoBuf::from(pattern_file(name, total as usize)?))
+    } else {
+        let mut all = IoBuf::new();
+        for len in parts {
+            let mut part = Buffer::try_new(len)?;
+            part.fill(byte);
+            all.append(IoBuf::from(part));
+        }
+        Payload::Data(all)
+    };
+    Ok(WritePlan {
+        offset,
+        total,
+        payload,
+        flags,
+        quiet: given.has('q'),
+        machine: given.has('C'),
+    })
+}
+
+/// `len` bytes of the file, over and over.
+fn pattern_file(name: &str, len: usize) -> Result<Buffer, Refused> {
+    use std::io::Read;
+    let mut content = Vec::new();
+    std::fs::File::open(name)
+        .and_then(|file| file.take(len as u64).read_to_end(&mut content))
+        .map_err(|error| Refused(format!("{name}: {}", Error::from(error).kind().strerror())))?;
+    if content.is_empty() {
+        return Err(Refused(format!("{name}: file is empty")));
+    }
+    let mut data = Buffer::try_new(len)?;
+    for chunk in data.chunks_mut(content.len()) {
+        chunk.copy_from_slice(&content[..chunk.len()]);
+    }
+    Ok(data)
+}
+
+async fn write(session: &Session, given: &Given, vectored: bool) -> Answer {
+    let handle = handle(session)?;
+    let plan = prepare_write(given, vectored)?;
+    Ok(session.drive(plan.run(&handle, "write")).await)
+}
+
+fn aio_write(session: &Session, given: &Given) -> Answer {
+    let handle = handle(session)?;
+    let plan = prepare_write(given, true)?;
+    session.start(async move {
+        plan.run(&handle, "aio_write").await;
+    });
+    Ok(Done)
+}
+
+async fn flush(session: &Session) -> Answer {
+    let handle = handle(session)?;
+    session.drive(handle.flush()).await?;
+    Ok(Done)
+}
+
+async fn discard(session: &Session, given: &Given) -> Answer {
+    let handle = handle(session)?;
+    let [offset, len] = given.rest.as_slice() else { return Err(Refused(String::new())) };
+    let (offset, len) = (number(offset)?, number(len)?);
+    if len > super::line::MAX_REQUEST {
+        let text = format!("length cannot exceed {}, given {}", super::line::MAX_REQUEST, given.rest[1]);
+        return Err(Refused(text));
+    }
+    let begun = Instant::now();
+    match session.drive(handle.discard(offset, len)).await {
+        Err(error) => Ok(failed("discard", &error)),
+        Ok(()) => {
+            if !given.has('q') {
+                let elapsed = begun.elapsed();
+                let machine = given.has('C');
+                print!("{}", report::request("discard", elapsed, offset, len, len, 1, machine));
+            }
+            Ok(Done)
+        }
+    }
+}
+
+async fn alloc(session: &Session, given: &Given) -> Answer {
+    let handle = handle(session)?;
+    let (offset, count) = match given.rest.as_slice() {
+        [offset] => (number(offset)?, 512),
+        [offset, count] => (number(offset)?, number(count)?),
+        _ => return Err(Refused(String::new())),
+    };
+    let node = handle.node();
+    let mut at = offset;
+    let end = offset.saturating_add(count);
+    let mut sum = 0;
+    while at < end {
+        let found = block_core::chain::is_allocated_at(&node, at, end - at);
+        let (allocated, run) = session.drive(found).await?;
+        if run == 0 {
+            break;
+        }
+        if allocated {
+            sum += run;
+        }
+        at += run;
+    }
+    println!("{sum}/{count} bytes allocated at offset {}", report::size(offset as f64));
+    Ok(Done)
+}
+
+async fn map(session: &Session) -> Answer {
+    let handle = handle(session)?;
+    let node = handle.node();
+    let end = handle.length();
+    let mut at = 0;
+    let mut run: Option<(u64, u64, bool)> = None;
+    while at < end {
+        let found = block_core::chain::is_allocated_at(&node, at, end - at);
+        let (allocated, len) = session.drive(found).await?;
+        if len == 0 {
+            break;
+        }
+        run = match run {
+            Some((start, sum, same)) if same == allocated => Some((start, sum + len, same)),
+            Some(done) => {
+                print_run(done);
+                Some((at, len, allocated))
+            }
+            None => Some((at, len, allocated)),
+        };
+        at += len;
+    }
+    if let Some(run) = run {
+        print_run(run);
+    }
+    Ok(Done)
+}
+
+fn print_run((start, len, allocated): (u64, u64, bool)) {
+    println!(
+        "{} ({len:#x}) bytes {} at offset {} ({start:#x})",
+        report::size(len as f64),
+        if allocated { "    allocated" } else { "not allocated" },
+        report::size(start as f64),
+    );
+}
+
+fn length(session: &Session) -> Answer {
+    println!("{}", report::size(handle(session)?.length() as f64));
+    Ok(Done)
+}
+
+async fn truncate(session: &Session, given: &Given) -> Answer {
+    let handle = handle(session)?;
+    let [length] = given.rest.as_slice() else { return Err(Refused(String::new())) };
+    let preallocation = match given.value('m') {
+        None | Some("off") => Preallocation::Off,
+        Some("metadata") => Preallocation::Metadata,
+        Some("falloc") => Preallocation::Falloc,
+        Some("full") => Preallocation::Full,
+        Some(other) => {
+            return Err(Refused(format!("invalid parameter value: {other}")));
+        }
+    };
+    let length = number(length)?;
+    let before = handle.permissions();
+    let mut wanted = before;
+    wanted.used |= Permissions::RESIZE;
+    handle.set_permissions(wanted)?;
+    let how = Truncate { exact: false, preallocation, zero: false };
+    let result = session.drive(handle.truncate(length, how)).await;
+    handle.set_permissions(before)?;
+    result?;
+    Ok(Done)
+}
+
+async fn info(session: &Session) -> Answer {
+    let handle = handle(session)?;
+    let node = handle.node();
+    let info = session.drive(handle.info()).await?;
+    let cluster = info.cluster_size.unwrap_or(0);
+    println!("format name: {}", node.driver().name());
+    println!("cluster size: {}", report::size(cluster as f64));
+    println!("vm state offset: {}", report::size(vm_state_offset(&handle, cluster) as f64));
+    if let Some((_, data)) = &info.format_specific
+        && node.driver().kind() == block_core::DriverKind::Format
+    {
+        println!("Format specific information:");
+        print_tree(data, 1);
+    }
+    Ok(Done)
+}
+
+/// qcow2 keeps the VM state behind the last L1 entry of the disk; others have none.
+fn vm_state_offset(handle: &BlockHandle, cluster: u64) -> u64 {
+    if handle.node().driver().name() != "qcow2" || cluster == 0 {
+        return 0;
+    }
+    let coverage = cluster / 8 * cluster;
+    handle.length().div_ceil(coverage) * coverage
+}
+
+fn print_tree(value: &serde_json::Value, depth: usize) {
+    let serde_json::Value::Object(map) = value else { return };
+    for (key, value) in map {
+        let (pad, key) = ("    ".repeat(depth), key.replace('-', " "));
+        match value {
+            serde_json::Value::Object(_) => {
+                println!("{pad}{key}:");
+                print_tree(value, depth + 1);
+            }
+            serde_json::Value::Array(items) => {
+                println!("{pad}{key}:");
+                for (index, item) in items.iter().enumerate() {
+                    println!("{pad}    [{index}]:");
+                    print_tree(item, depth + 2);
+                }
+            }
+            serde_json::Value::String(text) => println!("{pad}{key}: {text}"),
+            other => println!("{pad}{key}: {other}"),
+        }
+    }
+}
+
+async fn sleep(session: &Session, given: &Given) -> Answer {
+    let [time] = given.rest.as_slice() else { return Err(Refused(String::new())) };
+    let millis: u64 = time.parse().map_err(|_| format!("{time} is not a valid number"))?;
+    let time = std::time::Duration::from_millis(millis);
+    session.drive(session.env().sleep(time)).await;
+    Ok(Done)
+}
+
+async fn open(session: &mut Session, program: &str, given: &Given) -> Answer {
+    if session.image.is_some() {
+        return Err(Refused("file open already, try 'help close'".into()));
+    }
+    if given.has('s') {
+        return Err(Refused("snapshot=on is not supported yet".into()));
+    }
+    let name = match given.rest.as_slice() {
+        [] if given.has('o') => "",
+        [name] => name,
+        _ => return Err(Refused(String::new())),
+    };
+    let how = OpenHow {
+        read_only: given.has('r'),
+        copy_on_read: given.has('C'),
+        force_share: given.has('U'),
+        cache: given.value('t').map(str::to_owned).or_else(|| given.has('n').then(|| "none".into())),
+        discard: given.value('d').map(str::to_owned),
+        aio: given
+            .value('i')
+            .map(str::to_owned)
+            .or_else(|| given.has('k').then(|| "native".into())),
+        options: given.value('o').map(str::to_owned).into_iter().collect(),
+        ..OpenHow::default()
+    };
+    if let Err(error) = session.open(name, &how).await {
+        super::print_open_error(program, name, &error);
+        return Ok(Failed);
+    }
+    Ok(Done)
+}
+
+async fn reopen(session: &mut Session, program: &str, given: &Given) -> Answer {
+    if given.has('r') && given.has('w') {
+        return Err(Refused("Only one -r/-c option can be given".into()));
+    }
+    if !given.rest.is_empty() {
+        return Err(Refused(String::new()));
+    }
+    session.settle().await;
+    let Some(image) = session.image.as_mut() else { return Ok(Failed) };
+    let mut changes = Reopen::default();
+    if let Some(text) = given.value('o') {
+        changes.options = block_core::Options::from_text(text)?.0;
+    }
+    if let Some(mode) = given.value('c') {
+        let (direct, no_flush, through) = cache_mode(mode)?;
+        changes.options.insert("cache.direct".into(), direct.into());
+        changes.options.insert("cache.no-flush".into(), no_flush.into());
+        image.write_through = through;
+    }
+    let read_only =
+        if given.has('r') { true } else { image.read_only && !given.has('w') };
+    let switch = read_only != image.read_only;
+    if switch {
+        changes.read_only = Some(read_only);
+    }
+    let mut set = image.handle.permissions();
+    if read_only {
+        set.used -= Permissions::WRITE;
+        image.handle.set_permissions(set)?;
+    }
+    if (switch || !changes.options.is_empty())
+        && let Err(error) = image.handle.reopen(changes).await
+    {
+        eprintln!("{program}: {}", error.reason());
+        if read_only && switch {
+            set.used |= Permissions::WRITE;
+            image.handle.set_permissions(set)?;
+        }
+        return Ok(Failed);
+    }
+    if !read_only {
+        set.used |= Permissions::WRITE;
+        image.handle.set_permissions(set)?;
+    }
+    image.read_only = read_only;
+    image.handle.set_write_through(image.write_through);
+    Ok(Done)
+}

@@ -1,0 +1,241 @@
+//! What a qemu-io session has open: one image, its handle, and the requests that run beside the command line.
+
+use std::{cell::RefCell, future::Future, pin::Pin, sync::Arc, task::Poll};
+
+use block_core::{
+    BlockHandle, Error, Graph, Node, OpenOptions, Options, PermissionSet, Permissions, Registry,
+    Result, registry::ImplicitOpens,
+};
+use futures::{StreamExt, stream::FuturesUnordered};
+
+/// How an image is to be opened.
+#[derive(Debug, Clone, Default)]
+pub struct OpenHow {
+    /// The format, or none to probe.
+    pub format: Option<String>,
+    /// The name is a string of options.
+    pub image_opts: bool,
+    /// Read-only.
+    pub read_only: bool,
+    /// Copy what comes from backing files into the image.
+    pub copy_on_read: bool,
+    /// Share the image with everybody.
+    pub force_share: bool,
+    /// Cache mode.
+    pub cache: Option<String>,
+    /// `ignore` or `unmap`.
+    pub discard: Option<String>,
+    /// `threads`, `native` or `io_uring`.
+    pub aio: Option<String>,
+    /// Options of the driver.
+    pub options: Vec<String>,
+}
+
+/// An image that is open.
+pub struct Image {
+    /// The guest's handle.
+    pub handle: Arc<BlockHandle>,
+    /// The name it was opened by.
+    pub name: String,
+    /// It was opened read-only.
+    pub read_only: bool,
+    /// Every write is flushed.
+    pub write_through: bool,
+    /// Reads copy into the image.
+    pub copy_on_read: bool,
+}
+
+type Background = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// The state between commands.
+pub struct Session {
+    graph: Arc<Graph>,
+    registry: Arc<Registry>,
+    /// The image, if one is open.
+    pub image: Option<Image>,
+    /// Requests of `aio_read` and `aio_write`; they take their tickets in the order of the commands and are polled
+    /// whenever the session waits for anything.
+    background: RefCell<FuturesUnordered<Background>>,
+}
+
+/// Splits a cache mode into (direct, no-flush, write-through).
+///
+/// # Errors
+/// An unknown mode.
+pub fn cache_mode(mode: &str) -> Result<(bool, bool, bool)> {
+    match mode {
+        "none" | "off" => Ok((true, false, false)),
+        "directsync" => Ok((true, false, true)),
+        "writeback" => Ok((false, false, false)),
+        "unsafe" => Ok((false, true, false)),
+        "writethrough" => Ok((false, false, true)),
+        _ => Err(Error::invalid(format!("Invalid cache option: {mode}"))),
+    }
+}
+
+impl Session {
+    /// Nothing is open.
+    pub fn new(graph: Arc<Graph>, registry: Arc<Registry>) -> Self {
+        Self { graph, registry, image: None, background: RefCell::default() }
+    }
+
+    /// Opens an image.
+    ///
+    /// # Errors
+    /// What the drivers report; the reason names the file.
+    pub async fn open(&mut self, name: &str, how: &OpenHow) -> Result<()> {
+        let mut node = Options::new();
+        node.set("read-only", how.read_only);
+        if how.force_share {
+            node.set("force-share", true);
+        }
+        match how.discard.as_deref() {
+            None => {}
+            Some("ignore" | "off") => node.set("discard", "ignore"),
+            Some("unmap" | "on") => node.set("discard", "unmap"),
+            Some(other) => {
+                return Err(Error::invalid(format!("Invalid discard option: {other}")));
+            }
+        }
+        let mut write_through = true;
+        if let Some(mode) = &how.cache {
+            let (direct, no_flush, through) = cache_mode(mode)?;
+            write_through = through;
+            let mut cache = Options::new();
+            cache.set("direct", direct);
+            cache.set("no-flush", no_flush);
+            node.set("cache", serde_json::Value::Object(cache.0));
+        }
+        for text in &how.options {
+            for (key, value) in Options::from_text(text)?.0 {
+                node.set(&key, value);
+            }
+        }
+        let opens = OpenOptions { implicit: ImplicitOpens::Permit, ..OpenOptions::default() };
+        let opened = if how.image_opts {
+            let mut options = Options::from_text(name)?;
+            for (key, value) in node.0 {
+                options.set(&key, value);
+            }
+            self.registry.open(&self.graph, options, opens).await?
+        } else if node.get("driver").is_some() && how.format.is_none() {
+            // `open -o driver=…,file.filename=…`: the options say it all, the name (if any) is the file's.
+            if !name.is_empty() {
+                node.set_default("filename", name);
+            }
+            self.registry.open(&self.graph, node, opens).await?
+        } else {
+            let format = how.format.as_deref();
+            match how.aio.as_deref() {
+                None => self.registry.open_file(&self.graph, name, format, node, opens).await?,
+                Some(aio) => {
+                    let mut file = self.registry.filename_options(name)?;
+                    file.set("aio", aio_engine(aio)?);
+                    node.set("file", serde_json::Value::Object(file.0));
+                    if let Some(format) = format {
+                        node.set("driver", format);
+                    }
+                    self.registry.open(&self.graph, node, opens).await?
+                }
+            }
+        };
+        match self.attach(&opened, how) {
+            Ok(handle) => {
+                handle.set_write_through(write_through);
+                self.image = Some(Image {
+                    handle: Arc::new(handle),
+                    name: name.to_owned(),
+                    read_only: how.read_only,
+                    write_through,
+                    copy_on_read: how.copy_on_read,
+                });
+                Ok(())
+            }
+            Err(error) => {
+                let _ = self.graph.release(&opened).await;
+                Err(error)
+            }
+        }
+    }
+
+    fn attach(&self, node: &Arc<Node>, how: &OpenHow) -> Result<BlockHandle> {
+        let mut used = Permissions::CONSISTENT_READ;
+        if !how.read_only {
+            used |= Permissions::WRITE;
+        }
+        let shared = Permissions::all() - Permissions::RESIZE;
+        let shared = if how.force_share { Permissions::all() } else { shared };
+        // The resize permission is taken by `truncate` alone, so that raw images can be shared.
+        self.graph.attach(node, PermissionSet::new(used, shared), "")
+    }
+
+    /// The environment.
+    pub fn env(&self) -> Arc<dyn block_core::Environment> {
+        self.graph.env().clone()
+    }
+
+    /// The handle.
+    pub fn handle(&self) -> Option<&Arc<BlockHandle>> {
+        self.image.as_ref().map(|image| &image.handle)
+    }
+
+    /// Closes the image, after everything in the background has ended.
+    ///
+    /// # Errors
+    /// The last flush or the close failed.
+    pub async fn close(&mut self) -> Result<()> {
+        self.settle().await;
+        let Some(image) = self.image.take() else { return Ok(()) };
+        match Arc::try_unwrap(image.handle) {
+            Ok(handle) => handle.close().await,
+            // Nobody keeps a handle beyond its request.
+            Err(shared) => shared.flush().await,
+        }
+    }
+
+    /// Starts a request in the background; it takes its ticket before this returns.
+    pub fn start(&self, request: impl Future<Output = ()> + Send + 'static) {
+        self.background.borrow_mut().push(Box::pin(request));
+        self.pump();
+    }
+
+    /// Polls what runs in the background, once.
+    fn pump(&self) {
+        let waker = futures::task::noop_waker();
+        let mut cx = std::task::Context::from_waker(&waker);
+        while let Poll::Ready(Some(())) = self.background.borrow_mut().poll_next_unpin(&mut cx) {}
+    }
+
+    /// Waits for `work`, and polls what runs in the background meanwhile: an unpolled request holds its ticket.
+    pub async fn drive<T>(&self, work: impl Future<Output = T>) -> T {
+        let mut work = std::pin::pin!(work);
+        futures::future::poll_fn(|cx| {
+            while let Poll::Ready(Some(())) = self.background.borrow_mut().poll_next_unpin(cx) {}
+            work.as_mut().poll(cx)
+        })
+        .await
+    }
+
+    /// Waits until nothing runs in the background.
+    pub async fn settle(&self) {
+        futures::future::poll_fn(|cx| {
+            loop {
+                match self.background.borrow_mut().poll_next_unpin(cx) {
+                    Poll::Ready(Some(())) => {}
+                    Poll::Ready(None) => return Poll::Ready(()),
+                    Poll::Pending => return Poll::Pending,
+                }
+            }
+        })
+        .await;
+    }
+}
+
+/// The engine that an AIO mode of qemu-io's stands for.
+fn aio_engine(mode: &str) -> Result<&'static str> {
+    match mode {
+        "threads" => Ok("threads"),
+        "native" | "io_uring" => Ok("io_uring"),
+        other => Err(Error::invalid(format!("Invalid AIO option: {other}"))),
+    }
+}
