@@ -63,7 +63,7 @@ fn a_panicking_task_ends_block_on_instead_of_hanging_it() {
     let env = EnvTokio::new(1).unwrap();
     env.spawn(async { panic!("boom") }.boxed());
     let outcome = catch_unwind(AssertUnwindSafe(|| {
-        env.block_on(std::future::pending::<()>())
+        env.block_on(std::future::pending::<()>());
     }));
     let payload = outcome.unwrap_err();
     let message = payload.downcast_ref::<String>().unwrap();

@@ -106,7 +106,9 @@ pub async fn populate(
     mut buf: Option<IoBufMut>,
 ) -> Result<Populated> {
     let mut done = Populated::default();
-    let end = offset.checked_add(len).ok_or_else(|| Error::invalid("offset overflow"))?;
+    let end = offset
+        .checked_add(len)
+        .ok_or_else(|| Error::invalid("offset overflow"))?;
     let mut at = offset;
     while at < end {
         // Reservations are bounded, however long the range.
@@ -134,7 +136,15 @@ async fn populate_step(
         return Ok(done);
     }
     let reservation = node.reserve(offset, len).await?;
-    Copier { node, reservation, offset, buf, done }.run().await
+    Copier {
+        node,
+        reservation,
+        offset,
+        buf,
+        done,
+    }
+    .run()
+    .await
 }
 
 /// Whether the node itself holds all of the range, or there is nothing below that it could be copied from.
@@ -179,8 +189,7 @@ impl Copier<'_> {
         let mut at = range.start();
         while at < end {
             let wanted = end - at;
-            let (allocated, known) =
-                chain::is_allocated_at(self.node.node(), at, wanted).await?;
+            let (allocated, known) = chain::is_allocated_at(self.node.node(), at, wanted).await?;
             let known = known.min(wanted);
             advance(at, known)?;
             if allocated {
@@ -202,7 +211,10 @@ impl Copier<'_> {
     fn destination(&mut self, at: u64, len: u64) -> Option<(u64, IoBufMut)> {
         let buf = self.buf.as_mut().filter(|buf| !buf.is_empty())?;
         let skip = self.offset.saturating_sub(at);
-        let len = len.checked_sub(skip).filter(|len| *len > 0)?.min(buf.len() as u64);
+        let len = len
+            .checked_sub(skip)
+            .filter(|len| *len > 0)?
+            .min(buf.len() as u64);
         let piece = buf.split_to(len as usize);
         let at = self.offset;
         self.offset += len;
@@ -272,7 +284,11 @@ impl BlockDriver for CopyOnRead {
     }
 
     fn limits(&self, edges: &Edges) -> Limits {
-        Limits { max_transfer: MAX_TRANSFER, ..Limits::default() }.merge(passthrough::limits(edges))
+        Limits {
+            max_transfer: MAX_TRANSFER,
+            ..Limits::default()
+        }
+        .merge(passthrough::limits(edges))
     }
 
     fn child_permissions(&self, role: ChildRole, parents: PermissionSet) -> PermissionSet {
@@ -285,7 +301,12 @@ impl BlockDriver for CopyOnRead {
     fn try_map(&self, edges: &Edges, offset: u64, len: u64, intent: MapIntent) -> Mapping {
         match (intent, passthrough::edge(edges)) {
             // Nothing is copied for a write.
-            (MapIntent::Overwrite, Some(edge)) => Mapping::Data { edge, offset, len, pin: None },
+            (MapIntent::Overwrite, Some(edge)) => Mapping::Data {
+                edge,
+                offset,
+                len,
+                pin: None,
+            },
             _ => Mapping::NotCached,
         }
     }

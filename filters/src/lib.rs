@@ -3,15 +3,18 @@
 //! | driver | what it does |
 //! | --- | --- |
 //! | `copy-on-read` ([`CopyOnRead`]) | what is read from below its child is written into the child on the way |
+//! | `throttle` ([`Throttle`]) | holds requests back to a rate of bytes and requests per second |
 //! | `null-co` ([`Null`]) | storage that isn't there: swallows writes, for benchmarks and tests |
 //!
 //! A filter here decides nothing about content and keeps no data. [`register`] adds them all to a registry.
 
 #![forbid(unsafe_code)]
 
+mod bucket;
 pub mod copy_on_read;
 mod null;
 mod passthrough;
+mod throttle;
 
 #[cfg(test)]
 mod tests;
@@ -21,12 +24,14 @@ use std::sync::Arc;
 use block_core::registry::Registry;
 
 pub use self::{
-    copy_on_read::{CopyOnRead, CopyOnReadFactory},
+    copy_on_read::{CopyOnRead, CopyOnReadFactory, Populated},
     null::{Null, NullFactory},
+    throttle::{Rates, Throttle, ThrottleFactory},
 };
 
 /// Adds the drivers of this crate to `registry`.
 pub fn register(registry: &mut Registry) {
     registry.register(Arc::new(CopyOnReadFactory));
+    registry.register(Arc::new(ThrottleFactory));
     registry.register(Arc::new(NullFactory));
 }

@@ -39,7 +39,12 @@ pub struct Null {
 impl Null {
     /// One of `size` bytes that reads as zeroes if `read_zeroes`.
     pub fn new(size: u64, read_zeroes: bool) -> Self {
-        Self { size, latency: None, read_zeroes, read_only: AtomicBool::new(false) }
+        Self {
+            size,
+            latency: None,
+            read_zeroes,
+            read_only: AtomicBool::new(false),
+        }
     }
 
     /// Makes every request take at least `latency`.
@@ -92,7 +97,12 @@ impl BlockDriver for Null {
         Some("null-co://".to_owned())
     }
 
-    async fn read(self: Arc<Self>, request: Request, _offset: u64, mut buf: IoBufMut) -> Result<()> {
+    async fn read(
+        self: Arc<Self>,
+        request: Request,
+        _offset: u64,
+        mut buf: IoBufMut,
+    ) -> Result<()> {
         if self.read_zeroes {
             buf.fill(0);
         }
@@ -138,8 +148,16 @@ impl BlockDriver for Null {
         offset: u64,
         len: u64,
     ) -> Result<DriverStatus> {
-        let flags = if self.read_zeroes { StatusFlags::ZERO } else { StatusFlags::DATA };
-        Ok(DriverStatus { flags: flags | StatusFlags::OFFSET_VALID, len, file_offset: offset })
+        let flags = if self.read_zeroes {
+            StatusFlags::ZERO
+        } else {
+            StatusFlags::DATA
+        };
+        Ok(DriverStatus {
+            flags: flags | StatusFlags::OFFSET_VALID,
+            len,
+            file_offset: offset,
+        })
     }
 
     async fn reopen(self: Arc<Self>, _request: Request, changes: Reopen) -> Result<()> {
@@ -191,7 +209,12 @@ impl DriverFactory for NullFactory {
         let size = options.size.map_or(DEFAULT_SIZE, |size| size.0);
         let driver = Null::new(size, options.read_zeroes.0)
             .with_latency(Duration::from_nanos(options.latency_ns.0));
-        driver.read_only.store(context.node.read_only, Ordering::Release);
-        Ok(Opened { driver: Arc::new(driver), edges: Vec::new() })
+        driver
+            .read_only
+            .store(context.node.read_only, Ordering::Release);
+        Ok(Opened {
+            driver: Arc::new(driver),
+            edges: Vec::new(),
+        })
     }
 }

@@ -39,12 +39,18 @@ pub(crate) fn length(edges: &Edges) -> u64 {
 /// The limits of the filtered child.
 pub(crate) fn limits(edges: &Edges) -> Limits {
     let limits = Limits::default();
-    edges.child(ChildRole::Filtered).map_or(limits, |child| limits.merge(child.limits()))
+    edges
+        .child(ChildRole::Filtered)
+        .map_or(limits, |child| limits.merge(child.limits()))
 }
 
 /// "Ask the child."
 pub(crate) const fn status(offset: u64, len: u64) -> DriverStatus {
-    DriverStatus { flags: StatusFlags::RAW.union(StatusFlags::OFFSET_VALID), len, file_offset: offset }
+    DriverStatus {
+        flags: StatusFlags::RAW.union(StatusFlags::OFFSET_VALID),
+        len,
+        file_offset: offset,
+    }
 }
 
 /// The index of the filtered child as `try_map` wants it.

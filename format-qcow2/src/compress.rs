@@ -71,7 +71,11 @@ mod tests {
         (0..len)
             .map(|index| {
                 state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                if index % 16 == 0 { (state >> 24) as u8 } else { (index / 7) as u8 }
+                if index % 16 == 0 {
+                    (state >> 24) as u8
+                } else {
+                    (index / 7) as u8
+                }
             })
             .collect()
     }
@@ -108,7 +112,9 @@ mod tests {
         let packed = compress(&cluster).unwrap();
         let mut out = vec![0; cluster.len()];
         let mut narrow = Decompress::new_with_window_bits(false, WINDOW_BITS);
-        let status = narrow.decompress(&packed, &mut out, FlushDecompress::Finish).unwrap();
+        let status = narrow
+            .decompress(&packed, &mut out, FlushDecompress::Finish)
+            .unwrap();
         assert_eq!(status, Status::StreamEnd);
         assert_eq!(out, cluster);
         // The noise was stored twice.
@@ -138,7 +144,11 @@ mod tests {
     fn a_damaged_or_short_stream_is_an_io_error() {
         let packed = compress(&sample(65536)).unwrap();
         for len in [0, 1, packed.len() / 2, packed.len() - 64] {
-            assert_eq!(decompress(&packed[..len], 65536).unwrap_err().errno(), 5, "{len}");
+            assert_eq!(
+                decompress(&packed[..len], 65536).unwrap_err().errno(),
+                5,
+                "{len}"
+            );
         }
         assert_eq!(decompress(&packed, 131_072).unwrap_err().errno(), 5);
         assert_eq!(decompress(&[0xff; 512], 65536).unwrap_err().errno(), 5);

@@ -4,7 +4,11 @@
 //! None of these functions flushes: the order between a header update and what it publishes is the caller's to keep.
 //! Each is one write, so that a power cut leaves the old or the new header as far as the storage writes sectors whole.
 
-use block_core::{error::{Error, ErrorKind, Operation, Result}, flags::RequestFlags, request::Child};
+use block_core::{
+    error::{Error, ErrorKind, Operation, Result},
+    flags::RequestFlags,
+    request::Child,
+};
 
 use crate::layout::{
     Autoclear, Compatible, Header, HostOffset, Incompatible,
@@ -53,10 +57,14 @@ pub async fn change_backing(
     let name = backing_file.filter(|name| !name.is_empty());
     let format = backing_format.filter(|format| !format.is_empty());
     if name.is_none() && format.is_some() {
-        return Err(Error::invalid("Backing format cannot be used without backing file"));
+        return Err(Error::invalid(
+            "Backing format cannot be used without backing file",
+        ));
     }
     if name.is_some() && header.autoclear.contains(Autoclear::RAW_DATA_FILE) {
-        return Err(Error::invalid("Backing file and data-file-raw cannot be used at the same time"));
+        return Err(Error::invalid(
+            "Backing file and data-file-raw cannot be used at the same time",
+        ));
     }
     let mut changed = header.clone();
     changed.backing_file = name.map(|name| name.as_bytes().to_vec());
@@ -117,8 +125,13 @@ pub async fn write_compatible(
 /// Writes the size of the virtual disk in place.
 pub async fn write_size(file: &Child, header: &mut Header, size: u64) -> Result<()> {
     if header.l1_entries_needed(size) > u64::from(header.l1_size) {
-        return Err(Error::new(ErrorKind::TooBig, "L1 table is too small")
-            .with_field("size", size, "what the L1 table covers"));
+        return Err(
+            Error::new(ErrorKind::TooBig, "L1 table is too small").with_field(
+                "size",
+                size,
+                "what the L1 table covers",
+            ),
+        );
     }
     write_u64(file, field::SIZE, size).await?;
     header.size = size;
@@ -149,7 +162,8 @@ pub async fn write_refcount_table_pointer(
 ) -> Result<()> {
     let mut bytes = offset.0.to_be_bytes().to_vec();
     bytes.extend_from_slice(&clusters.to_be_bytes());
-    file.write(field::REFCOUNT_TABLE, bytes, RequestFlags::empty()).await?;
+    file.write(field::REFCOUNT_TABLE, bytes, RequestFlags::empty())
+        .await?;
     header.refcount_table_offset = offset;
     header.refcount_table_clusters = clusters;
     Ok(())
@@ -157,15 +171,18 @@ pub async fn write_refcount_table_pointer(
 
 fn needs_version_3(header: &Header, name: &str) -> Result<()> {
     if header.version < 3 {
-        return Err(Error::invalid("Images of version 2 have no feature bits").with_field(
-            name,
-            "a change",
-            "version 3",
-        ));
+        return Err(
+            Error::invalid("Images of version 2 have no feature bits").with_field(
+                name,
+                "a change",
+                "version 3",
+            ),
+        );
     }
     Ok(())
 }
 
 async fn write_u64(file: &Child, at: u64, value: u64) -> Result<()> {
-    file.write(at, value.to_be_bytes().to_vec(), RequestFlags::empty()).await
+    file.write(at, value.to_be_bytes().to_vec(), RequestFlags::empty())
+        .await
 }

@@ -22,7 +22,11 @@ pub fn image_info(header: &Header) -> ImageInfo {
 /// The `data` of the `format-specific` section.
 fn format_specific(header: &Header) -> Value {
     let refcount_bits = header.geometry().refcount_bits();
-    let compression = if header.compression_type == 0 { "zlib" } else { "zstd" };
+    let compression = if header.compression_type == 0 {
+        "zlib"
+    } else {
+        "zstd"
+    };
     if header.version < 3 {
         return json!({
             "compat": "0.10",
@@ -62,12 +66,18 @@ mod tests {
 
     #[test]
     fn the_keys_are_those_of_qemu_img_in_its_order() {
-        let v3 = info(Parameters { lazy_refcounts: true, ..Parameters::default() });
+        let v3 = info(Parameters {
+            lazy_refcounts: true,
+            ..Parameters::default()
+        });
         assert_eq!(
             v3.to_string(),
             r#"{"compat":"1.1","compression-type":"zlib","lazy-refcounts":true,"refcount-bits":16,"corrupt":false,"extended-l2":false}"#
         );
-        let v2 = info(Parameters { version: 2, ..Parameters::default() });
+        let v2 = info(Parameters {
+            version: 2,
+            ..Parameters::default()
+        });
         assert_eq!(
             v2.to_string(),
             r#"{"compat":"0.10","compression-type":"zlib","refcount-bits":16}"#

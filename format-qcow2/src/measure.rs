@@ -1,13 +1,8 @@
 //! How large an image gets (`measure`). Arithmetic over the plan of a new image; no I/O.
 
-use block_core::{
-    driver::Preallocation, error::Result, options::Options, registry::Measure,
-};
+use block_core::{driver::Preallocation, error::Result, options::Options, registry::Measure};
 
-use crate::create::{
-    Parameters, Plan,
-    plan::too_large,
-};
+use crate::create::{Parameters, Plan, plan::too_large};
 
 /// Bytes that an image of `size` virtual bytes with these create options needs, if data is at `data` (offset and
 /// length in bytes; ascending, disjoint).
@@ -16,7 +11,10 @@ use crate::create::{
 pub fn measure(size: u64, data: &[(u64, u64)], options: Options) -> Result<Measure> {
     let parameters = Parameters::for_size(size, options)?;
     let plan = Plan::with_data(&parameters, true).ok_or_else(|| {
-        too_large("The image size is too large (try using a larger cluster size)", &parameters)
+        too_large(
+            "The image size is too large (try using a larger cluster size)",
+            &parameters,
+        )
     })?;
     let geometry = plan.geometry;
     let fully_allocated = plan.end();
@@ -34,7 +32,10 @@ pub fn measure(size: u64, data: &[(u64, u64)], options: Options) -> Result<Measu
             fully_allocated - (plan.data_clusters - clusters) * geometry.cluster_size()
         }
     };
-    Ok(Measure { required, fully_allocated })
+    Ok(Measure {
+        required,
+        fully_allocated,
+    })
 }
 
 #[cfg(test)]
@@ -51,20 +52,34 @@ mod tests {
             ("", 60 << 40, 10_067_968_000, 65_980_765_634_560),
             ("cluster_size=512", 512, 2_560, 3_072),
             ("cluster_size=512", 1 << 30, 21_385_216, 1_095_127_040),
-            ("refcount_bits=1", 60 << 40, 8_180_072_448, 65_978_877_739_008),
+            (
+                "refcount_bits=1",
+                60 << 40,
+                8_180_072_448,
+                65_978_877_739_008,
+            ),
             ("refcount_bits=64", 1 << 30, 524_288, 1_074_266_112),
-            ("cluster_size=4096,refcount_bits=64", 1 << 40, 4_311_805_952, 1_103_823_433_728),
+            (
+                "cluster_size=4096,refcount_bits=64",
+                1 << 40,
+                4_311_805_952,
+                1_103_823_433_728,
+            ),
             ("preallocation=full", 1 << 30, 1_074_135_040, 1_074_135_040),
         ] {
             let options = Options::from_dotted(options).unwrap();
-            let expected = Measure { required, fully_allocated };
+            let expected = Measure {
+                required,
+                fully_allocated,
+            };
             assert_eq!(measure(size, &[], options).unwrap(), expected, "{size}");
         }
     }
 
     #[test]
     fn each_cluster_with_data_counts_once() {
-        let required = |data: &[(u64, u64)]| measure(1 << 20, data, Options::new()).unwrap().required;
+        let required =
+            |data: &[(u64, u64)]| measure(1 << 20, data, Options::new()).unwrap().required;
         let empty = required(&[]);
         assert_eq!(required(&[(0, 1)]), empty + 65536);
         assert_eq!(required(&[(0, 1), (100, 1), (65535, 1)]), empty + 65536);

@@ -17,7 +17,7 @@ const END: u64 = 21 * C;
 /// An image with every kind of cluster: 16 normal (two of them zero with a reservation, one discarded), two
 /// compressed ones in one host cluster.
 fn sample(lab: &Lab) -> Image {
-    lab.qemu_img(&["create", "-q", "-f", "qcow2", "sample.qcow2", "64M"]);
+    lab.qemu_img(&["create", "-q", "-f", "qcow2", "sample.qcow2", "4M"]);
     lab.qemu_io(
         "sample.qcow2",
         &[
@@ -165,7 +165,6 @@ const DAMAGES: &[Damage] = &[
     Damage {
         name: "L2 table used twice",
         apply: |image| {
-            image.put64(24, 128 << 20);
             image.put64(24, 1 << 30);
             image.put(36, &2u32.to_be_bytes());
             image.put64(L1 + 8, L2);
@@ -367,16 +366,28 @@ fn every_damage_is_classified_as_qemu_img_does() {
         let image = damaged(&lab, damage);
         let before = image.data();
         let report = image.check(CheckMode::ReadOnly).unwrap();
-        assert_eq!(exit_status(&report), damage.status, "{}: {report:?}", damage.name);
+        assert_eq!(
+            exit_status(&report),
+            damage.status,
+            "{}: {report:?}",
+            damage.name
+        );
         if damage.same_counts {
             image.save(&lab.path("damaged.qcow2"));
             let status = lab.status(&["check", "-f", "qcow2", "damaged.qcow2"]);
             assert_eq!(status, damage.status, "{}", damage.name);
             assert_same_counts(&report, &lab.check("damaged.qcow2"), damage.name);
         }
-        let first = report.findings.first().map_or("", |finding| &finding.message);
+        let first = report
+            .findings
+            .first()
+            .map_or("", |finding| &finding.message);
         assert!(first.starts_with(damage.text), "{}: {first}", damage.name);
-        assert!(image.data() == before, "{}: a check changed the image", damage.name);
+        assert!(
+            image.data() == before,
+            "{}: a check changed the image",
+            damage.name
+        );
         assert!(image.log().is_empty());
     }
 }
@@ -400,7 +411,11 @@ fn repair(lab: &Lab, damage: &Damage, mode: CheckMode, status: i32) -> CheckRepo
     if status == 0 {
         let theirs = lab.check("repaired.qcow2");
         assert_same_counts(&again, &theirs, &what);
-        assert_eq!(lab.status(&["check", "-f", "qcow2", "repaired.qcow2"]), 0, "{what}");
+        assert_eq!(
+            lab.status(&["check", "-f", "qcow2", "repaired.qcow2"]),
+            0,
+            "{what}"
+        );
     }
     report
 }
@@ -427,15 +442,23 @@ fn repairs_leave_what_qemu_img_calls_clean() {
 #[test]
 fn a_repair_counts_what_it_fixed_as_qemu_img_does() {
     let Some(lab) = Lab::new() else { return };
-    for name in ["doubly used cluster", "refcount of data zero", "refcount block missing"] {
+    for name in [
+        "doubly used cluster",
+        "refcount of data zero",
+        "refcount block missing",
+    ] {
         let damage = DAMAGES.iter().find(|damage| damage.name == name).unwrap();
         let image = damaged(&lab, damage);
         image.save(&lab.path("damaged.qcow2"));
         let ours = image.check(CheckMode::RepairAll).unwrap();
-        let text =
-            lab.qemu_img(&["check", "-r", "all", "--output=json", "damaged.qcow2"]);
+        let text = lab.qemu_img(&["check", "-r", "all", "--output=json", "damaged.qcow2"]);
         let theirs: serde_json::Value = serde_json::from_str(&text).unwrap();
-        let count = |key: &str| theirs.get(key).and_then(serde_json::Value::as_u64).unwrap_or(0);
+        let count = |key: &str| {
+            theirs
+                .get(key)
+                .and_then(serde_json::Value::as_u64)
+                .unwrap_or(0)
+        };
         assert_eq!(ours.corruptions_fixed, count("corruptions-fixed"), "{name}");
         assert_eq!(ours.leaks_fixed, count("leaks-fixed"), "{name}");
     }
@@ -458,14 +481,26 @@ fn a_repair_never_changes_what_the_guest_reads() {
         let image = damaged(&lab, damage);
         image.check(CheckMode::RepairAll).unwrap();
         image.save(&lab.path("repaired.qcow2"));
-        lab.qemu_img(&["compare", "-f", "qcow2", "-F", "qcow2", "sample.qcow2", "repaired.qcow2"]);
+        lab.qemu_img(&[
+            "compare",
+            "-f",
+            "qcow2",
+            "-F",
+            "qcow2",
+            "sample.qcow2",
+            "repaired.qcow2",
+        ]);
     }
 }
 
 #[test]
 fn clusters_under_an_unreadable_table_are_never_freed() {
     let Some(lab) = Lab::new() else { return };
-    for name in ["unaligned L2 table", "L2 table behind the end", "L1 table behind the end"] {
+    for name in [
+        "unaligned L2 table",
+        "L2 table behind the end",
+        "L1 table behind the end",
+    ] {
         let damage = DAMAGES.iter().find(|damage| damage.name == name).unwrap();
         for mode in [CheckMode::RepairLeaks, CheckMode::RepairAll] {
             let image = damaged(&lab, damage);
@@ -497,15 +532,38 @@ fn clusters_under_an_unreadable_table_are_never_freed() {
 #[test]
 fn a_repair_may_be_cut_off_at_any_write() {
     let Some(lab) = Lab::new() else { return };
-    for damage in DAMAGES.iter().filter(|damage| damage.after.1 == 0 && damage.status != 0) {
+    // One for each kind of repair.
+    let names = [
+        "refcount of an L2 table too high",
+        "refcount of data zero",
+        "L2 table without the copied flag",
+        "copied flag on a shared cluster",
+        "doubly used cluster",
+        "L2 table used twice",
+        "unaligned reservation of a zero cluster",
+        "data in the refcount block",
+    ];
+    for damage in DAMAGES.iter().filter(|damage| names.contains(&damage.name)) {
         let image = damaged(&lab, damage);
         let start = image.data();
         image.check(CheckMode::RepairAll).unwrap();
         let log = image.log();
-        assert!(log.iter().any(|event| matches!(event, Event::Write(..))), "{}", damage.name);
+        assert!(
+            log.iter().any(|event| matches!(event, Event::Write(..))),
+            "{}",
+            damage.name
+        );
         let guest = |image: &Image| {
             image.save(&lab.path("cut.qcow2"));
-            lab.qemu_img(&["convert", "-f", "qcow2", "-O", "raw", "cut.qcow2", "cut.raw"]);
+            lab.qemu_img(&[
+                "convert",
+                "-f",
+                "qcow2",
+                "-O",
+                "raw",
+                "cut.qcow2",
+                "cut.raw",
+            ]);
             std::fs::read(lab.path("cut.raw")).unwrap()
         };
         let content = guest(&image);
@@ -522,9 +580,18 @@ fn a_repair_may_be_cut_off_at_any_write() {
                 event.apply(&mut prefix);
                 let mut alone = durable.clone();
                 event.apply(&mut alone);
-                states.extend([prefix.clone(), alone]);
+                states.push(prefix.clone());
+                if alone != prefix {
+                    states.push(alone);
+                }
             }
-            for state in states {
+            // Only the latest write makes new states, and a flush adds none.
+            let new = if matches!(event, Event::Flush) {
+                0
+            } else {
+                2.min(states.len())
+            };
+            for state in states.split_off(states.len() - new) {
                 let cut = Image::new(state);
                 let report = cut.check(CheckMode::RepairAll).unwrap();
                 assert_eq!(exit_status(&report), 0, "{}: {report:?}", damage.name);
@@ -545,20 +612,72 @@ fn the_counts_of_good_images_are_qemu_imgs() {
     for (options, size, commands) in [
         ("cluster_size=64k", "0", &[] as &[&str]),
         ("cluster_size=64k", "100000", &[]),
-        ("cluster_size=512", "10M", &["write 0 300k", "write 5M 1M", "write -c 9M 64k"]),
+        (
+            "cluster_size=512",
+            "10M",
+            &["write 0 300k", "write 5M 1M", "write -c 9M 64k"],
+        ),
         (
             "cluster_size=512,refcount_bits=1",
             "10M",
-            &["write 1M 3M", "write 0 1M", "discard 512 1M", "write 100k 10k"],
+            &[
+                "write 1M 3M",
+                "write 0 1M",
+                "discard 512 1M",
+                "write 100k 10k",
+            ],
         ),
-        ("cluster_size=4k,refcount_bits=64", "300M", &["write 0 5M", "write 290M 5M", "write -z 1M 1M"]),
-        ("cluster_size=4k,refcount_bits=2", "30M", &["write -c 0 32k", "write 28M 1M"]),
-        ("cluster_size=2M", "5G", &["write 0 3M", "write 4G 1", "write -c 2G 2M", "write -c 2050M 2M"]),
-        ("compat=0.10", "1G", &["write 0 3M", "write 512M 64k", "write 700M 1M", "discard 0 1M"]),
-        ("preallocation=metadata", "20M", &["write 0 3M", "write -z -u 1M 1M"]),
-        ("cluster_size=64k,lazy_refcounts=on", "1G", &["write 0 3M", "write 512M 64k"]),
+        (
+            "cluster_size=4k,refcount_bits=64",
+            "300M",
+            &["write 0 5M", "write 290M 5M", "write -z 1M 1M"],
+        ),
+        (
+            "cluster_size=4k,refcount_bits=2",
+            "30M",
+            &["write -c 0 32k", "write 28M 1M"],
+        ),
+        (
+            "cluster_size=2M",
+            "5G",
+            &[
+                "write 0 3M",
+                "write 4G 1",
+                "write -c 2G 2M",
+                "write -c 2050M 2M",
+            ],
+        ),
+        (
+            "compat=0.10",
+            "1G",
+            &[
+                "write 0 3M",
+                "write 512M 64k",
+                "write 700M 1M",
+                "discard 0 1M",
+            ],
+        ),
+        (
+            "preallocation=metadata",
+            "20M",
+            &["write 0 3M", "write -z -u 1M 1M"],
+        ),
+        (
+            "cluster_size=64k,lazy_refcounts=on",
+            "1G",
+            &["write 0 3M", "write 512M 64k"],
+        ),
     ] {
-        lab.qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, "good.qcow2", size]);
+        lab.qemu_img(&[
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-o",
+            options,
+            "good.qcow2",
+            size,
+        ]);
         for command in commands {
             lab.qemu_io("good.qcow2", &[command]);
         }
@@ -570,7 +689,10 @@ fn the_counts_of_good_images_are_qemu_imgs() {
             assert!(image.check(mode).unwrap().is_clean());
         }
         assert!(
-            !image.log().iter().any(|event| matches!(event, Event::Write(..))),
+            !image
+                .log()
+                .iter()
+                .any(|event| matches!(event, Event::Write(..))),
             "{options}: a repair wrote to a clean image"
         );
     }
@@ -613,7 +735,16 @@ fn refcounts_are_rebuilt_for_every_width_and_cluster_size() {
         ("2M", 16),
     ] {
         let options = format!("cluster_size={cluster_size},refcount_bits={bits}");
-        lab.qemu_img(&["create", "-q", "-f", "qcow2", "-o", &options, "wide.qcow2", "40M"]);
+        lab.qemu_img(&[
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-o",
+            &options,
+            "wide.qcow2",
+            "40M",
+        ]);
         lab.qemu_io("wide.qcow2", &["write -P 3 0 4M", "write -P 4 30M 2M"]);
         lab.qemu_img(&["convert", "-O", "raw", "wide.qcow2", "wide.raw"]);
         let image = Image::load(&lab.path("wide.qcow2"));
@@ -636,14 +767,28 @@ fn refcounts_are_rebuilt_for_every_width_and_cluster_size() {
 fn a_refcount_that_does_not_fit_stays_a_corruption() {
     let Some(lab) = Lab::new() else { return };
     let options = "refcount_bits=1";
-    lab.qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, "bit.qcow2", "1M"]);
+    lab.qemu_img(&[
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-o",
+        options,
+        "bit.qcow2",
+        "1M",
+    ]);
     lab.qemu_io("bit.qcow2", &["write 0 128k"]);
     let image = Image::load(&lab.path("bit.qcow2"));
     image.put64(L2 + 8, 5 * C | COPIED);
     for mode in [CheckMode::ReadOnly, CheckMode::RepairAll] {
         let report = image.check(mode).unwrap();
         assert_eq!(exit_status(&report), 2, "{report:?}");
-        assert!(report.findings.iter().any(|finding| finding.message.contains("overflow")));
+        assert!(
+            report
+                .findings
+                .iter()
+                .any(|finding| finding.message.contains("overflow"))
+        );
     }
 }
 
@@ -658,7 +803,12 @@ fn a_read_error_is_a_check_error_and_frees_nothing() {
             assert_eq!(exit_status(&report), 1, "{bad:?}: {report:?}");
             assert_eq!(report.leaks_fixed, 0);
         }
-        assert!(!image.log().iter().any(|event| matches!(event, Event::Write(..))));
+        assert!(
+            !image
+                .log()
+                .iter()
+                .any(|event| matches!(event, Event::Write(..)))
+        );
     }
 }
 
@@ -669,9 +819,36 @@ fn images_with_features_that_are_not_understood_are_not_miscounted() {
     lab.qemu_img(&["snapshot", "-c", "s", "a.qcow2"]);
     lab.qemu_img(&["create", "-q", "-f", "qcow2", "b.qcow2", "1M"]);
     lab.qemu_img(&["bitmap", "--add", "b.qcow2", "b"]);
-    lab.qemu_img(&["create", "-q", "-f", "qcow2", "-o", "extended_l2=on", "c.qcow2", "1M"]);
-    lab.qemu_img(&["create", "-q", "-f", "qcow2", "-o", "compression_type=zstd", "d.qcow2", "1M"]);
-    lab.qemu_img(&["create", "-q", "-f", "qcow2", "-o", "data_file=e.raw", "e.qcow2", "1M"]);
+    lab.qemu_img(&[
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-o",
+        "extended_l2=on",
+        "c.qcow2",
+        "1M",
+    ]);
+    lab.qemu_img(&[
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-o",
+        "compression_type=zstd",
+        "d.qcow2",
+        "1M",
+    ]);
+    lab.qemu_img(&[
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-o",
+        "data_file=e.raw",
+        "e.qcow2",
+        "1M",
+    ]);
     for (file, name) in [
         ("a.qcow2", "internal snapshots"),
         ("b.qcow2", "persistent bitmaps"),
@@ -715,19 +892,19 @@ fn hostile_tables_end_in_a_report() {
         assert!(report.corruptions > 0, "{target:#x}");
         image.check(CheckMode::RepairAll).unwrap();
     }
-    // An L1 table of 4,194,304 entries, all for the same table of compressed clusters.
+    // An L1 table of 524,288 entries, all for the same table of compressed clusters.
     let mut data = sample(&lab).data();
     let l1 = data.len() as u64;
-    data.resize(data.len() + (32 << 20), 0);
+    data.resize(data.len() + (4 << 20), 0);
     for entry in data[l1 as usize..].chunks_exact_mut(8) {
         entry.copy_from_slice(&(L2 | COPIED).to_be_bytes());
     }
     let image = Image::new(data);
-    image.put(36, &4_194_304u32.to_be_bytes());
+    image.put(36, &524_288u32.to_be_bytes());
     image.put64(40, l1);
     let report = image.check(CheckMode::ReadOnly).unwrap();
     assert!(report.corruptions > 0);
-    assert_eq!(report.compressed_clusters, 2 * 4_194_304);
+    assert_eq!(report.compressed_clusters, 2 * 524_288);
     assert!(report.findings.len() <= CheckReport::MAX_FINDINGS);
 }
 
@@ -748,18 +925,36 @@ fn random_damage_is_survived() {
     for round in 0..150 {
         let image = Image::new(clean.clone());
         for _ in 0..=random() % 4 {
-            let places = [24..112, L1..L1 + 8, L2..L2 + 300, REFTABLE..REFTABLE + 24, REFBLOCK..REFBLOCK + 44];
+            let places = [
+                24..112,
+                L1..L1 + 8,
+                L2..L2 + 300,
+                REFTABLE..REFTABLE + 24,
+                REFBLOCK..REFBLOCK + 44,
+            ];
             let place = &places[(random() % places.len() as u64) as usize];
             let at = place.start + random() % (place.end - place.start);
             image.put(at, &[random() as u8]);
         }
-        let Ok(before) = image.check(CheckMode::ReadOnly) else { continue };
-        let Ok(report) = image.check(CheckMode::RepairAll) else { continue };
+        let Ok(before) = image.check(CheckMode::ReadOnly) else {
+            continue;
+        };
+        let Ok(report) = image.check(CheckMode::RepairAll) else {
+            continue;
+        };
         let again = image.check(CheckMode::ReadOnly).unwrap();
-        assert_eq!(exit_status(&again), exit_status(&report), "round {round}: {before:?}");
+        assert_eq!(
+            exit_status(&again),
+            exit_status(&report),
+            "round {round}: {before:?}"
+        );
         if report.is_clean() {
             image.save(&lab.path("random.qcow2"));
-            assert_eq!(lab.status(&["check", "-f", "qcow2", "random.qcow2"]), 0, "round {round}");
+            assert_eq!(
+                lab.status(&["check", "-f", "qcow2", "random.qcow2"]),
+                0,
+                "round {round}"
+            );
             repaired += u32::from(!before.is_clean());
         }
     }

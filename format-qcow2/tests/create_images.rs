@@ -34,7 +34,16 @@ fn an_image_is_byte_for_byte_the_one_that_qemu_img_makes() {
                 // More than one refcount block: QEMU arrives at another order of clusters.
                 continue;
             }
-            lab.qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, "theirs.qcow2", size]);
+            lab.qemu_img(&[
+                "create",
+                "-q",
+                "-f",
+                "qcow2",
+                "-o",
+                options,
+                "theirs.qcow2",
+                size,
+            ]);
             let ours = Image::create(&format!("{options},size={size}")).unwrap();
             let theirs = std::fs::read(lab.path("theirs.qcow2")).unwrap();
             assert_eq!(ours.data().len(), theirs.len(), "{options} {size}");
@@ -80,7 +89,15 @@ fn every_new_image_is_clean_and_reads_as_zeroes_for_qemu_img() {
             serde_json::from_str(&lab.qemu_img(&["info", "--output=json", "ours.qcow2"])).unwrap();
         let size = info["virtual-size"].as_u64().unwrap().to_string();
         lab.qemu_img(&["create", "-q", "-f", "raw", "zero.raw", &size]);
-        lab.qemu_img(&["compare", "-f", "qcow2", "-F", "raw", "ours.qcow2", "zero.raw"]);
+        lab.qemu_img(&[
+            "compare",
+            "-f",
+            "qcow2",
+            "-F",
+            "raw",
+            "ours.qcow2",
+            "zero.raw",
+        ]);
     }
 }
 
@@ -94,13 +111,21 @@ fn a_preallocated_image_has_the_length_that_qemu_img_gives_it() {
     ] {
         lab.qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, "theirs.qcow2"]);
         let theirs = std::fs::metadata(lab.path("theirs.qcow2")).unwrap().len();
-        assert_eq!(Image::create(options).unwrap().data().len() as u64, theirs, "{options}");
+        assert_eq!(
+            Image::create(options).unwrap().data().len() as u64,
+            theirs,
+            "{options}"
+        );
     }
 }
 
 #[test]
 fn the_header_is_written_last_and_behind_a_flush() {
-    for options in ["size=1G", "size=10M,preallocation=full", "size=10M,cluster_size=512"] {
+    for options in [
+        "size=1G",
+        "size=10M,preallocation=full",
+        "size=10M,cluster_size=512",
+    ] {
         let log = Image::create(options).unwrap().log();
         let header = log
             .iter()
@@ -113,14 +138,21 @@ fn the_header_is_written_last_and_behind_a_flush() {
         for event in &log[..header] {
             event.apply(&mut data);
             let image = Image::new(data.clone());
-            assert_eq!(image.header().unwrap_err().reason(), "Image is not in qcow2 format");
+            assert_eq!(
+                image.header().unwrap_err().reason(),
+                "Image is not in qcow2 format"
+            );
         }
     }
 }
 
 #[test]
 fn options_that_are_refused_leave_the_storage_untouched() {
-    for options in ["size=129G,cluster_size=512", "size=1M,extended_l2=on", "size=1M,x=y"] {
+    for options in [
+        "size=129G,cluster_size=512",
+        "size=1M,extended_l2=on",
+        "size=1M,x=y",
+    ] {
         assert!(Image::create(options).is_err(), "{options}");
     }
     // The name alone would fit, but not with the rest of the header.
@@ -152,11 +184,21 @@ fn measuring_gives_qemu_imgs_numbers() {
         "preallocation=falloc",
         "preallocation=full",
     ] {
-        for size in ["0", "1", "511", "512", "65537", "1M", "777M", "1G", "100G", "1T", "63T"] {
+        for size in [
+            "0", "1", "511", "512", "65537", "1M", "777M", "1G", "100G", "1T", "63T",
+        ] {
             let bytes = block_core::options::parse_size(size).unwrap();
             let ours = measure(bytes, &[], Options::from_dotted(options).unwrap());
-            let args =
-                ["measure", "-O", "qcow2", "--output=json", "-o", options, "--size", size];
+            let args = [
+                "measure",
+                "-O",
+                "qcow2",
+                "--output=json",
+                "-o",
+                options,
+                "--size",
+                size,
+            ];
             match ours {
                 Ok(ours) => {
                     let theirs: Value = serde_json::from_str(&lab.qemu_img(&args)).unwrap();
@@ -173,19 +215,47 @@ fn measuring_gives_qemu_imgs_numbers() {
 fn measuring_data_extents_gives_qemu_imgs_numbers() {
     let Some(lab) = Lab::new() else { return };
     // Extents as the file system may report them: multiples of 64 KiB.
-    let extents: [(u64, u64); 4] =
-        [(0, 65536), (196_608, 131_072), (1 << 20, 65536), (3 << 20, 1 << 20)];
-    lab.qemu_img(&["create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", "source.qcow2", "16M"]);
+    let extents: [(u64, u64); 4] = [
+        (0, 65536),
+        (196_608, 131_072),
+        (1 << 20, 65536),
+        (3 << 20, 1 << 20),
+    ];
+    lab.qemu_img(&[
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-o",
+        "cluster_size=4k",
+        "source.qcow2",
+        "16M",
+    ]);
     for (offset, len) in extents {
         lab.qemu_io("source.qcow2", &[&format!("write -P 1 {offset} {len}")]);
     }
-    for options in ["cluster_size=64k", "cluster_size=512", "cluster_size=2M", "cluster_size=256k"] {
+    for options in [
+        "cluster_size=64k",
+        "cluster_size=512",
+        "cluster_size=2M",
+        "cluster_size=256k",
+    ] {
         let text = lab.qemu_img(&[
-            "measure", "-O", "qcow2", "--output=json", "-o", options, "source.qcow2",
+            "measure",
+            "-O",
+            "qcow2",
+            "--output=json",
+            "-o",
+            options,
+            "source.qcow2",
         ]);
         let theirs: Value = serde_json::from_str(&text).unwrap();
         let ours = measure(16 << 20, &extents, Options::from_dotted(options).unwrap()).unwrap();
-        assert_eq!(ours.required, theirs["required"].as_u64().unwrap(), "{options}");
+        assert_eq!(
+            ours.required,
+            theirs["required"].as_u64().unwrap(),
+            "{options}"
+        );
         let full = theirs["fully-allocated"].as_u64().unwrap();
         assert_eq!(ours.fully_allocated, full, "{options}");
     }

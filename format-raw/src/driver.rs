@@ -47,16 +47,15 @@ pub struct RawDriver {
 }
 
 impl RawDriver {
-    pub(crate) fn new(
-        window: Window,
-        read_only: bool,
-        file: &Child,
-        guard: Option<Guard>,
-    ) -> Self {
+    pub(crate) fn new(window: Window, read_only: bool, file: &Child, guard: Option<Guard>) -> Self {
         let inherited = file.driver().capabilities()
             & (Capabilities::DISCARD_ZEROES | Capabilities::ZERO_INIT | Capabilities::GROW);
         let filename = OnceLock::new();
-        if window == (Window { offset: 0, size: None })
+        if window
+            == (Window {
+                offset: 0,
+                size: None,
+            })
             && let Some(name) = file.filename()
         {
             let _ = filename.set(name);
@@ -81,7 +80,8 @@ impl RawDriver {
 
     fn set_window(&self, window: Window) {
         self.offset.store(window.offset, Ordering::Release);
-        self.size.store(window.size.unwrap_or(WHOLE), Ordering::Release);
+        self.size
+            .store(window.size.unwrap_or(WHOLE), Ordering::Release);
     }
 }
 
@@ -117,7 +117,9 @@ impl BlockDriver for RawDriver {
 
     fn limits(&self, edges: &Edges) -> Limits {
         let limits = Limits::default();
-        edges.child(ChildRole::DataFile).map_or(limits, |file| limits.merge(file.limits()))
+        edges
+            .child(ChildRole::DataFile)
+            .map_or(limits, |file| limits.merge(file.limits()))
     }
 
     fn filename(&self) -> Option<String> {
@@ -129,7 +131,12 @@ impl BlockDriver for RawDriver {
             return Mapping::NotCached;
         }
         match self.window().locate(offset, len) {
-            Ok(offset) => Mapping::Data { edge: 0, offset, len, pin: None },
+            Ok(offset) => Mapping::Data {
+                edge: 0,
+                offset,
+                len,
+                pin: None,
+            },
             Err(_) => Mapping::NotCached,
         }
     }

@@ -7,9 +7,7 @@ use block_core::{
     Error, ErrorKind, Result,
     driver::{ChildRole, DriverKind, Preallocation, Truncate},
     options::Options,
-    registry::{
-        CreateContext, CreateOption, DriverFactory, Measure, OpenContext, Opened,
-    },
+    registry::{CreateContext, CreateOption, DriverFactory, Measure, OpenContext, Opened},
     request::Child,
 };
 
@@ -41,7 +39,9 @@ impl DriverFactory for RawFactory {
         let options: RawOptions = options.parse()?;
         let child = Child::unattached(Arc::clone(&file));
         let window = options.window(child.length())?;
-        let guard = context.probed.then(|| Guard::new(Arc::clone(context.registry())));
+        let guard = context
+            .probed
+            .then(|| Guard::new(Arc::clone(context.registry())));
         let driver = RawDriver::new(window, context.node.read_only, &child, guard);
         Ok(Opened {
             driver: Arc::new(driver),
@@ -56,7 +56,11 @@ impl DriverFactory for RawFactory {
                 kind: "str",
                 help: "Preallocation mode (allowed values: off, falloc, full)",
             },
-            CreateOption { name: "size", kind: "size", help: "Virtual disk size" },
+            CreateOption {
+                name: "size",
+                kind: "size",
+                help: "Virtual disk size",
+            },
         ]
     }
 
@@ -70,7 +74,11 @@ impl DriverFactory for RawFactory {
             ));
         }
         let file = context.file()?;
-        let how = Truncate { exact: true, preallocation: create.preallocation, zero: false };
+        let how = Truncate {
+            exact: true,
+            preallocation: create.preallocation,
+            zero: false,
+        };
         file.truncate(size, how).await?;
         file.flush().await
     }
@@ -78,6 +86,9 @@ impl DriverFactory for RawFactory {
     fn measure(&self, size: u64, _data: &[(u64, u64)], options: Options) -> Result<Measure> {
         RawCreate::parse(options)?;
         let bytes = round_up(size)?;
-        Ok(Measure { required: bytes, fully_allocated: bytes })
+        Ok(Measure {
+            required: bytes,
+            fully_allocated: bytes,
+        })
     }
 }

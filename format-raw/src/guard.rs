@@ -46,7 +46,10 @@ pub(crate) struct Guard {
 
 impl Guard {
     pub(crate) fn new(registry: Arc<Registry>) -> Self {
-        Self { registry, turn: Mutex::new(()) }
+        Self {
+            registry,
+            turn: Mutex::new(()),
+        }
     }
 
     /// Allows the change at `offset` of the file `child`, or refuses it with EPERM. The answer holds as long as what is
@@ -69,7 +72,10 @@ impl Guard {
             Change::Zeroes(_) => head[at..at + len].fill(0),
         }
         // Formats are probed in what there is: a file that stays shorter is judged by its own bytes.
-        let end = child.length().max(offset.saturating_add(change.len())).min(PROBED) as usize;
+        let end = child
+            .length()
+            .max(offset.saturating_add(change.len()))
+            .min(PROBED) as usize;
         let name = child.filename().unwrap_or_default();
         let format = self.registry.probe(&head[..end], &name);
         if format != "raw" {

@@ -49,8 +49,10 @@ impl RawOptions {
                 .with_field("size", size, format!("0..={}", file_length - offset)));
             }
             if size % SECTOR != 0 {
-                return Err(Error::invalid(format!("Specified size is not multiple of {SECTOR}"))
-                    .with_field("size", size, format!("a multiple of {SECTOR}")));
+                return Err(
+                    Error::invalid(format!("Specified size is not multiple of {SECTOR}"))
+                        .with_field("size", size, format!("a multiple of {SECTOR}")),
+                );
             }
         }
         Ok(Window { offset, size })
@@ -60,14 +62,21 @@ impl RawOptions {
 impl Window {
     /// Its length in a file of `file_length` bytes.
     pub(crate) fn length(self, file_length: u64) -> u64 {
-        self.size.unwrap_or_else(|| file_length.saturating_sub(self.offset))
+        self.size
+            .unwrap_or_else(|| file_length.saturating_sub(self.offset))
     }
 
     /// The offset in the file of `offset` in the window, when `len` bytes from there fit 64 bits and the window.
     pub(crate) fn locate(self, offset: u64, len: u64) -> Result<u64> {
         let end = offset.checked_add(len);
-        if self.size.is_some_and(|size| end.is_none_or(|end| end > size)) {
-            return Err(Error::new(ErrorKind::NoSpace, "request leaves the fixed-size raw disk"));
+        if self
+            .size
+            .is_some_and(|size| end.is_none_or(|end| end > size))
+        {
+            return Err(Error::new(
+                ErrorKind::NoSpace,
+                "request leaves the fixed-size raw disk",
+            ));
         }
         end.and_then(|end| end.checked_add(self.offset))
             .map(|end| end - len)

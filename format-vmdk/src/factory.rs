@@ -51,22 +51,30 @@ impl DriverFactory for VmdkFactory {
     async fn open(&self, context: OpenContext, mut options: Options) -> Result<Opened> {
         let node = context.open_file(&mut options).await?;
         let file = Child::unattached(Arc::clone(&node));
-        let head = file.read_padded(0, HEADER_SIZE.min(file.length() as usize)).await?;
+        let head = file
+            .read_padded(0, HEADER_SIZE.min(file.length() as usize))
+            .await?;
         let mut found = match magic(&head) {
-            Magic::HostedSparse => {
-                open_sparse(&context, &mut options, &node, &file, &head).await?
-            }
+            Magic::HostedSparse => open_sparse(&context, &mut options, &node, &file, &head).await?,
             Magic::Cowd => return Err(unsupported_type("vmfsSparse")),
             Magic::Other if head.len() < 4 => {
-                return Err(Error::new(ErrorKind::WrongFormat, "Image not in VMDK format"));
+                return Err(Error::new(
+                    ErrorKind::WrongFormat,
+                    "Image not in VMDK format",
+                ));
             }
             Magic::Other => open_text(&context, &mut options, &node, &file).await?,
         };
         if let Some(key) = options.0.keys().next() {
             return Err(Error::invalid(format!("Invalid parameter '{key}'")));
         }
-        found.edges.insert(0, (ChildRole::File, "file".to_owned(), node));
-        Ok(Opened { driver: Arc::new(found.driver), edges: found.edges })
+        found
+            .edges
+            .insert(0, (ChildRole::File, "file".to_owned(), node));
+        Ok(Opened {
+            driver: Arc::new(found.driver),
+            edges: found.edges,
+        })
     }
 
     fn create_options(&self) -> &'static [CreateOption] {
@@ -115,13 +123,21 @@ async fn open_sparse(
         return Err(unsupported_type(&descriptor.create_type));
     }
     let backing = context
-        .open_backing(options, node, descriptor.parent_hint.as_deref(), Some("vmdk"))
+        .open_backing(
+            options,
+            node,
+            descriptor.parent_hint.as_deref(),
+            Some("vmdk"),
+        )
         .await?;
     let has_parent = descriptor.parent_hint.is_some();
     let sparse = Sparse::open(geometry, (offset, room), has_parent, file).await?;
     let driver = VmdkDriver::new(
         Layout::Sparse(Box::new(sparse)),
-        DescriptorPlace { offset, room: Some(room) },
+        DescriptorPlace {
+            offset,
+            room: Some(room),
+        },
         descriptor,
         create_type,
         read_only,
@@ -143,7 +159,10 @@ async fn open_text(
     let len = file.length().min(MAX_TEXT as u64) as usize;
     let text = file.read_padded(0, len).await?;
     if !looks_like_descriptor(&text) {
-        return Err(Error::new(ErrorKind::WrongFormat, "Image not in VMDK format"));
+        return Err(Error::new(
+            ErrorKind::WrongFormat,
+            "Image not in VMDK format",
+        ));
     }
     let descriptor = Descriptor::parse(&text)?;
     let create_type = CreateType::parse(&descriptor.create_type)?;
@@ -151,7 +170,10 @@ async fn open_text(
         return Err(unsupported_type(&descriptor.create_type));
     }
     if descriptor.parent_hint.is_some() || options.get("backing").is_some_and(|b| !b.is_null()) {
-        return Err(Error::new(ErrorKind::NotSupported, "Flat image can't have backing file"));
+        return Err(Error::new(
+            ErrorKind::NotSupported,
+            "Flat image can't have backing file",
+        ));
     }
     options.take("backing");
     let extent = descriptor.flat_extent()?;
@@ -160,14 +182,22 @@ async fn open_text(
     // Both were bounded when they were read.
     let end = extent.offset + extent.length;
     if end > child.length() {
-        return Err(Error::invalid(format!("File truncated, expecting at least {end} bytes"))
-            .with_file(child.filename().unwrap_or_default())
-            .with_field("extent", end, format!("0..={}", child.length())));
+        return Err(
+            Error::invalid(format!("File truncated, expecting at least {end} bytes"))
+                .with_file(child.filename().unwrap_or_default())
+                .with_field("extent", end, format!("0..={}", child.length())),
+        );
     }
-    let zero_init = child.driver().capabilities().contains(Capabilities::ZERO_INIT);
+    let zero_init = child
+        .driver()
+        .capabilities()
+        .contains(Capabilities::ZERO_INIT);
     let driver = VmdkDriver::new(
         Layout::Flat(extent),
-        DescriptorPlace { offset: 0, room: None },
+        DescriptorPlace {
+            offset: 0,
+            room: None,
+        },
         descriptor,
         create_type,
         context.node.read_only,

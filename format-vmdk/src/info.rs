@@ -7,7 +7,8 @@ use crate::driver::{FLAT_EDGE, Layout, VmdkDriver};
 
 pub(crate) fn info(driver: &VmdkDriver, request: &Request) -> ImageInfo {
     let name = |edge: Option<&block_core::request::Child>| {
-        edge.and_then(block_core::request::Child::filename).unwrap_or_default()
+        edge.and_then(block_core::request::Child::filename)
+            .unwrap_or_default()
     };
     let mut extent = Map::new();
     let mut cluster_size = None;
@@ -16,7 +17,10 @@ pub(crate) fn info(driver: &VmdkDriver, request: &Request) -> ImageInfo {
             let grain = sparse.geometry.grain_bytes;
             cluster_size = Some(grain);
             extent.insert("virtual-size".into(), json!(sparse.geometry.length));
-            extent.insert("filename".into(), json!(name(request.child(ChildRole::File))));
+            extent.insert(
+                "filename".into(),
+                json!(name(request.child(ChildRole::File))),
+            );
             extent.insert("cluster-size".into(), json!(grain));
             extent.insert("format".into(), json!(""));
         }

@@ -180,8 +180,14 @@ impl Header {
 
     /// Where the embedded descriptor is and how long it may be, in bytes.
     pub(crate) fn descriptor_range(&self) -> Result<(u64, u64)> {
-        let offset = self.descriptor_offset.checked_mul(SECTOR).filter(|offset| *offset > 0);
-        let size = self.descriptor_size.checked_mul(SECTOR).filter(|size| *size > 0);
+        let offset = self
+            .descriptor_offset
+            .checked_mul(SECTOR)
+            .filter(|offset| *offset > 0);
+        let size = self
+            .descriptor_size
+            .checked_mul(SECTOR)
+            .filter(|size| *size > 0);
         match (offset, size) {
             (Some(offset), Some(size)) if offset.checked_add(size).is_some() => {
                 Ok((offset, size.min(MAX_DESCRIPTOR - MAX_DESCRIPTOR % SECTOR)))
@@ -237,37 +243,58 @@ impl Geometry {
             return Err(unsupported_type("streamOptimized"));
         }
         if header.gt_entries > MAX_GT_ENTRIES {
-            return Err(Error::invalid("L2 table size too big")
-                .with_field("numGTEsPerGT", header.gt_entries, format!("1..={MAX_GT_ENTRIES}")));
+            return Err(Error::invalid("L2 table size too big").with_field(
+                "numGTEsPerGT",
+                header.gt_entries,
+                format!("1..={MAX_GT_ENTRIES}"),
+            ));
         }
         if header.gt_entries == 0 || header.grain == 0 {
-            return Err(Error::invalid("L1 entry size is invalid")
-                .with_field("grainSize", header.grain, format!("1..={MAX_GRAIN_SECTORS}")));
+            return Err(Error::invalid("L1 entry size is invalid").with_field(
+                "grainSize",
+                header.grain,
+                format!("1..={MAX_GRAIN_SECTORS}"),
+            ));
         }
         if header.grain > MAX_GRAIN_SECTORS {
             return Err(Error::new(
                 ErrorKind::TooBig,
                 "Invalid granularity, image may be corrupt",
             )
-            .with_field("grainSize", header.grain, format!("1..={MAX_GRAIN_SECTORS}")));
+            .with_field(
+                "grainSize",
+                header.grain,
+                format!("1..={MAX_GRAIN_SECTORS}"),
+            ));
         }
         if !header.grain.is_power_of_two() {
-            return Err(Error::invalid("Invalid granularity, image may be corrupt")
-                .with_field("grainSize", header.grain, "a power of two"));
+            return Err(
+                Error::invalid("Invalid granularity, image may be corrupt").with_field(
+                    "grainSize",
+                    header.grain,
+                    "a power of two",
+                ),
+            );
         }
         let length = header
             .capacity
             .checked_mul(SECTOR)
             .filter(|length| *length <= 1 << 62)
             .ok_or_else(|| {
-                Error::new(ErrorKind::TooBig, "Disk size too large")
-                    .with_field("capacity", header.capacity, "at most 2^53")
+                Error::new(ErrorKind::TooBig, "Disk size too large").with_field(
+                    "capacity",
+                    header.capacity,
+                    "at most 2^53",
+                )
             })?;
         let cover = u64::from(header.gt_entries) * header.grain;
         let gd_entries = header.capacity.div_ceil(cover);
         if gd_entries > MAX_GD_ENTRIES {
-            return Err(Error::new(ErrorKind::TooBig, "L1 size too big")
-                .with_field("capacity", header.capacity, format!("{MAX_GD_ENTRIES} grain tables")));
+            return Err(Error::new(ErrorKind::TooBig, "L1 size too big").with_field(
+                "capacity",
+                header.capacity,
+                format!("{MAX_GD_ENTRIES} grain tables"),
+            ));
         }
         let overhead = header.overhead.checked_mul(SECTOR);
         if overhead.is_none_or(|overhead| overhead > file_length) {
@@ -275,16 +302,26 @@ impl Geometry {
                 "File truncated, expecting at least {} bytes",
                 u128::from(header.overhead) * u128::from(SECTOR)
             ))
-            .with_field("overHead", header.overhead, format!("0..={}", file_length / SECTOR)));
+            .with_field(
+                "overHead",
+                header.overhead,
+                format!("0..={}", file_length / SECTOR),
+            ));
         }
         let directory = |name: &str, what: &str, sector: u64| {
             sector
                 .checked_mul(SECTOR)
                 .filter(|at| *at > 0)
-                .filter(|at| at.checked_add(gd_entries * 4).is_some_and(|end| end <= file_length))
+                .filter(|at| {
+                    at.checked_add(gd_entries * 4)
+                        .is_some_and(|end| end <= file_length)
+                })
                 .ok_or_else(|| {
-                    Error::invalid(format!("Could not read l1 {what} from extent"))
-                        .with_field(name, sector, "a place inside of the file")
+                    Error::invalid(format!("Could not read l1 {what} from extent")).with_field(
+                        name,
+                        sector,
+                        "a place inside of the file",
+                    )
                 })
         };
         let redundant = header.flags & FLAG_REDUNDANT != 0 && header.rgd_offset != 0;
@@ -342,7 +379,9 @@ impl Geometry {
     /// How many of a table's entries belong to the disk.
     pub(crate) fn used_entries(&self, table: usize) -> usize {
         let total = self.length.div_ceil(self.grain_bytes);
-        total.saturating_sub(self.first_grain(table).0).min(u64::from(self.gt_entries)) as usize
+        total
+            .saturating_sub(self.first_grain(table).0)
+            .min(u64::from(self.gt_entries)) as usize
     }
 
     /// Bytes in a grain table.
@@ -353,11 +392,11 @@ impl Geometry {
 
 /// The refusal of a kind of image that QEMU or VMware know and this driver doesn't.
 pub(crate) fn unsupported_type(name: &str) -> Error {
-    Error::new(ErrorKind::NotSupported, format!("Unsupported image type '{name}'")).with_field(
-        "createType",
-        name,
-        "monolithicSparse, monolithicFlat",
+    Error::new(
+        ErrorKind::NotSupported,
+        format!("Unsupported image type '{name}'"),
     )
+    .with_field("createType", name, "monolithicSparse, monolithicFlat")
 }
 
 /// The layout of a new sparse extent: header, descriptor, redundant directory and tables, primary ones.
@@ -388,7 +427,12 @@ impl NewExtent {
         u32::try_from(overhead).map_err(|_| too_big())?;
         let directory = |at: u64| {
             let first = at + gd_sectors;
-            (at, (0..tables).map(|table| (first + table * gt_sectors) as u32).collect())
+            (
+                at,
+                (0..tables)
+                    .map(|table| (first + table * gt_sectors) as u32)
+                    .collect(),
+            )
         };
         let mut flags = FLAG_NEWLINE_CHECK | FLAG_REDUNDANT;
         if zeroed_grains {
@@ -438,7 +482,9 @@ impl Reserved {
     /// Whether any of `len` sectors from `start` holds metadata.
     pub(crate) fn overlaps(&self, start: u64, len: u64) -> bool {
         let after = self.0.partition_point(|range| range.1 <= start);
-        self.0.get(after).is_some_and(|range| range.0 < start.saturating_add(len))
+        self.0
+            .get(after)
+            .is_some_and(|range| range.0 < start.saturating_add(len))
     }
 
     /// The end of the last range, in sectors.
@@ -479,7 +525,10 @@ mod tests {
             Geometry::new(&bad, file, true).unwrap_err().reason()
         };
         assert_eq!(refused(&|h| h.version = 4), "Unsupported VMDK version 4");
-        assert_eq!(refused(&|h| h.version = 3), "VMDK version 3 must be read only");
+        assert_eq!(
+            refused(&|h| h.version = 3),
+            "VMDK version 3 must be read only"
+        );
         assert_eq!(refused(&|h| h.gt_entries = 513), "L2 table size too big");
         assert_eq!(refused(&|h| h.gt_entries = 0), "L1 entry size is invalid");
         assert_eq!(refused(&|h| h.grain = 0), "L1 entry size is invalid");
@@ -504,7 +553,10 @@ mod tests {
             refused(&|h| h.rgd_offset = 1 << 40),
             "Could not read l1 backup table from extent"
         );
-        assert_eq!(refused(&|h| h.flags |= 1 << 16), "Unsupported image type 'streamOptimized'");
+        assert_eq!(
+            refused(&|h| h.flags |= 1 << 16),
+            "Unsupported image type 'streamOptimized'"
+        );
         assert_eq!(
             refused(&|h| h.gd_offset = u64::MAX),
             "Unsupported image type 'streamOptimized'"

@@ -35,8 +35,16 @@ impl Space {
     pub(crate) fn new(grain_sectors: u32, file_end: u64, metadata_end: u64) -> Self {
         let grain_sectors = u64::from(grain_sectors);
         let end = file_end.div_ceil(SECTOR).max(metadata_end);
-        let next = end.checked_next_multiple_of(grain_sectors).unwrap_or(u64::MAX);
-        Self { grain_sectors, state: Mutex::new(State { next, returned: Vec::new() }) }
+        let next = end
+            .checked_next_multiple_of(grain_sectors)
+            .unwrap_or(u64::MAX);
+        Self {
+            grain_sectors,
+            state: Mutex::new(State {
+                next,
+                returned: Vec::new(),
+            }),
+        }
     }
 
     /// Takes `count` grains in a row.
@@ -53,7 +61,11 @@ impl Space {
             if place.1 == 0 {
                 state.returned.swap_remove(index);
             }
-            return Ok(Taken { space: self, first, count });
+            return Ok(Taken {
+                space: self,
+                first,
+                count,
+            });
         }
         let first = state.next;
         let end = count
@@ -61,10 +73,17 @@ impl Space {
             .and_then(|sectors| sectors.checked_add(first))
             .filter(|end| *end <= 1 << 32)
             .ok_or_else(|| {
-                Error::new(ErrorKind::TooBig, "a sparse VMDK extent can't grow beyond 2 TiB")
+                Error::new(
+                    ErrorKind::TooBig,
+                    "a sparse VMDK extent can't grow beyond 2 TiB",
+                )
             })?;
         state.next = end;
-        Ok(Taken { space: self, first, count })
+        Ok(Taken {
+            space: self,
+            first,
+            count,
+        })
     }
 }
 
@@ -84,7 +103,11 @@ impl Taken<'_> {
 impl Drop for Taken<'_> {
     fn drop(&mut self) {
         if self.count > 0 {
-            self.space.state.lock().returned.push((self.first, self.count));
+            self.space
+                .state
+                .lock()
+                .returned
+                .push((self.first, self.count));
         }
     }
 }
@@ -108,7 +131,10 @@ mod tests {
         drop(space.take(4).unwrap());
         let one = space.take(1).unwrap();
         let three = space.take(3).unwrap();
-        assert_eq!((one.first(), three.first()), (HostSector(128), HostSector(256)));
+        assert_eq!(
+            (one.first(), three.first()),
+            (HostSector(128), HostSector(256))
+        );
         let next = space.take(1).unwrap();
         assert_eq!(next.first(), HostSector(640));
     }

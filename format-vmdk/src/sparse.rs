@@ -67,7 +67,10 @@ impl Sparse {
         file: &Child,
     ) -> Result<Self> {
         let sectors = |bytes: u64| bytes.div_ceil(crate::layout::SECTOR);
-        let fixed = vec![(0, 1), (descriptor.0 / crate::layout::SECTOR, sectors(descriptor.1))];
+        let fixed = vec![
+            (0, 1),
+            (descriptor.0 / crate::layout::SECTOR, sectors(descriptor.1)),
+        ];
         let tables = Tables::open(geometry, file, fixed).await?;
         let metadata_end = tables.reserved().end().max(geometry.overhead);
         let space = Space::new(geometry.grain_sectors, file.length(), metadata_end);
@@ -123,7 +126,11 @@ impl Sparse {
             Entry::Data(sector) => sector.bytes() + inside,
             _ => 0,
         };
-        Ok(Run { entry, len: known.min(len), host })
+        Ok(Run {
+            entry,
+            len: known.min(len),
+            host,
+        })
     }
 
     /// The run where there is no grain table.
@@ -131,7 +138,11 @@ impl Sparse {
         let geometry = &self.geometry;
         let (table, _) = geometry.table_and_slot(geometry.grain(offset));
         let end = geometry.guest_offset(geometry.first_grain(table + 1));
-        Run { entry: Entry::Unallocated, len: len.min(end - offset), host: 0 }
+        Run {
+            entry: Entry::Unallocated,
+            len: len.min(end - offset),
+            host: 0,
+        }
     }
 
     /// The run at `offset`, if it takes no I/O to tell. Takes no lock.
@@ -207,9 +218,18 @@ impl Sparse {
                 continue;
             }
             let table = table.ok_or_else(|| no_table(at))?;
-            let Some((claim, run)) = self.claim(&table, at, run.len).await? else { continue };
+            let Some((claim, run)) = self.claim(&table, at, run.len).await? else {
+                continue;
+            };
             let piece = buf.split_to(run.len as usize);
-            let new = NewGrains { sparse: self, request, file, table: &table, run, offset: at };
+            let new = NewGrains {
+                sparse: self,
+                request,
+                file,
+                table: &table,
+                run,
+                offset: at,
+            };
             new.write(claim, piece, &parent_ok).await?;
             at += run.len;
         }
@@ -393,7 +413,8 @@ impl NewGrains<'_> {
         }
         whole.append(data);
         if tail > COPY_CHUNK {
-            self.fill(host + (data_end - start), data_end, tail, from_parent).await?;
+            self.fill(host + (data_end - start), data_end, tail, from_parent)
+                .await?;
         } else if tail > 0 {
             whole.append(self.fetch(data_end, tail, from_parent).await?);
         }
@@ -402,13 +423,19 @@ impl NewGrains<'_> {
         let HostSector(mut sector) = taken.first();
         taken.keep();
         let (_, slot) = geometry.table_and_slot(first);
-        let old = if self.run.entry == Entry::Zero { Entry::ZERO } else { 0 };
+        let old = if self.run.entry == Entry::Zero {
+            Entry::ZERO
+        } else {
+            0
+        };
         for slot in slot..slot + claim.count() as usize {
             self.sparse.tables.link(self.table, slot, old, sector)?;
             // `Space::take` made sure that all of them fit.
             sector = sector.wrapping_add(geometry.grain_sectors);
         }
-        self.sparse.allocated.fetch_add(claim.count(), Ordering::Relaxed);
+        self.sparse
+            .allocated
+            .fetch_add(claim.count(), Ordering::Relaxed);
         drop(claim);
         Ok(())
     }
@@ -421,8 +448,9 @@ impl NewGrains<'_> {
         }
         let (lent, buf) = block_core::buffer::Buffer::try_new(visible as usize)?.lend();
         self.request.read_backing(guest, buf).await?;
-        let buffer =
-            lent.reclaim().map_err(|_| Error::io("a driver kept a part of a read buffer"))?;
+        let buffer = lent
+            .reclaim()
+            .map_err(|_| Error::io("a driver kept a part of a read buffer"))?;
         let mut fetched = IoBuf::from(buffer);
         if visible < len {
             fetched.append(IoBuf::zeroes((len - visible) as usize));
@@ -433,13 +461,18 @@ impl NewGrains<'_> {
     /// The same for a long range, straight into the file.
     async fn fill(&self, host: u64, guest: u64, len: u64, from_parent: bool) -> Result<()> {
         if !from_parent {
-            return self.file.write_zeroes(host, len, RequestFlags::empty()).await;
+            return self
+                .file
+                .write_zeroes(host, len, RequestFlags::empty())
+                .await;
         }
         let mut done = 0;
         while done < len {
             let step = (len - done).min(COPY_CHUNK);
             let piece = self.fetch(guest + done, step, true).await?;
-            self.file.write(host + done, piece, RequestFlags::empty()).await?;
+            self.file
+                .write(host + done, piece, RequestFlags::empty())
+                .await?;
             done += step;
         }
         Ok(())

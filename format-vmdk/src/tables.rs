@@ -48,7 +48,9 @@ impl Table {
     /// The raw entry.
     pub(crate) fn raw(&self, slot: usize) -> u32 {
         // Slots come from a division by the number of entries.
-        self.entries.get(slot).map_or(0, |entry| entry.load(Ordering::Acquire))
+        self.entries
+            .get(slot)
+            .map_or(0, |entry| entry.load(Ordering::Acquire))
     }
 }
 
@@ -138,28 +140,36 @@ impl Tables {
 
     /// Tables written back, and thrown out of memory.
     pub(crate) fn counters(&self) -> (u64, u64) {
-        (self.written.load(Ordering::Relaxed), self.evicted.load(Ordering::Relaxed))
+        (
+            self.written.load(Ordering::Relaxed),
+            self.evicted.load(Ordering::Relaxed),
+        )
     }
 
     /// What a raw entry means, unless it points at metadata.
     pub(crate) fn decode(&self, raw: u32) -> Result<Entry> {
         let entry = Entry::decode(raw, self.geometry.zeroed_grains);
         if let Entry::Data(HostSector(sector)) = entry
-            && self.reserved.overlaps(u64::from(sector), u64::from(self.geometry.grain_sectors))
+            && self
+                .reserved
+                .overlaps(u64::from(sector), u64::from(self.geometry.grain_sectors))
         {
             return Err(Error::new(
                 ErrorKind::Corrupt,
                 format!("grain at sector {sector} overlaps the image's metadata"),
             )
-            .with_field("grain table entry", sector, "a sector outside of header and tables"));
+            .with_field(
+                "grain table entry",
+                sector,
+                "a sector outside of header and tables",
+            ));
         }
         Ok(entry)
     }
 
     fn slot(&self, index: usize) -> Option<&Slot> {
         let part = self.slots.get(index / PART)?;
-        let part =
-            part.get_or_init(|| std::iter::repeat_with(Slot::empty).take(PART).collect());
+        let part = part.get_or_init(|| std::iter::repeat_with(Slot::empty).take(PART).collect());
         part.get(index % PART)
     }
 
@@ -194,7 +204,11 @@ impl Tables {
             .chunks_exact(4)
             .map(|raw| AtomicU32::new(u32::from_le_bytes([raw[0], raw[1], raw[2], raw[3]])))
             .collect();
-        let table = Arc::new(Table { index, entries, dirty: AtomicBool::new(false) });
+        let table = Arc::new(Table {
+            index,
+            entries,
+            dirty: AtomicBool::new(false),
+        });
         slot.store(Some(Arc::clone(&table)));
         drop(loading);
         self.resident.lock().push_back(index);
@@ -205,12 +219,19 @@ impl Tables {
     pub(crate) async fn read_table(&self, file: &Child, sector: u32) -> Result<Buffer> {
         let at = HostSector(sector).bytes();
         let len = self.geometry.table_bytes();
-        if at.checked_add(len as u64).is_none_or(|end| end > file.length()) {
+        if at
+            .checked_add(len as u64)
+            .is_none_or(|end| end > file.length())
+        {
             return Err(Error::new(
                 ErrorKind::Corrupt,
                 format!("grain table at sector {sector} lies beyond the end of the file"),
             )
-            .with_field("grain directory entry", sector, "a sector inside of the file"));
+            .with_field(
+                "grain directory entry",
+                sector,
+                "a sector inside of the file",
+            ));
         }
         file.read_buffer(at, len).await
     }
@@ -237,7 +258,9 @@ impl Tables {
             if thrown == excess {
                 break;
             }
-            let Some(index) = self.resident.lock().pop_front() else { break };
+            let Some(index) = self.resident.lock().pop_front() else {
+                break;
+            };
             if index != wanted && self.evict(index) {
                 thrown += 1;
             } else {
@@ -251,10 +274,16 @@ impl Tables {
     /// Throws a table out if it is clean and nobody has it.
     fn evict(&self, index: usize) -> bool {
         // While this is held nobody loads the table a second time.
-        let Some(_loading) = self.loaders[index % LOADERS].try_lock() else { return false };
-        let Some(slot) = self.slot(index) else { return false };
+        let Some(_loading) = self.loaders[index % LOADERS].try_lock() else {
+            return false;
+        };
+        let Some(slot) = self.slot(index) else {
+            return false;
+        };
         // After the swap, those who looked it up without a lock are counted like everyone else.
-        let Some(table) = slot.swap(None) else { return true };
+        let Some(table) = slot.swap(None) else {
+            return true;
+        };
         if Arc::strong_count(&table) == 1 && !table.dirty.load(Ordering::SeqCst) {
             return true;
         }
@@ -268,12 +297,17 @@ impl Tables {
     /// When the entry isn't `old`: somebody else linked the grain, which the claim should have ruled out.
     pub(crate) fn link(&self, table: &Arc<Table>, slot: usize, old: u32, new: u32) -> Result<()> {
         let swapped = table.entries.get(slot).is_some_and(|entry| {
-            entry.compare_exchange(old, new, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+            entry
+                .compare_exchange(old, new, Ordering::SeqCst, Ordering::SeqCst)
+                .is_ok()
         });
         if !swapped {
             return Err(Error::new(
                 ErrorKind::Corrupt,
-                format!("grain table {} entry {slot} changed while it was claimed", table.index),
+                format!(
+                    "grain table {} entry {slot} changed while it was claimed",
+                    table.index
+                ),
             ));
         }
         self.mark_dirty(table);
@@ -313,7 +347,8 @@ impl Tables {
                 self.mark_dirty(table);
             }
         } else {
-            self.written.fetch_add(tables.len() as u64, Ordering::Relaxed);
+            self.written
+                .fetch_add(tables.len() as u64, Ordering::Relaxed);
         }
         written
     }
@@ -355,9 +390,9 @@ impl Tables {
 
 async fn read_directory(geometry: &Geometry, file: &Child, offset: u64) -> Result<Vec<u32>> {
     let mut directory = Vec::new();
-    directory.try_reserve_exact(geometry.gd_entries).map_err(|_| {
-        Error::new(ErrorKind::OutOfMemory, "no memory for the grain directory")
-    })?;
+    directory
+        .try_reserve_exact(geometry.gd_entries)
+        .map_err(|_| Error::new(ErrorKind::OutOfMemory, "no memory for the grain directory"))?;
     // The geometry was checked: the directory lies inside of the file.
     let mut left = geometry.gd_entries as u64 * 4;
     let mut at = offset;

@@ -153,6 +153,15 @@ impl Oracle {
         self.state.lock().victims.push(offset..offset + len);
     }
 
+    /// The range was cut off: if it comes back, it reads as zeroes.
+    pub fn forget(&self, offset: u64, len: u64) {
+        let mut state = self.state.lock();
+        for sector in sectors_of(offset, len) {
+            state.sectors.remove(&sector);
+            state.initial.remove(&sector);
+        }
+    }
+
     fn begin(&self, range: Range<u64>, owner: Option<u32>, value: Option<Value>) -> Change {
         let mut state = self.state.lock();
         state.clock += 1;

@@ -36,14 +36,14 @@ impl Stamp {
         bytes
     }
 
-    /// What every sector that this request writes begins with.
-    pub fn needle(owner: u32, seq: u64) -> Vec<u8> {
+    /// What every sector of this owner begins with.
+    pub fn needle(owner: u32) -> Vec<u8> {
         let stamp = Self {
             owner,
-            seq,
+            seq: 0,
             sector: 0,
         };
-        stamp.bytes()[..16].to_vec()
+        stamp.bytes()[..8].to_vec()
     }
 }
 
@@ -144,7 +144,7 @@ mod tests {
             sector: 3,
         };
         assert_eq!(Seen::of(&buffer[512..]), Seen::Stamp(stamp));
-        assert!(buffer[512..].starts_with(&Stamp::needle(3, 99)));
+        assert!(buffer[512..].starts_with(&Stamp::needle(3)));
         buffer[1000] ^= 1;
         assert!(matches!(Seen::of(&buffer[512..]), Seen::Garbage(_)));
         assert_eq!(Seen::of(&[0; 512]), Seen::Zero);

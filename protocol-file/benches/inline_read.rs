@@ -11,7 +11,7 @@ use block_core::{
     options::Options,
     registry::{OpenOptions, Registry},
 };
-use criterion::{Criterion, criterion_group, criterion_main};
+use criterion::Criterion;
 use futures::{executor::block_on, future::BoxFuture};
 use protocol_file::FileFactory;
 
@@ -127,5 +127,8 @@ fn cached(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, cached);
-criterion_main!(benches);
+fn main() {
+    let mut criterion = Criterion::default().configure_from_args();
+    cached(&mut criterion);
+    criterion.final_summary();
+}

@@ -7,7 +7,7 @@ use std::{io, os::fd::AsFd};
 use block_core::buffer::{IoBuf, IoBufMut};
 
 use crate::{
-    open_file::{OpenFile, is_unsupported},
+    open_file::{Known, OpenFile, is_unsupported},
     options::Inline,
     sys,
 };
@@ -81,7 +81,12 @@ pub(crate) fn write(file: &OpenFile, mode: Inline, offset: u64, buf: &IoBuf) -> 
     let mut done = 0;
     loop {
         match sys::write_at(file.as_fd(), buf, done, offset + done as u64, flags) {
-            Ok(written) if written == len - done => return Attempt::Done(Ok(())),
+            Ok(written) if written == len - done => {
+                if flags != 0 && !file.nowait_write_works.is_set() {
+                    file.nowait_write_works.set();
+                }
+                return Attempt::Done(Ok(()));
+            }
             // What a write of nothing means is the engine's business.
             Ok(0) => return Attempt::Left(done),
             Ok(written) => {
@@ -106,7 +111,7 @@ enum Next {
 }
 
 #[cold]
-fn failed(error: &io::Error, flags: i32, refused: &crate::open_file::Refused) -> Next {
+fn failed(error: &io::Error, flags: i32, refused: &Known) -> Next {
     match error.raw_os_error() {
         Some(libc::EINTR) => Next::Again,
         // Whatever a call without waiting says, the engine's word is the last.

@@ -13,7 +13,7 @@ use std::{
 };
 
 use block_core::{
-    buffer::Buffer,
+    buffer::{Buffer, IoBufMut},
     error::{Error, ErrorKind, Operation, Result},
 };
 
@@ -30,11 +30,12 @@ pub(crate) enum FileKind {
     Character,
 }
 
-/// Something that a file system refused with "not supported", which isn't worth asking for again.
+/// Something that was found out about a file system: that it doesn't support a call, for one, which isn't worth trying
+/// again then.
 #[derive(Debug, Default)]
-pub(crate) struct Refused(AtomicBool);
+pub(crate) struct Known(AtomicBool);
 
-impl Refused {
+impl Known {
     #[inline]
     pub(crate) fn is_set(&self) -> bool {
         self.0.load(Ordering::Relaxed)
@@ -65,16 +66,16 @@ pub(crate) fn is_unsupported(error: &io::Error) -> bool {
 /// All that a file system may refuse.
 #[derive(Debug, Default)]
 pub(crate) struct Refusals {
-    pub(crate) nowait_read: Refused,
-    pub(crate) nowait_write: Refused,
-    pub(crate) dsync: Refused,
-    pub(crate) punch_hole: Refused,
-    pub(crate) zero_range: Refused,
-    pub(crate) discard: Refused,
-    pub(crate) zero_out: Refused,
-    pub(crate) seek_data: Refused,
-    pub(crate) clone_range: Refused,
-    pub(crate) copy_range: Refused,
+    pub(crate) nowait_read: Known,
+    pub(crate) nowait_write: Known,
+    pub(crate) dsync: Known,
+    pub(crate) punch_hole: Known,
+    pub(crate) zero_range: Known,
+    pub(crate) discard: Known,
+    pub(crate) zero_out: Known,
+    pub(crate) seek_data: Known,
+    pub(crate) clone_range: Known,
+    pub(crate) copy_range: Known,
 }
 
 /// How a file is to be opened.
@@ -105,6 +106,8 @@ pub(crate) struct OpenFile {
     block_size: u64,
     identity: (u64, u64),
     pub(crate) refusals: Refusals,
+    /// Buffered writes with RWF_NOWAIT are known to work.
+    pub(crate) nowait_write_works: Known,
 }
 
 /// The reason as qemu gives it, with kind, file and cause.
@@ -213,7 +216,6 @@ impl OpenHow {
             .with_field("alignment", offset_alignment, "a power of two"));
         }
         Ok(OpenFile {
-            file,
             kind,
             writable,
             direct: self.direct,
@@ -221,7 +223,9 @@ impl OpenHow {
             memory_alignment,
             block_size,
             identity: (metadata.dev(), metadata.ino()),
-            refusals: Refusals::default(),
+            refusals: probe_nowait(&file, self.direct),
+            nowait_write_works: Known::default(),
+            file,
         })
     }
 
@@ -278,6 +282,18 @@ fn open_path(path: &str, writable: bool, direct: bool) -> io::Result<File> {
         .open(path)
 }
 
+/// Finds out whether buffered reads know RWF_NOWAIT here.
+fn probe_nowait(file: &File, direct: bool) -> Refusals {
+    let refusals = Refusals::default();
+    if !direct {
+        let mut byte = IoBufMut::from(Buffer::with_alignment(1, 1));
+        refusals
+            .nowait_read
+            .note(&sys::read_at(file.as_fd(), &mut byte, 0, 0, sys::NOWAIT));
+    }
+    refusals
+}
+
 /// Offset and memory alignment that O_DIRECT asks for here, in bytes: what the kernel says, or else what reading finds.
 /// `least` is what it can't be less than.
 fn probe_direct(file: &File, least: u64) -> (u64, usize) {
@@ -324,6 +340,7 @@ impl OpenFile {
             block_size: 4096,
             identity: (0, 0),
             refusals: Refusals::default(),
+            nowait_write_works: Known::default(),
         }
     }
 
@@ -367,6 +384,17 @@ impl OpenFile {
         } else {
             1
         }
+    }
+
+    /// Whether reads complete in the ring by themselves. Where they don't, io_uring would hand them to threads of its
+    /// own, and the pool's do it with fewer hops.
+    pub(crate) fn reads_are_asynchronous(&self) -> bool {
+        self.direct || !self.refusals.nowait_read.is_set()
+    }
+
+    /// The same for writes.
+    pub(crate) fn writes_are_asynchronous(&self) -> bool {
+        self.direct || self.nowait_write_works.is_set()
     }
 
     /// The length now, in bytes. Blocks, if at all, on metadata only.

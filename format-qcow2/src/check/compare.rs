@@ -25,7 +25,10 @@ pub(super) struct Fix {
 }
 
 impl Fix {
-    pub const NOTHING: Self = Self { leaks: false, errors: false };
+    pub const NOTHING: Self = Self {
+        leaks: false,
+        errors: false,
+    };
 
     /// What `mode` allows. Leaks are left alone while a part of the mapping can't be followed: what looks like a leak
     /// may be the user's data.
@@ -74,9 +77,13 @@ pub(super) async fn compare(
         end: 0,
         outcome: Outcome::default(),
     };
-    let blocks = header.refcount_table_entries().min(clusters.div_ceil(per_block));
+    let blocks = header
+        .refcount_table_entries()
+        .min(clusters.div_ceil(per_block));
+    progress.add_total(blocks);
     for index in 0..blocks {
         stop_if_cancelled(progress)?;
+        progress.advance(1);
         let first = index * per_block;
         let last = clusters.min(first + per_block);
         if stored.place(index) == BlockPlace::Absent {
@@ -90,6 +97,13 @@ pub(super) async fn compare(
                 for cluster in first..last {
                     let at = geometry.refcount_block_index(HostCluster(cluster)) as usize;
                     let value = refcounts.get(&block, at);
+                    if value == walk.counts.get(cluster) {
+                        // The common case, without a future.
+                        if value > 0 {
+                            state.end = cluster + 1;
+                        }
+                        continue;
+                    }
                     state.cluster(cluster, value, stored, report).await?;
                 }
                 continue;
@@ -112,7 +126,9 @@ pub(super) async fn compare(
             from = cluster + 1;
         }
     }
-    state.without_block(blocks * per_block, clusters, stored, report).await?;
+    state
+        .without_block(blocks * per_block, clusters, stored, report)
+        .await?;
     report.image_end_offset = Some(state.end << geometry.cluster_bits());
     Ok(state.outcome)
 }
@@ -173,7 +189,11 @@ impl Comparison<'_, '_> {
             );
         } else if self.fix.errors && refcount > 0 {
             stored.set(cluster, references).await?;
-            report.add(Severity::Corruption, true, format!("Repairing {difference}"));
+            report.add(
+                Severity::Corruption,
+                true,
+                format!("Repairing {difference}"),
+            );
         } else {
             report.add(Severity::Corruption, false, format!("ERROR {difference}"));
         }

@@ -84,15 +84,21 @@ async fn l2_table(
     let bits = walk.geometry.cluster_bits();
     let len = walk.geometry.cluster_size() as usize;
     // What couldn't be read was counted by the walk.
-    let Ok(mut table) = walk.file.read_padded(offset, len).await else { return Ok(()) };
+    let Ok(mut table) = walk.file.read_padded(offset, len).await else {
+        return Ok(());
+    };
     let mut changed = false;
     for at in (0..len).step_by(8) {
-        let Some(raw) = be64s(&table[at..at + 8]).next() else { continue };
+        let Some(raw) = be64s(&table[at..at + 8]).next() else {
+            continue;
+        };
         let data = raw & OFFSET_MASK;
         if data == 0 || raw & COMPRESSED != 0 {
             continue;
         }
-        let Ok(refcount) = stored.get(data >> bits).await else { continue };
+        let Ok(refcount) = stored.get(data >> bits).await else {
+            continue;
+        };
         if (refcount == 1) == (raw & COPIED != 0) {
             continue;
         }
@@ -111,7 +117,9 @@ async fn l2_table(
     }
     if changed {
         let bytes = Buffer::from(&table[..]);
-        walk.file.write(offset, bytes, RequestFlags::empty()).await?;
+        walk.file
+            .write(offset, bytes, RequestFlags::empty())
+            .await?;
     }
     Ok(())
 }
@@ -128,7 +136,10 @@ async fn write_l1(file: &Child, header: &Header, l1: &[u64], changed: &[usize]) 
         last = Some(sector);
         let first = sector * per_sector;
         let entries = &l1[first..l1.len().min(first + per_sector)];
-        let bytes: Vec<u8> = entries.iter().flat_map(|entry| entry.to_be_bytes()).collect();
+        let bytes: Vec<u8> = entries
+            .iter()
+            .flat_map(|entry| entry.to_be_bytes())
+            .collect();
         let at = header.l1_table_offset.0 + (first * 8) as u64;
         file.write(at, bytes, RequestFlags::empty()).await?;
     }

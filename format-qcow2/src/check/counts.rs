@@ -1,7 +1,7 @@
 //! References counted per host cluster: two bytes for each cluster near one that is referenced, nothing for the rest
 //! of a sparse file. No I/O.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, btree_map::Entry};
 
 use block_core::error::{Error, ErrorKind, Result};
 
@@ -25,18 +25,22 @@ impl Counts {
     /// ENOMEM.
     pub fn add(&mut self, cluster: u64, by: u64) -> Result<u64> {
         let (key, at) = (cluster / CHUNK, (cluster % CHUNK) as usize);
-        if !self.chunks.contains_key(&key) {
-            let mut chunk = Vec::new();
-            chunk.try_reserve_exact(CHUNK as usize).map_err(|error| {
-                Error::new(ErrorKind::OutOfMemory, "no memory for the references of the image")
+        let chunk = match self.chunks.entry(key) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => {
+                let mut chunk = Vec::new();
+                chunk.try_reserve_exact(CHUNK as usize).map_err(|error| {
+                    Error::new(
+                        ErrorKind::OutOfMemory,
+                        "no memory for the references of the image",
+                    )
                     .with_source(error)
-            })?;
-            chunk.resize(CHUNK as usize, 0);
-            self.chunks.insert(key, chunk.into_boxed_slice());
-        }
-        let Some(slot) = self.chunks.get_mut(&key).and_then(|chunk| chunk.get_mut(at)) else {
-            return Err(Error::io("a chunk of counts is missing"));
+                })?;
+                chunk.resize(CHUNK as usize, 0);
+                entry.insert(chunk.into_boxed_slice())
+            }
         };
+        let slot = &mut chunk[at];
         let old = if *slot == LARGE {
             self.large.get(&cluster).copied().unwrap_or(LARGE.into())
         } else {
@@ -54,7 +58,11 @@ impl Counts {
 
     /// The references to `cluster`.
     pub fn get(&self, cluster: u64) -> u64 {
-        match self.chunks.get(&(cluster / CHUNK)).map(|chunk| chunk[(cluster % CHUNK) as usize]) {
+        match self
+            .chunks
+            .get(&(cluster / CHUNK))
+            .map(|chunk| chunk[(cluster % CHUNK) as usize])
+        {
             None => 0,
             Some(LARGE) => self.large.get(&cluster).copied().unwrap_or(LARGE.into()),
             Some(count) => count.into(),
@@ -66,15 +74,17 @@ impl Counts {
         if from >= end {
             return None;
         }
-        self.chunks.range(from / CHUNK..=(end - 1) / CHUNK).find_map(|(key, chunk)| {
-            let base = key * CHUNK;
-            let first = from.saturating_sub(base).min(CHUNK) as usize;
-            chunk[first..]
-                .iter()
-                .position(|count| *count != 0)
-                .map(|at| base + (first + at) as u64)
-                .filter(|cluster| *cluster < end)
-        })
+        self.chunks
+            .range(from / CHUNK..=(end - 1) / CHUNK)
+            .find_map(|(key, chunk)| {
+                let base = key * CHUNK;
+                let first = from.saturating_sub(base).min(CHUNK) as usize;
+                chunk[first..]
+                    .iter()
+                    .position(|count| *count != 0)
+                    .map(|at| base + (first + at) as u64)
+                    .filter(|cluster| *cluster < end)
+            })
     }
 }
 
@@ -91,7 +101,10 @@ mod tests {
         assert_eq!(counts.add(7, 1).unwrap(), 65536);
         assert_eq!(counts.add(7, u64::MAX).unwrap(), u64::MAX);
         assert_eq!(counts.get(7), u64::MAX);
-        assert_eq!((counts.get(6), counts.get(8), counts.get(1 << 50)), (0, 0, 0));
+        assert_eq!(
+            (counts.get(6), counts.get(8), counts.get(1 << 50)),
+            (0, 0, 0)
+        );
     }
 
     #[test]

@@ -101,21 +101,37 @@ async fn pass(
     // Findings about refcounts and what holds them: what a rebuild makes good.
     let mut refcounts = CheckReport::default();
     let mut stored = Stored::open(file, header).await?;
-    let mut walk =
-        Walk::run(file, header, &stored, mode, &mut report, &mut refcounts, progress).await?;
+    let mut walk = Walk::run(
+        file,
+        header,
+        &stored,
+        mode,
+        &mut report,
+        &mut refcounts,
+        progress,
+    )
+    .await?;
     if walk.repaired {
         // Entries that gave up a reservation are durable before the reservation is freed.
         file.flush().await?;
     }
     let rebuild = mode != CheckMode::ReadOnly
         && compare::needs_rebuild(&walk, header, &mut stored, progress).await?;
-    let fix = if rebuild { Fix::NOTHING } else { Fix::allowed(mode, &walk) };
+    let fix = if rebuild {
+        Fix::NOTHING
+    } else {
+        Fix::allowed(mode, &walk)
+    };
     compare::compare(&walk, header, &mut stored, fix, &mut refcounts, progress).await?;
     report.image_end_offset = refcounts.image_end_offset;
     if rebuild {
         if mode == CheckMode::RepairLeaks {
             absorb(&mut report, refcounts, false);
-            report.add(Severity::CheckError, false, "ERROR need to rebuild refcount structures");
+            report.add(
+                Severity::CheckError,
+                false,
+                "ERROR need to rebuild refcount structures",
+            );
             return Ok((report, walk.repaired));
         }
         match rebuild::rebuild(file, &walk, &mut stored, header, progress).await {
@@ -123,7 +139,11 @@ async fn pass(
             // The image can't be rebuilt; it is as it was.
             Err(error) if error.kind() == ErrorKind::InvalidInput => {
                 absorb(&mut report, refcounts, false);
-                report.add(Severity::CheckError, false, format!("ERROR {}", error.reason()));
+                report.add(
+                    Severity::CheckError,
+                    false,
+                    format!("ERROR {}", error.reason()),
+                );
                 return Ok((report, walk.repaired));
             }
             Err(error) => return Err(error),
@@ -151,7 +171,15 @@ async fn pass(
         // A flag that allows overwriting in place never gets ahead of the refcount that it stands for.
         file.flush().await?;
     }
-    copied::check_copied(&mut walk, header, &mut stored, fix_flags, &mut report, progress).await?;
+    copied::check_copied(
+        &mut walk,
+        header,
+        &mut stored,
+        fix_flags,
+        &mut report,
+        progress,
+    )
+    .await?;
     let changed = report.corruptions_fixed + report.leaks_fixed > 0 || rebuild;
     if changed {
         file.flush().await?;

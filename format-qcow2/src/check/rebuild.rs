@@ -93,7 +93,8 @@ pub(super) async fn rebuild(
         file.write(offset, block, RequestFlags::empty()).await?;
     }
     let table_offset = (place.start + place.blocks.len() as u64) << bits;
-    file.write(table_offset, table, RequestFlags::empty()).await?;
+    file.write(table_offset, table, RequestFlags::empty())
+        .await?;
     file.flush().await?;
     stop_if_cancelled(progress)?;
     let clusters = place.table_clusters as u32;
@@ -116,7 +117,9 @@ async fn kept_clusters(walk: &Walk<'_>, old: &mut Stored<'_>) -> Result<BTreeSet
         if first >= walk.clusters() {
             break;
         }
-        let Ok(Some(block)) = old.block_bytes(index).await else { continue };
+        let Ok(Some(block)) = old.block_bytes(index).await else {
+            continue;
+        };
         for cluster in first..walk.clusters().min(first + per_block) {
             let stored = refcounts.get(block, (cluster - first) as usize);
             if stored > 0 && walk.counts.get(cluster) == 0 {
@@ -161,7 +164,11 @@ fn find_place(walk: &Walk<'_>, kept: &BTreeSet<u64>) -> Result<Place> {
                 ));
             }
             let table_clusters = ((highest + 1) * 8).div_ceil(cluster_size);
-            let place = Place { start, blocks: blocks.into_iter().collect(), table_clusters };
+            let place = Place {
+                start,
+                blocks: blocks.into_iter().collect(),
+                table_clusters,
+            };
             if place.len() <= len {
                 break place;
             }

@@ -53,7 +53,9 @@ impl<'a> Stored<'a> {
         let table = if len == 0 {
             Vec::new()
         } else {
-            let bytes = file.read_padded(header.refcount_table_offset.0, len).await?;
+            let bytes = file
+                .read_padded(header.refcount_table_offset.0, len)
+                .await?;
             be64s(&bytes).collect()
         };
         Ok(Self {
@@ -72,7 +74,9 @@ impl<'a> Stored<'a> {
 
     /// Where the block of a table index is. An index beyond the table has none.
     pub fn place(&self, index: u64) -> BlockPlace {
-        let entry = usize::try_from(index).ok().and_then(|index| self.table.get(index));
+        let entry = usize::try_from(index)
+            .ok()
+            .and_then(|index| self.table.get(index));
         let offset = HostOffset(entry.map_or(0, |entry| entry & REFCOUNT_TABLE_MASK));
         match offset.0 {
             0 => BlockPlace::Absent,
@@ -113,7 +117,9 @@ impl<'a> Stored<'a> {
         let (index, at) = self.index(cluster);
         let refcounts = Refcounts::from(self.geometry);
         let Some(block) = self.block(index).await? else {
-            return Err(Error::invalid(format!("cluster {cluster} has no refcount block")));
+            return Err(Error::invalid(format!(
+                "cluster {cluster} has no refcount block"
+            )));
         };
         refcounts.set(&mut block.bytes, at, value)?;
         block.dirty = true;
@@ -139,11 +145,19 @@ impl<'a> Stored<'a> {
                 if let Some(block) = self.blocks.remove(&oldest)
                     && block.dirty
                 {
-                    self.file.write(oldest, block.bytes, RequestFlags::empty()).await?;
+                    self.file
+                        .write(oldest, block.bytes, RequestFlags::empty())
+                        .await?;
                 }
             }
             let bytes = self.file.read_padded(offset, cluster_size as usize).await?;
-            self.blocks.insert(offset, Block { bytes, dirty: false });
+            self.blocks.insert(
+                offset,
+                Block {
+                    bytes,
+                    dirty: false,
+                },
+            );
             self.order.push_back(offset);
         }
         Ok(self.blocks.get_mut(&offset))
@@ -156,7 +170,9 @@ impl<'a> Stored<'a> {
                 && block.dirty
             {
                 let bytes = Buffer::from(&block.bytes[..]);
-                self.file.write(*offset, bytes, RequestFlags::empty()).await?;
+                self.file
+                    .write(*offset, bytes, RequestFlags::empty())
+                    .await?;
                 block.dirty = false;
             }
         }

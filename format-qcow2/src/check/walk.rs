@@ -94,7 +94,10 @@ impl<'a> Walk<'a> {
         let cluster_size = walk.geometry.cluster_size();
         walk.count(0, cluster_size, 1, report)?;
         walk.mapping(header, mode, report, progress).await?;
-        let (table, len) = (header.refcount_table_offset.0, header.refcount_table_bytes());
+        let (table, len) = (
+            header.refcount_table_offset.0,
+            header.refcount_table_bytes(),
+        );
         if walk.count(table, len, 1, structures)? && len > 0 {
             let bits = walk.geometry.cluster_bits();
             for cluster in table >> bits..=(table + len - 1) >> bits {
@@ -216,7 +219,9 @@ impl<'a> Walk<'a> {
                 continue;
             }
             // Only the first entry of those that share a table takes it out of the map.
-            let Some(times) = sharers.remove(&offset) else { continue };
+            let Some(times) = sharers.remove(&offset) else {
+                continue;
+            };
             stop_if_cancelled(progress)?;
             let inside = self.count(offset, self.geometry.cluster_size(), times, report)?;
             if !self.geometry.is_aligned(HostOffset(offset)) {
@@ -262,12 +267,20 @@ impl<'a> Walk<'a> {
         let mut expected_next = 0;
         let mut changed = false;
         for at in (0..len).step_by(8) {
-            let Some(raw) = be64s(&table[at..at + 8]).next() else { continue };
+            let Some(raw) = be64s(&table[at..at + 8]).next() else {
+                continue;
+            };
             if raw == 0 {
                 continue;
             }
-            let replacement =
-                self.l2_entry(raw, times, mode, &mut expected_next, &mut statistics, report)?;
+            let replacement = self.l2_entry(
+                raw,
+                times,
+                mode,
+                &mut expected_next,
+                &mut statistics,
+                report,
+            )?;
             if let Some(replacement) = replacement {
                 table[at..at + 8].copy_from_slice(&replacement.to_be_bytes());
                 changed = true;
@@ -275,7 +288,9 @@ impl<'a> Walk<'a> {
         }
         if changed {
             let bytes = Buffer::from(&table[..]);
-            self.file.write(offset, bytes, RequestFlags::empty()).await?;
+            self.file
+                .write(offset, bytes, RequestFlags::empty())
+                .await?;
             self.repaired = true;
         }
         report.allocated_clusters += statistics.allocated * times;

@@ -23,9 +23,21 @@ use crate::layout::{HostOffset, L1Entry, L2Entry, Refcounts};
 
 /// The options that [`create`] takes, for help texts.
 pub const OPTIONS: &[CreateOption] = &[
-    CreateOption { name: "backing_file", kind: "str", help: "File name of a base image" },
-    CreateOption { name: "backing_fmt", kind: "str", help: "Image format of the base image" },
-    CreateOption { name: "cluster_size", kind: "size", help: "qcow2 cluster size" },
+    CreateOption {
+        name: "backing_file",
+        kind: "str",
+        help: "File name of a base image",
+    },
+    CreateOption {
+        name: "backing_fmt",
+        kind: "str",
+        help: "Image format of the base image",
+    },
+    CreateOption {
+        name: "cluster_size",
+        kind: "size",
+        help: "qcow2 cluster size",
+    },
     CreateOption {
         name: "compat",
         kind: "str",
@@ -36,7 +48,11 @@ pub const OPTIONS: &[CreateOption] = &[
         kind: "str",
         help: "Compression method used for image cluster compression",
     },
-    CreateOption { name: "data_file", kind: "str", help: "File name of an external data file" },
+    CreateOption {
+        name: "data_file",
+        kind: "str",
+        help: "File name of an external data file",
+    },
     CreateOption {
         name: "data_file_raw",
         kind: "bool (on/off)",
@@ -47,7 +63,11 @@ pub const OPTIONS: &[CreateOption] = &[
         kind: "str",
         help: "Encrypt the image, format choices: 'aes', 'luks'",
     },
-    CreateOption { name: "extended_l2", kind: "bool (on/off)", help: "Extended L2 tables" },
+    CreateOption {
+        name: "extended_l2",
+        kind: "bool (on/off)",
+        help: "Extended L2 tables",
+    },
     CreateOption {
         name: "lazy_refcounts",
         kind: "bool (on/off)",
@@ -63,7 +83,11 @@ pub const OPTIONS: &[CreateOption] = &[
         kind: "num",
         help: "Width of a reference count entry in bits",
     },
-    CreateOption { name: "size", kind: "size", help: "Virtual disk size" },
+    CreateOption {
+        name: "size",
+        kind: "size",
+        help: "Virtual disk size",
+    },
 ];
 
 /// Tables are written in pieces of about this many bytes.
@@ -122,14 +146,19 @@ async fn prepare_storage(file: &Child, plan: &Plan, preallocation: Preallocation
         Preallocation::Off | Preallocation::Metadata => Preallocation::Off,
         other => other,
     };
-    let how = Truncate { exact: false, preallocation: storage, zero: true };
+    let how = Truncate {
+        exact: false,
+        preallocation: storage,
+        zero: true,
+    };
     match file.truncate(end, how).await {
         Err(error) if error.kind() == ErrorKind::NotSupported && storage != Preallocation::Off => {
             if storage == Preallocation::Falloc {
                 return Err(error.context("Could not preallocate space"));
             }
             let from = file.length();
-            file.write_zeroes(from, end - from.min(end), RequestFlags::empty()).await
+            file.write_zeroes(from, end - from.min(end), RequestFlags::empty())
+                .await
         }
         other => other,
     }
@@ -144,7 +173,8 @@ async fn write_refcounts(file: &Child, plan: &Plan) -> Result<()> {
         .map(|block| plan.refcount_block_offset().0 + block * cluster_size)
         .collect();
     let table = encode_table(blocks.into_iter(), table_len)?;
-    file.write(plan.refcount_table_offset().0, table, RequestFlags::empty()).await?;
+    file.write(plan.refcount_table_offset().0, table, RequestFlags::empty())
+        .await?;
 
     let refcounts = Refcounts::from(geometry);
     let per_block = geometry.refcounts_per_block();
@@ -154,7 +184,10 @@ async fn write_refcounts(file: &Child, plan: &Plan) -> Result<()> {
         let count = blocks_at_once.min(plan.refcount_blocks - block);
         let mut bytes = zeroed(count * cluster_size)?;
         let first = block * per_block;
-        let used = plan.total_clusters.saturating_sub(first).min(count * per_block);
+        let used = plan
+            .total_clusters
+            .saturating_sub(first)
+            .min(count * per_block);
         // The refcounts of adjacent blocks are adjacent too.
         for index in 0..used {
             refcounts.set(&mut bytes, index as usize, 1)?;
@@ -174,14 +207,25 @@ async fn write_l1(file: &Child, plan: &Plan) -> Result<()> {
     let len = plan.l1_entries * 8;
     if plan.l2_tables == 0 {
         let zeroes = IoBuf::zeroes(len as usize);
-        return file.write(plan.l1_offset().0, zeroes, RequestFlags::empty()).await;
+        return file
+            .write(plan.l1_offset().0, zeroes, RequestFlags::empty())
+            .await;
     }
     let geometry = plan.geometry;
     let entries = (0..plan.l2_tables).map(|table| {
         let l2 = HostOffset(plan.l2_offset().0 + table * geometry.cluster_size());
-        L1Entry { l2: Some(l2), copied: true }.encode()
+        L1Entry {
+            l2: Some(l2),
+            copied: true,
+        }
+        .encode()
     });
-    file.write(plan.l1_offset().0, encode_table(entries, len)?, RequestFlags::empty()).await
+    file.write(
+        plan.l1_offset().0,
+        encode_table(entries, len)?,
+        RequestFlags::empty(),
+    )
+    .await
 }
 
 /// The L2 tables of a preallocated image: every guest cluster has a host cluster of its own.
@@ -193,7 +237,9 @@ async fn write_l2(file: &Child, plan: &Plan) -> Result<()> {
     while table < plan.l2_tables {
         let count = tables_at_once.min(plan.l2_tables - table);
         let first = table * geometry.l2_entries();
-        let last = plan.data_clusters.min(first + count * geometry.l2_entries());
+        let last = plan
+            .data_clusters
+            .min(first + count * geometry.l2_entries());
         let entries = (first..last).map(|cluster| {
             let host = HostOffset(plan.data_offset().0 + cluster * cluster_size);
             L2Entry::Normal { host, copied: true }.encode(geometry)
@@ -207,8 +253,12 @@ async fn write_l2(file: &Child, plan: &Plan) -> Result<()> {
 }
 
 fn zeroed(len: u64) -> Result<Vec<u8>> {
-    let out_of_memory =
-        || Error::new(ErrorKind::OutOfMemory, format!("cannot allocate {len} bytes"));
+    let out_of_memory = || {
+        Error::new(
+            ErrorKind::OutOfMemory,
+            format!("cannot allocate {len} bytes"),
+        )
+    };
     let len = usize::try_from(len).map_err(|_| out_of_memory())?;
     let mut bytes = Vec::new();
     bytes.try_reserve_exact(len).map_err(|_| out_of_memory())?;

@@ -60,8 +60,14 @@ fn refused(feature: &str, key: &str, value: &str, allowed: &str) -> Error {
 /// Takes a number of bytes or a plain number out.
 fn take_number(options: &mut Options, key: &str) -> Result<Option<u64>> {
     let expected = |value: &str| {
-        Error::invalid(format!("Parameter '{key}' expects a non-negative number below 2^64"))
-            .with_field(key, value, "a number with an optional suffix k, M, G, T, P or E")
+        Error::invalid(format!(
+            "Parameter '{key}' expects a non-negative number below 2^64"
+        ))
+        .with_field(
+            key,
+            value,
+            "a number with an optional suffix k, M, G, T, P or E",
+        )
     };
     match options.take(key) {
         None | Some(Value::Null) => Ok(None),
@@ -69,9 +75,9 @@ fn take_number(options: &mut Options, key: &str) -> Result<Option<u64>> {
             Some(number) => Ok(Some(number)),
             None => Err(expected(&number.to_string())),
         },
-        Some(Value::String(text)) => {
-            parse_size(&text).map(Some).map_err(|error| expected(&text).with_source(error))
-        }
+        Some(Value::String(text)) => parse_size(&text)
+            .map(Some)
+            .map_err(|error| expected(&text).with_source(error)),
         Some(other) => Err(expected(&other.to_string())),
     }
 }
@@ -94,8 +100,11 @@ impl Parameters {
     pub fn for_size(size: u64, mut options: Options) -> Result<Self> {
         options.take("size");
         let size = size.checked_next_multiple_of(512).ok_or_else(|| {
-            Error::new(block_core::ErrorKind::TooBig, "Image size is too large")
-                .with_field("size", size, "below 2^63")
+            Error::new(block_core::ErrorKind::TooBig, "Image size is too large").with_field(
+                "size",
+                size,
+                "below 2^63",
+            )
         })?;
         let version = match options.take_str("compat")?.as_deref() {
             None | Some("1.1" | "v3") => 3,
@@ -104,11 +113,15 @@ impl Parameters {
         };
         let cluster_size = take_number(&mut options, "cluster_size")?.unwrap_or(65536);
         let cluster_bits =
-            log2_within(cluster_size, Geometry::MIN_CLUSTER_BITS, Geometry::MAX_CLUSTER_BITS)
-                .ok_or_else(|| {
-                    Error::invalid("Cluster size must be a power of two between 512 and 2048k")
-                        .with_field("cluster_size", cluster_size, "512..=2097152")
-                })?;
+            log2_within(
+                cluster_size,
+                Geometry::MIN_CLUSTER_BITS,
+                Geometry::MAX_CLUSTER_BITS,
+            )
+            .ok_or_else(|| {
+                Error::invalid("Cluster size must be a power of two between 512 and 2048k")
+                    .with_field("cluster_size", cluster_size, "512..=2097152")
+            })?;
         let refcount_bits = take_number(&mut options, "refcount_bits")?.unwrap_or(16);
         let refcount_order = log2_within(refcount_bits, 0, Geometry::MAX_REFCOUNT_ORDER)
             .ok_or_else(|| {
@@ -137,13 +150,22 @@ impl Parameters {
             Some("falloc") => Preallocation::Falloc,
             Some("full") => Preallocation::Full,
             Some(other) => {
-                return Err(not_accepted("preallocation", other, "off, metadata, falloc or full"));
+                return Err(not_accepted(
+                    "preallocation",
+                    other,
+                    "off, metadata, falloc or full",
+                ));
             }
         };
         let backing_file = options.take_str("backing_file")?;
-        let backing_format =
-            options.take_str("backing_fmt")?.filter(|format| !format.is_empty());
-        check_backing(backing_file.as_deref(), backing_format.as_deref(), preallocation)?;
+        let backing_format = options
+            .take_str("backing_fmt")?
+            .filter(|format| !format.is_empty());
+        check_backing(
+            backing_file.as_deref(),
+            backing_format.as_deref(),
+            preallocation,
+        )?;
         if let Some(key) = options.0.keys().next() {
             return Err(Error::invalid(format!("Invalid parameter '{key}'")));
         }
@@ -182,7 +204,12 @@ fn refuse_features(options: &mut Options, version: u32, cluster_size: u64) -> Re
             ));
         }
         Some("zstd") => {
-            return Err(refused("compression type zstd", "compression_type", "zstd", "zlib"));
+            return Err(refused(
+                "compression type zstd",
+                "compression_type",
+                "zstd",
+                "zlib",
+            ));
         }
         Some(other) => return Err(not_accepted("compression-type", other, "zlib")),
     }
@@ -219,7 +246,10 @@ fn refuse_features(options: &mut Options, version: u32, cluster_size: u64) -> Re
         return Err(refused("AES encryption", "encryption", "on", "off"));
     }
     let keys: Vec<String> = options.0.keys().cloned().collect();
-    for key in keys.iter().filter(|key| *key == "encrypt" || key.starts_with("encrypt.")) {
+    for key in keys
+        .iter()
+        .filter(|key| *key == "encrypt" || key.starts_with("encrypt."))
+    {
         let value = options.take(key).unwrap_or_default();
         if !value.is_null() {
             return Err(refused("encryption", key, &value.to_string(), "none"));
@@ -235,15 +265,17 @@ fn check_backing(
 ) -> Result<()> {
     let Some(file) = file else {
         return match format {
-            Some(format) => {
-                Err(Error::invalid("Backing format cannot be used without backing file")
-                    .with_field("backing_fmt", format, "none without backing_file"))
-            }
+            Some(format) => Err(Error::invalid(
+                "Backing format cannot be used without backing file",
+            )
+            .with_field("backing_fmt", format, "none without backing_file")),
             None => Ok(()),
         };
     };
     if file.is_empty() {
-        return Err(Error::invalid("Expected backing file name, got empty string"));
+        return Err(Error::invalid(
+            "Expected backing file name, got empty string",
+        ));
     }
     if file.len() > MAX_BACKING_NAME {
         return Err(Error::invalid("Backing file name too long").with_field(
@@ -253,11 +285,13 @@ fn check_backing(
         ));
     }
     let Some(format) = format else {
-        return Err(Error::invalid("Backing file specified without backing format").with_field(
-            "backing_fmt",
-            "absent",
-            "the format of the backing file",
-        ));
+        return Err(
+            Error::invalid("Backing file specified without backing format").with_field(
+                "backing_fmt",
+                "absent",
+                "the format of the backing file",
+            ),
+        );
     };
     if format.len() > MAX_BACKING_FORMAT {
         return Err(Error::invalid("Backing format name too long").with_field(
@@ -270,7 +304,11 @@ fn check_backing(
         return Err(Error::invalid(
             "Backing file and preallocation can only be used at the same time if extended_l2 is on",
         )
-        .with_field("preallocation", format!("{preallocation:?}").to_lowercase(), "off"));
+        .with_field(
+            "preallocation",
+            format!("{preallocation:?}").to_lowercase(),
+            "off",
+        ));
     }
     Ok(())
 }
@@ -285,7 +323,13 @@ mod tests {
 
     #[test]
     fn the_defaults_are_qemus() {
-        assert_eq!(read("size=64M").unwrap(), Parameters { size: 64 << 20, ..Parameters::default() });
+        assert_eq!(
+            read("size=64M").unwrap(),
+            Parameters {
+                size: 64 << 20,
+                ..Parameters::default()
+            }
+        );
         assert_eq!(read("size=1000").unwrap().size, 1024);
     }
 
@@ -310,7 +354,10 @@ mod tests {
             }
         );
         for (text, version) in [("0.10", 2), ("v2", 2), ("1.1", 3), ("v3", 3)] {
-            assert_eq!(read(&format!("size=0,compat={text}")).unwrap().version, version);
+            assert_eq!(
+                read(&format!("size=0,compat={text}")).unwrap().version,
+                version
+            );
         }
         for (text, mode) in [
             ("off", Preallocation::Off),
@@ -325,7 +372,9 @@ mod tests {
 
     #[test]
     fn numbers_may_be_json_numbers() {
-        let options = Options::new().with("size", 1024u64).with("cluster_size", 4096u64);
+        let options = Options::new()
+            .with("size", 1024u64)
+            .with("cluster_size", 4096u64);
         assert_eq!(Parameters::from_options(options).unwrap().cluster_bits, 12);
     }
 
@@ -333,10 +382,22 @@ mod tests {
     fn every_error_has_qemus_text() {
         for (text, message) in [
             ("", "Image creation needs a size parameter"),
-            ("size=1,compat=9", "Parameter 'version' does not accept value '9'"),
-            ("size=1,cluster_size=1000", "Cluster size must be a power of two between 512 and 2048k"),
-            ("size=1,cluster_size=4M", "Cluster size must be a power of two between 512 and 2048k"),
-            ("size=1,cluster_size=256", "Cluster size must be a power of two between 512 and 2048k"),
+            (
+                "size=1,compat=9",
+                "Parameter 'version' does not accept value '9'",
+            ),
+            (
+                "size=1,cluster_size=1000",
+                "Cluster size must be a power of two between 512 and 2048k",
+            ),
+            (
+                "size=1,cluster_size=4M",
+                "Cluster size must be a power of two between 512 and 2048k",
+            ),
+            (
+                "size=1,cluster_size=256",
+                "Cluster size must be a power of two between 512 and 2048k",
+            ),
             (
                 "size=1,refcount_bits=3",
                 "Refcount width must be a power of two and may not exceed 64 bits",
@@ -349,8 +410,14 @@ mod tests {
                 "size=1,refcount_bits=0",
                 "Refcount width must be a power of two and may not exceed 64 bits",
             ),
-            ("size=1,preallocation=xyz", "Parameter 'preallocation' does not accept value 'xyz'"),
-            ("size=1,compression_type=foo", "Parameter 'compression-type' does not accept value 'foo'"),
+            (
+                "size=1,preallocation=xyz",
+                "Parameter 'preallocation' does not accept value 'xyz'",
+            ),
+            (
+                "size=1,compression_type=foo",
+                "Parameter 'compression-type' does not accept value 'foo'",
+            ),
             (
                 "size=1,compression_type=zstd,compat=0.10",
                 "Non-zlib compression type is only supported with compatibility level 1.1 and above (use \
@@ -366,19 +433,34 @@ mod tests {
                 "Different refcount widths than 16 bits require compatibility level 1.1 or above (use \
                  version=v3 or greater)",
             ),
-            ("size=1,backing_fmt=raw", "Backing format cannot be used without backing file"),
-            ("size=1,backing_file=a", "Backing file specified without backing format"),
-            ("size=1,backing_file=", "Expected backing file name, got empty string"),
+            (
+                "size=1,backing_fmt=raw",
+                "Backing format cannot be used without backing file",
+            ),
+            (
+                "size=1,backing_file=a",
+                "Backing file specified without backing format",
+            ),
+            (
+                "size=1,backing_file=",
+                "Expected backing file name, got empty string",
+            ),
             (
                 "size=1,preallocation=full,backing_file=a,backing_fmt=raw",
                 "Backing file and preallocation can only be used at the same time if extended_l2 is on",
             ),
-            ("size=1,data_file_raw=on", "data-file-raw requires data-file"),
+            (
+                "size=1,data_file_raw=on",
+                "data-file-raw requires data-file",
+            ),
             (
                 "size=1,extended_l2=on,cluster_size=8k",
                 "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes",
             ),
-            ("size=1,lazy_refcounts=maybe", "Parameter 'lazy_refcounts' expects 'on' or 'off'"),
+            (
+                "size=1,lazy_refcounts=maybe",
+                "Parameter 'lazy_refcounts' expects 'on' or 'off'",
+            ),
             ("size=1,nonsense=1", "Invalid parameter 'nonsense'"),
         ] {
             assert_eq!(read(text).expect_err(text).reason(), message);

@@ -39,7 +39,10 @@ pub(crate) fn too_large(message: &str, parameters: &Parameters) -> Error {
     Error::new(ErrorKind::TooBig, message).with_field(
         "size",
         parameters.size,
-        format!("what fits with clusters of {} bytes", 1u64 << parameters.cluster_bits),
+        format!(
+            "what fits with clusters of {} bytes",
+            1u64 << parameters.cluster_bits
+        ),
     )
 }
 
@@ -73,7 +76,11 @@ impl Plan {
         if l1_entries * 8 > MAX_L1_BYTES {
             return None;
         }
-        let data_clusters = if data { geometry.clusters_for(parameters.size) } else { 0 };
+        let data_clusters = if data {
+            geometry.clusters_for(parameters.size)
+        } else {
+            0
+        };
         let l2_tables = if data { l1_entries } else { 0 };
         let fixed = 1 + geometry.clusters_for(l1_entries * 8) + l2_tables + data_clusters;
 
@@ -143,7 +150,11 @@ impl Plan {
             size: parameters.size,
             crypt_method: 0,
             l1_size: self.l1_entries as u32,
-            l1_table_offset: if self.l1_entries == 0 { HostOffset(0) } else { self.l1_offset() },
+            l1_table_offset: if self.l1_entries == 0 {
+                HostOffset(0)
+            } else {
+                self.l1_offset()
+            },
             refcount_table_offset: self.refcount_table_offset(),
             refcount_table_clusters: self.refcount_table_clusters as u32,
             nb_snapshots: 0,
@@ -154,7 +165,10 @@ impl Plan {
             refcount_order: parameters.refcount_order,
             compression_type: 0,
             unknown_tail: Vec::new(),
-            backing_file: parameters.backing_file.as_ref().map(|name| name.as_bytes().to_vec()),
+            backing_file: parameters
+                .backing_file
+                .as_ref()
+                .map(|name| name.as_bytes().to_vec()),
             extensions: Extensions {
                 backing_format: parameters.backing_format.clone(),
                 ..Extensions::default()
@@ -168,7 +182,12 @@ mod tests {
     use super::*;
 
     fn plan(size: u64, cluster_bits: u32, preallocation: Preallocation) -> Result<Plan> {
-        Plan::new(&Parameters { size, cluster_bits, preallocation, ..Parameters::default() })
+        Plan::new(&Parameters {
+            size,
+            cluster_bits,
+            preallocation,
+            ..Parameters::default()
+        })
     }
 
     #[test]

@@ -120,11 +120,15 @@ pub struct ExtensionContext {
 }
 
 fn be32(bytes: &[u8], at: usize) -> Option<u32> {
-    Some(u32::from_be_bytes(bytes.get(at..at.checked_add(4)?)?.try_into().ok()?))
+    Some(u32::from_be_bytes(
+        bytes.get(at..at.checked_add(4)?)?.try_into().ok()?,
+    ))
 }
 
 fn be64(bytes: &[u8], at: usize) -> Option<u64> {
-    Some(u64::from_be_bytes(bytes.get(at..at.checked_add(8)?)?.try_into().ok()?))
+    Some(u64::from_be_bytes(
+        bytes.get(at..at.checked_add(8)?)?.try_into().ok()?,
+    ))
 }
 
 /// Walks the extensions of `area`: type and data of each, an error for one that is longer than the area.
@@ -143,11 +147,12 @@ fn walk(area: &[u8]) -> impl Iterator<Item = Result<(u32, &[u8])>> {
         let data = at + 8;
         if len > area.len() - data {
             ended = true;
-            return Some(Err(Error::invalid("Header extension too large").with_field(
-                format!("header extension {kind:#010x} length"),
-                len,
-                format!("at most {}", area.len() - data),
-            )));
+            return Some(Err(Error::invalid("Header extension too large")
+                .with_field(
+                    format!("header extension {kind:#010x} length"),
+                    len,
+                    format!("at most {}", area.len() - data),
+                )));
         }
         at = data + len.next_multiple_of(8);
         Some(Ok((kind, &area[data..data + len])))
@@ -158,8 +163,15 @@ fn decode_feature_names(data: &[u8]) -> Vec<FeatureName> {
     data.chunks_exact(FEATURE_ENTRY)
         .map(|entry| {
             let name = &entry[2..];
-            let end = name.iter().position(|byte| *byte == 0).unwrap_or(FEATURE_NAME);
-            FeatureName { kind: entry[0], bit: entry[1], name: name[..end].to_vec() }
+            let end = name
+                .iter()
+                .position(|byte| *byte == 0)
+                .unwrap_or(FEATURE_NAME);
+            FeatureName {
+                kind: entry[0],
+                bit: entry[1],
+                name: name[..end].to_vec(),
+            }
         })
         .collect()
 }
@@ -194,7 +206,10 @@ impl Extensions {
                             format!("0..={MAX_BACKING_FORMAT}"),
                         ));
                     }
-                    let end = data.iter().position(|byte| *byte == 0).unwrap_or(data.len());
+                    let end = data
+                        .iter()
+                        .position(|byte| *byte == 0)
+                        .unwrap_or(data.len());
                     let name = std::str::from_utf8(&data[..end]).map_err(|error| {
                         Error::invalid("Backing format name is not valid UTF-8")
                             .with_field(
@@ -210,7 +225,10 @@ impl Extensions {
                 BITMAPS => all.bitmaps = Some(decode_bitmaps(data, context)?),
                 LUKS => all.luks = Some(decode_luks(data, context)?),
                 DATA_FILE => all.data_file = Some(data.to_vec()),
-                kind => all.unknown.push(UnknownExtension { kind, data: data.to_vec() }),
+                kind => all.unknown.push(UnknownExtension {
+                    kind,
+                    data: data.to_vec(),
+                }),
             }
         }
         Ok(all)
@@ -310,21 +328,32 @@ pub fn describe_features(kind: FeatureKind, bits: u64, table: &[FeatureName]) ->
 
 fn decode_bitmaps(data: &[u8], context: ExtensionContext) -> Result<BitmapsPointer> {
     let fields = (data.len() == 24)
-        .then(|| Some((be32(data, 0)?, be32(data, 4)?, be64(data, 8)?, be64(data, 16)?)))
+        .then(|| {
+            Some((
+                be32(data, 0)?,
+                be32(data, 4)?,
+                be64(data, 8)?,
+                be64(data, 16)?,
+            ))
+        })
         .flatten();
     let Some((count, reserved, directory_size, directory_offset)) = fields else {
-        return Err(Error::invalid("bitmaps_ext: Invalid extension length").with_field(
-            "bitmaps extension length",
-            data.len(),
-            "24",
-        ));
+        return Err(
+            Error::invalid("bitmaps_ext: Invalid extension length").with_field(
+                "bitmaps extension length",
+                data.len(),
+                "24",
+            ),
+        );
     };
     if reserved != 0 {
-        return Err(Error::invalid("bitmaps_ext: Reserved field is not zero").with_field(
-            "bitmaps extension reserved field",
-            reserved,
-            "0",
-        ));
+        return Err(
+            Error::invalid("bitmaps_ext: Reserved field is not zero").with_field(
+                "bitmaps extension reserved field",
+                reserved,
+                "0",
+            ),
+        );
     }
     if count > MAX_BITMAPS {
         return Err(Error::invalid(format!(
@@ -333,18 +362,22 @@ fn decode_bitmaps(data: &[u8], context: ExtensionContext) -> Result<BitmapsPoint
         .with_field("nb_bitmaps", count, format!("1..={MAX_BITMAPS}")));
     }
     if count == 0 {
-        return Err(Error::invalid("found bitmaps extension with zero bitmaps").with_field(
-            "nb_bitmaps",
-            count,
-            format!("1..={MAX_BITMAPS}"),
-        ));
+        return Err(
+            Error::invalid("found bitmaps extension with zero bitmaps").with_field(
+                "nb_bitmaps",
+                count,
+                format!("1..={MAX_BITMAPS}"),
+            ),
+        );
     }
     if directory_offset == 0 || directory_offset & (context.cluster_size - 1) != 0 {
-        return Err(Error::invalid("bitmaps_ext: invalid bitmap directory offset").with_field(
-            "bitmap_directory_offset",
-            directory_offset,
-            format!("a non-zero multiple of {}", context.cluster_size),
-        ));
+        return Err(
+            Error::invalid("bitmaps_ext: invalid bitmap directory offset").with_field(
+                "bitmap_directory_offset",
+                directory_offset,
+                format!("a non-zero multiple of {}", context.cluster_size),
+            ),
+        );
     }
     if directory_size > MAX_BITMAP_DIRECTORY {
         return Err(Error::invalid(format!(
@@ -357,7 +390,11 @@ fn decode_bitmaps(data: &[u8], context: ExtensionContext) -> Result<BitmapsPoint
             format!("at most {MAX_BITMAP_DIRECTORY}"),
         ));
     }
-    Ok(BitmapsPointer { count, directory_size, directory_offset })
+    Ok(BitmapsPointer {
+        count,
+        directory_size,
+        directory_offset,
+    })
 }
 
 fn decode_luks(data: &[u8], context: ExtensionContext) -> Result<LuksPointer> {
@@ -367,7 +404,9 @@ fn decode_luks(data: &[u8], context: ExtensionContext) -> Result<LuksPointer> {
         )
         .with_field("crypt_method", context.crypt_method, "2"));
     }
-    let fields = (data.len() == 16).then(|| Some((be64(data, 0)?, be64(data, 8)?))).flatten();
+    let fields = (data.len() == 16)
+        .then(|| Some((be64(data, 0)?, be64(data, 8)?)))
+        .flatten();
     let Some((offset, len)) = fields else {
         return Err(Error::invalid(format!(
             "CRYPTO header extension size {}, but expected size 16",
@@ -386,9 +425,15 @@ fn decode_luks(data: &[u8], context: ExtensionContext) -> Result<LuksPointer> {
             format!("a multiple of {}", context.cluster_size),
         ));
     }
-    if offset.checked_add(len).is_none_or(|end| end > i64::MAX as u64) {
-        return Err(Error::new(ErrorKind::InvalidInput, "Encryption header does not fit the file")
-            .with_field("LUKS header length", len, "offset + length below 2^63"));
+    if offset
+        .checked_add(len)
+        .is_none_or(|end| end > i64::MAX as u64)
+    {
+        return Err(Error::new(
+            ErrorKind::InvalidInput,
+            "Encryption header does not fit the file",
+        )
+        .with_field("LUKS header length", len, "offset + length below 2^63"));
     }
     Ok(LuksPointer { offset, len })
 }
@@ -397,7 +442,10 @@ fn decode_luks(data: &[u8], context: ExtensionContext) -> Result<LuksPointer> {
 mod tests {
     use super::*;
 
-    const CONTEXT: ExtensionContext = ExtensionContext { cluster_size: 65536, crypt_method: 0 };
+    const CONTEXT: ExtensionContext = ExtensionContext {
+        cluster_size: 65536,
+        crypt_method: 0,
+    };
 
     fn extension(kind: u32, data: &[u8]) -> Vec<u8> {
         let mut bytes = kind.to_be_bytes().to_vec();
@@ -449,8 +497,12 @@ mod tests {
     #[test]
     fn a_long_backing_format_is_refused() {
         assert!(Extensions::decode(&extension(BACKING_FORMAT, &[b'a'; 15]), CONTEXT).is_ok());
-        let error = Extensions::decode(&extension(BACKING_FORMAT, &[b'a'; 16]), CONTEXT).unwrap_err();
-        assert_eq!(error.reason(), "ERROR: ext_backing_format: len=16 too large (>=16)");
+        let error =
+            Extensions::decode(&extension(BACKING_FORMAT, &[b'a'; 16]), CONTEXT).unwrap_err();
+        assert_eq!(
+            error.reason(),
+            "ERROR: ext_backing_format: len=16 too large (>=16)"
+        );
     }
 
     #[test]
@@ -465,7 +517,10 @@ mod tests {
         assert_eq!(make(1, 0, 32, 65536).unwrap().bitmaps.unwrap().count, 1);
         for (bad, text) in [
             (make(0, 0, 32, 65536), "zero bitmaps"),
-            (make(65536, 0, 32, 65536), "exceeding the QEMU supported maximum"),
+            (
+                make(65536, 0, 32, 65536),
+                "exceeding the QEMU supported maximum",
+            ),
             (make(1, 1, 32, 65536), "Reserved field is not zero"),
             (make(1, 0, 67_107_841, 65536), "exceeds the maximum"),
             (make(1, 0, 32, 512), "invalid bitmap directory offset"),
@@ -483,16 +538,30 @@ mod tests {
     fn a_luks_pointer_without_luks_is_refused() {
         let area = extension(LUKS, &[0; 16]);
         let error = Extensions::decode(&area, CONTEXT).unwrap_err();
-        assert!(error.reason().starts_with("CRYPTO header extension only expected"));
-        let luks = ExtensionContext { crypt_method: 2, ..CONTEXT };
+        assert!(
+            error
+                .reason()
+                .starts_with("CRYPTO header extension only expected")
+        );
+        let luks = ExtensionContext {
+            crypt_method: 2,
+            ..CONTEXT
+        };
         assert!(Extensions::decode(&area, luks).is_ok());
         let error = Extensions::decode(&extension(LUKS, &[0; 8]), luks).unwrap_err();
-        assert_eq!(error.reason(), "CRYPTO header extension size 8, but expected size 16");
+        assert_eq!(
+            error.reason(),
+            "CRYPTO header extension size 8, but expected size 16"
+        );
     }
 
     #[test]
     fn features_are_named_by_the_image_first() {
-        let table = [FeatureName { kind: 0, bit: 40, name: b"time travel".to_vec() }];
+        let table = [FeatureName {
+            kind: 0,
+            bit: 40,
+            name: b"time travel".to_vec(),
+        }];
         assert_eq!(
             describe_features(FeatureKind::Incompatible, 1 << 40 | 1 << 41 | 4, &table),
             "external data file, time travel, Unknown incompatible feature: 20000000000"

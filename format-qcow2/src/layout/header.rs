@@ -169,7 +169,11 @@ fn too_big(message: &str, field: &str, value: impl std::fmt::Display, allowed: &
 /// How sure it is that `head` begins a qcow2 image: 100 for its magic with a version that exists, else 0.
 pub fn probe(head: &[u8]) -> u32 {
     let fields = Fields(head);
-    if head.len() >= 8 && fields.u32(0) == MAGIC && fields.u32(4) >= 2 { 100 } else { 0 }
+    if head.len() >= 8 && fields.u32(0) == MAGIC && fields.u32(4) >= 2 {
+        100
+    } else {
+        0
+    }
 }
 
 impl Header {
@@ -178,13 +182,20 @@ impl Header {
     pub fn cluster_size_of(head: &[u8]) -> Result<usize> {
         let fields = Fields(head);
         if fields.u32(0) != MAGIC {
-            return Err(Error::new(ErrorKind::WrongFormat, "Image is not in qcow2 format")
-                .with_field("magic", format!("{:#010x}", fields.u32(0)), "0x514649fb"));
+            return Err(
+                Error::new(ErrorKind::WrongFormat, "Image is not in qcow2 format").with_field(
+                    "magic",
+                    format!("{:#010x}", fields.u32(0)),
+                    "0x514649fb",
+                ),
+            );
         }
         let version = fields.u32(4);
         if !(2..=3).contains(&version) {
-            return Err(Error::unsupported(format!("Unsupported qcow2 version {version}"))
-                .with_field("version", version, "2 or 3"));
+            return Err(
+                Error::unsupported(format!("Unsupported qcow2 version {version}"))
+                    .with_field("version", version, "2 or 3"),
+            );
         }
         let bits = fields.u32(20);
         if !(Geometry::MIN_CLUSTER_BITS..=Geometry::MAX_CLUSTER_BITS).contains(&bits) {
@@ -206,7 +217,11 @@ impl Header {
         let cluster_size = Self::cluster_size_of(cluster)?;
         let fields = Fields(cluster);
         let version = fields.u32(4);
-        let header_length = if version == 2 { V2_LENGTH } else { fields.u32(100) };
+        let header_length = if version == 2 {
+            V2_LENGTH
+        } else {
+            fields.u32(100)
+        };
         if version > 2 && header_length < V3_MIN_LENGTH {
             return Err(invalid(
                 "qcow2 header too short",
@@ -243,24 +258,37 @@ impl Header {
         } else {
             &cluster[..cluster_size]
         };
-        let area_end = if backing_offset == 0 { cluster_size } else { backing_offset };
+        let area_end = if backing_offset == 0 {
+            cluster_size
+        } else {
+            backing_offset
+        };
         let area = cluster.get(header_length as usize..area_end).unwrap_or(&[]);
 
         let v3 = version >= 3;
-        let incompatible = if v3 { fields.u64(field::INCOMPATIBLE as usize) } else { 0 };
+        let incompatible = if v3 {
+            fields.u64(field::INCOMPATIBLE as usize)
+        } else {
+            0
+        };
         let unknown = incompatible & !Incompatible::KNOWN;
         if unknown != 0 {
             let table = extensions::find_feature_names(area);
             let names = describe_features(FeatureKind::Incompatible, unknown, &table);
-            return Err(Error::unsupported(format!("Unsupported qcow2 feature(s): {names}"))
-                .with_field(
+            return Err(
+                Error::unsupported(format!("Unsupported qcow2 feature(s): {names}")).with_field(
                     "incompatible_features",
                     format!("{incompatible:#x}"),
                     format!("bits of {:#x}", Incompatible::KNOWN),
-                ));
+                ),
+            );
         }
         let incompatible = Incompatible::from_bits_retain(incompatible);
-        let compression_type = if header_length > V3_MIN_LENGTH { cluster[104] } else { 0 };
+        let compression_type = if header_length > V3_MIN_LENGTH {
+            cluster[104]
+        } else {
+            0
+        };
         check_compression(compression_type, incompatible)?;
         let cluster_bits = fields.u32(20);
         if incompatible.contains(Incompatible::EXTENDED_L2) && cluster_bits < 14 {
@@ -313,7 +341,10 @@ impl Header {
             extensions: Extensions::default(),
         };
         header.check_tables()?;
-        let context = ExtensionContext { cluster_size: cluster_size as u64, crypt_method };
+        let context = ExtensionContext {
+            cluster_size: cluster_size as u64,
+            crypt_method,
+        };
         header.extensions = Extensions::decode(area, context)?;
         if crypt_method == 2 && header.extensions.luks.is_none() {
             return Err(invalid(
@@ -357,7 +388,10 @@ impl Header {
         let multiple = format!("a multiple of {cluster_size}, ending below 2^63");
         let placed = |offset: HostOffset, len: u64| {
             geometry.is_aligned(offset)
-                && offset.0.checked_add(len).is_some_and(|end| end <= i64::MAX as u64)
+                && offset
+                    .0
+                    .checked_add(len)
+                    .is_some_and(|end| i64::try_from(end).is_ok())
         };
 
         if self.refcount_table_bytes() > MAX_REFCOUNT_TABLE_BYTES {
@@ -411,7 +445,12 @@ impl Header {
         }
         let needed = self.l1_entries_needed(self.size);
         if needed > i32::MAX as u64 {
-            return Err(too_big("Image is too big", "size", self.size, "what an L1 table covers"));
+            return Err(too_big(
+                "Image is too big",
+                "size",
+                self.size,
+                "what an L1 table covers",
+            ));
         }
         if u64::from(self.l1_size) < needed {
             return Err(invalid(
@@ -461,8 +500,10 @@ impl Header {
     /// readers; writing beside them would.
     pub fn refuse_unsupported(&self, read_only: bool) -> Result<()> {
         let refuse = |feature: &str, field: &str, value: String, allowed: &str| {
-            Err(Error::unsupported(format!("Unsupported qcow2 feature(s): {feature}"))
-                .with_field(field, value, allowed))
+            Err(
+                Error::unsupported(format!("Unsupported qcow2 feature(s): {feature}"))
+                    .with_field(field, value, allowed),
+            )
         };
         let missing =
             Incompatible::DATA_FILE | Incompatible::COMPRESSION | Incompatible::EXTENDED_L2;
@@ -480,7 +521,11 @@ impl Header {
         match self.crypt_method {
             0 => {}
             method => {
-                let name = if method == 1 { "AES encryption" } else { "LUKS encryption" };
+                let name = if method == 1 {
+                    "AES encryption"
+                } else {
+                    "LUKS encryption"
+                };
                 return refuse(
                     name,
                     "crypt_method",
@@ -516,9 +561,7 @@ impl Header {
             |offset: HostOffset, len: u64| offset.0.checked_add(len).is_some_and(|at| at <= end);
         let allowed = |len: u64| format!("at most {:#x}", end.saturating_sub(len));
         let reftable = self.refcount_table_bytes();
-        if reftable > 0
-            && !inside(self.refcount_table_offset, self.geometry().cluster_size())
-        {
+        if reftable > 0 && !inside(self.refcount_table_offset, self.geometry().cluster_size()) {
             return Err(invalid(
                 "Reference count table is beyond the end of the file",
                 "refcount_table_offset",
@@ -570,19 +613,28 @@ impl Header {
 
     /// Entries that an L1 table needs for a disk of `size` bytes.
     pub const fn l1_entries_needed(&self, size: u64) -> u64 {
-        let entry_bits =
-            if self.incompatible.contains(Incompatible::EXTENDED_L2) { 4 } else { 3 };
+        let entry_bits = if self.incompatible.contains(Incompatible::EXTENDED_L2) {
+            4
+        } else {
+            3
+        };
         size.div_ceil(1 << (2 * self.cluster_bits - entry_bits))
     }
 
     /// Bytes of the header that [`Self::encode`] writes.
     pub fn encoded_length(&self) -> u32 {
-        if self.version == 2 { V2_LENGTH } else { V3_LENGTH + self.unknown_tail.len() as u32 }
+        if self.version == 2 {
+            V2_LENGTH
+        } else {
+            V3_LENGTH + self.unknown_tail.len() as u32
+        }
     }
 
     /// The backing file's name for people and for opening; bytes that aren't UTF-8 are replaced.
     pub fn backing_file_name(&self) -> Option<String> {
-        self.backing_file.as_ref().map(|name| String::from_utf8_lossy(name).into_owned())
+        self.backing_file
+            .as_ref()
+            .map(|name| String::from_utf8_lossy(name).into_owned())
     }
 
     /// Whether refcount updates may be postponed.
@@ -672,21 +724,24 @@ impl Header {
 
 fn check_compression(kind: u8, incompatible: Incompatible) -> Result<()> {
     let flagged = incompatible.contains(Incompatible::COMPRESSION);
-    let (message, allowed) = match (kind, flagged) {
-        (0, false) | (1, true) => return Ok(()),
-        (0, true) => (
-            "qcow2: Compression type incompatible feature bit must not be set",
-            "1 while incompatible feature bit 3 is set",
-        ),
-        (2.., true) => {
-            return Err(Error::unsupported(format!("qcow2: unknown compression type: {kind}"))
-                .with_field("compression_type", kind, "0 (zlib) or 1 (zstd)"));
-        }
-        (_, false) => (
-            "qcow2: Compression type incompatible feature bit must be set",
-            "0 while incompatible feature bit 3 is clear",
-        ),
-    };
+    let (message, allowed) =
+        match (kind, flagged) {
+            (0, false) | (1, true) => return Ok(()),
+            (0, true) => (
+                "qcow2: Compression type incompatible feature bit must not be set",
+                "1 while incompatible feature bit 3 is set",
+            ),
+            (2.., true) => {
+                return Err(
+                    Error::unsupported(format!("qcow2: unknown compression type: {kind}"))
+                        .with_field("compression_type", kind, "0 (zlib) or 1 (zstd)"),
+                );
+            }
+            (_, false) => (
+                "qcow2: Compression type incompatible feature bit must be set",
+                "0 while incompatible feature bit 3 is clear",
+            ),
+        };
     Err(invalid(message, "compression_type", kind, allowed))
 }
 

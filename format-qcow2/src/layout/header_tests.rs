@@ -71,15 +71,60 @@ fn version_2_has_no_features_and_refcounts_of_16_bits() {
 fn every_limit_has_its_error_and_names_its_field() {
     type Change = Box<dyn FnOnce(&mut [u8])>;
     let cases: Vec<(Change, i32, &str, &str)> = vec![
-        (Box::new(put32(0, 0x5146_49fc)), 22, "Image is not in qcow2 format", "magic"),
-        (Box::new(put32(4, 4)), 95, "Unsupported qcow2 version 4", "version"),
-        (Box::new(put32(4, 1)), 95, "Unsupported qcow2 version 1", "version"),
-        (Box::new(put32(20, 8)), 22, "Unsupported cluster size: 2^8", "cluster_bits"),
-        (Box::new(put32(20, 22)), 22, "Unsupported cluster size: 2^22", "cluster_bits"),
-        (Box::new(put32(20, 63)), 22, "Unsupported cluster size: 2^63", "cluster_bits"),
-        (Box::new(put32(100, 103)), 22, "qcow2 header too short", "header_length"),
-        (Box::new(put32(100, 65537)), 22, "qcow2 header exceeds cluster size", "header_length"),
-        (Box::new(put64(8, 65537)), 22, "Invalid backing file offset", "backing_file_offset"),
+        (
+            Box::new(put32(0, 0x5146_49fc)),
+            22,
+            "Image is not in qcow2 format",
+            "magic",
+        ),
+        (
+            Box::new(put32(4, 4)),
+            95,
+            "Unsupported qcow2 version 4",
+            "version",
+        ),
+        (
+            Box::new(put32(4, 1)),
+            95,
+            "Unsupported qcow2 version 1",
+            "version",
+        ),
+        (
+            Box::new(put32(20, 8)),
+            22,
+            "Unsupported cluster size: 2^8",
+            "cluster_bits",
+        ),
+        (
+            Box::new(put32(20, 22)),
+            22,
+            "Unsupported cluster size: 2^22",
+            "cluster_bits",
+        ),
+        (
+            Box::new(put32(20, 63)),
+            22,
+            "Unsupported cluster size: 2^63",
+            "cluster_bits",
+        ),
+        (
+            Box::new(put32(100, 103)),
+            22,
+            "qcow2 header too short",
+            "header_length",
+        ),
+        (
+            Box::new(put32(100, 65537)),
+            22,
+            "qcow2 header exceeds cluster size",
+            "header_length",
+        ),
+        (
+            Box::new(put64(8, 65537)),
+            22,
+            "Invalid backing file offset",
+            "backing_file_offset",
+        ),
         (
             Box::new(|bytes: &mut [u8]| {
                 put64(8, 1024)(bytes);
@@ -131,8 +176,18 @@ fn every_limit_has_its_error_and_names_its_field() {
             "Reference count entry width too large; may not exceed 64 bits",
             "refcount_order",
         ),
-        (Box::new(put32(32, 3)), 22, "Unsupported encryption method 3", "crypt_method"),
-        (Box::new(put32(32, 2)), 22, "Missing CRYPTO header for crypt method 2", "crypt_method"),
+        (
+            Box::new(put32(32, 3)),
+            22,
+            "Unsupported encryption method 3",
+            "crypt_method",
+        ),
+        (
+            Box::new(put32(32, 2)),
+            22,
+            "Missing CRYPTO header for crypt method 2",
+            "crypt_method",
+        ),
         (
             Box::new(put32(56, 129)),
             27,
@@ -157,14 +212,54 @@ fn every_limit_has_its_error_and_names_its_field() {
             "Reference count table offset invalid",
             "refcount_table_offset",
         ),
-        (Box::new(put32(60, 65537)), 27, "Snapshot table too large", "nb_snapshots"),
-        (Box::new(put64(64, 512)), 22, "Snapshot table offset invalid", "snapshots_offset"),
-        (Box::new(put32(36, 4_194_305)), 27, "Active L1 table too large", "l1_size"),
-        (Box::new(put32(36, u32::MAX)), 27, "Active L1 table too large", "l1_size"),
-        (Box::new(put64(40, 512)), 22, "Active L1 table offset invalid", "l1_table_offset"),
-        (Box::new(put64(40, !0xffff)), 22, "Active L1 table offset invalid", "l1_table_offset"),
-        (Box::new(put64(24, u64::MAX)), 27, "Image is too big", "size"),
-        (Box::new(put64(24, (512 << 20) + 1)), 22, "L1 table is too small", "l1_size"),
+        (
+            Box::new(put32(60, 65537)),
+            27,
+            "Snapshot table too large",
+            "nb_snapshots",
+        ),
+        (
+            Box::new(put64(64, 512)),
+            22,
+            "Snapshot table offset invalid",
+            "snapshots_offset",
+        ),
+        (
+            Box::new(put32(36, 4_194_305)),
+            27,
+            "Active L1 table too large",
+            "l1_size",
+        ),
+        (
+            Box::new(put32(36, u32::MAX)),
+            27,
+            "Active L1 table too large",
+            "l1_size",
+        ),
+        (
+            Box::new(put64(40, 512)),
+            22,
+            "Active L1 table offset invalid",
+            "l1_table_offset",
+        ),
+        (
+            Box::new(put64(40, !0xffff)),
+            22,
+            "Active L1 table offset invalid",
+            "l1_table_offset",
+        ),
+        (
+            Box::new(put64(24, u64::MAX)),
+            27,
+            "Image is too big",
+            "size",
+        ),
+        (
+            Box::new(put64(24, (512 << 20) + 1)),
+            22,
+            "L1 table is too small",
+            "l1_size",
+        ),
         (
             Box::new(put64(88, 2)),
             22,
@@ -183,11 +278,14 @@ fn every_limit_has_its_error_and_names_its_field() {
 #[test]
 fn unknown_features_are_named_from_the_images_own_table() {
     let mut named = header();
-    named.extensions.feature_names.push(extensions::FeatureName {
-        kind: 0,
-        bit: 9,
-        name: b"time travel".to_vec(),
-    });
+    named
+        .extensions
+        .feature_names
+        .push(extensions::FeatureName {
+            kind: 0,
+            bit: 9,
+            name: b"time travel".to_vec(),
+        });
     let mut bytes = named.encode().unwrap();
     put64(72, 1 << 9)(&mut bytes);
     let error = Header::decode(&bytes).unwrap_err();
@@ -231,7 +329,11 @@ fn features_with_an_issue_of_their_own_are_refused_by_name() {
         assert!(error.contains("LUKS encryption"), "{error}");
     }
     let snapshots = |header: &mut Header| header.nb_snapshots = 1;
-    assert!(refused(&snapshots, false).unwrap_err().contains("internal snapshots"));
+    assert!(
+        refused(&snapshots, false)
+            .unwrap_err()
+            .contains("internal snapshots")
+    );
     assert_eq!(refused(&snapshots, true), Ok(()));
     let bitmaps = |header: &mut Header| {
         header.extensions.bitmaps = Some(extensions::BitmapsPointer {
@@ -240,7 +342,11 @@ fn features_with_an_issue_of_their_own_are_refused_by_name() {
             directory_offset: 1 << 20,
         });
     };
-    assert!(refused(&bitmaps, false).unwrap_err().contains("persistent bitmaps"));
+    assert!(
+        refused(&bitmaps, false)
+            .unwrap_err()
+            .contains("persistent bitmaps")
+    );
     assert_eq!(refused(&bitmaps, true), Ok(()));
 }
 
@@ -250,7 +356,10 @@ fn a_corrupt_image_opens_for_reading_and_for_checks_only() {
     corrupt.incompatible = Incompatible::CORRUPT;
     let error = corrupt.check_open(false, false).unwrap_err();
     assert_eq!(error.errno(), 13);
-    assert_eq!(error.reason(), "qcow2: Image is corrupt; cannot be opened read/write");
+    assert_eq!(
+        error.reason(),
+        "qcow2: Image is corrupt; cannot be opened read/write"
+    );
     corrupt.check_open(true, false).unwrap();
     corrupt.check_open(false, true).unwrap();
     let mut bare = header();

@@ -29,12 +29,16 @@ impl Refcounts {
 
     /// The largest value.
     pub const fn max(self) -> u64 {
-        if self.order == 6 { u64::MAX } else { (1 << self.bits()) - 1 }
+        if self.order == 6 {
+            u64::MAX
+        } else {
+            (1 << self.bits()) - 1
+        }
     }
 
     /// How many fit into `block_len` bytes.
     pub const fn capacity(self, block_len: usize) -> usize {
-        block_len * 8 >> self.order
+        (block_len * 8) >> self.order
     }
 
     /// The refcount at `index` of `block`.
@@ -46,7 +50,7 @@ impl Refcounts {
             order @ 0..=2 => {
                 let per_byte = 8 >> order;
                 let shift = (index % per_byte) << order;
-                u64::from(block[index / per_byte]) >> shift & self.max()
+                (u64::from(block[index / per_byte]) >> shift) & self.max()
             }
             3 => block[index].into(),
             4 => u16::from_be_bytes([block[2 * index], block[2 * index + 1]]).into(),
@@ -83,7 +87,7 @@ impl Refcounts {
                 let per_byte = 8 >> order;
                 let shift = (index % per_byte) << order;
                 let byte = &mut block[index / per_byte];
-                *byte = *byte & !((self.max() as u8) << shift) | (value as u8) << shift;
+                *byte = (*byte & !((self.max() as u8) << shift)) | ((value as u8) << shift);
             }
             3 => block[index] = value as u8,
             4 => block[2 * index..2 * index + 2].copy_from_slice(&(value as u16).to_be_bytes()),
@@ -99,13 +103,16 @@ impl Refcounts {
     /// EINVAL when the result doesn't fit; nothing was changed then.
     pub fn increment(self, block: &mut [u8], index: usize, by: u64) -> Result<u64> {
         let old = self.get(block, index);
-        let new = old.checked_add(by).filter(|new| *new <= self.max()).ok_or_else(|| {
-            Error::invalid(format!(
-                "Refcount {old} + {by} does not fit into {} bits",
-                self.bits()
-            ))
-            .with_field("refcount", old, format!("0..={}", self.max()))
-        })?;
+        let new = old
+            .checked_add(by)
+            .filter(|new| *new <= self.max())
+            .ok_or_else(|| {
+                Error::invalid(format!(
+                    "Refcount {old} + {by} does not fit into {} bits",
+                    self.bits()
+                ))
+                .with_field("refcount", old, format!("0..={}", self.max()))
+            })?;
         self.set(block, index, new)?;
         Ok(new)
     }
@@ -118,8 +125,11 @@ impl Refcounts {
     pub fn decrement(self, block: &mut [u8], index: usize, by: u64) -> Result<u64> {
         let old = self.get(block, index);
         let new = old.checked_sub(by).ok_or_else(|| {
-            Error::invalid(format!("Refcount {old} can't be lowered by {by}"))
-                .with_field("refcount", old, format!("at least {by}"))
+            Error::invalid(format!("Refcount {old} can't be lowered by {by}")).with_field(
+                "refcount",
+                old,
+                format!("at least {by}"),
+            )
         })?;
         self.set(block, index, new)?;
         Ok(new)
@@ -181,13 +191,22 @@ mod tests {
             let mut block = vec![0; 64];
             refcounts.set(&mut block, 2, refcounts.max()).unwrap();
             let before = block.clone();
-            assert_eq!(refcounts.increment(&mut block, 2, 1).unwrap_err().errno(), 22);
-            assert_eq!(refcounts.decrement(&mut block, 1, 1).unwrap_err().errno(), 22);
+            assert_eq!(
+                refcounts.increment(&mut block, 2, 1).unwrap_err().errno(),
+                22
+            );
+            assert_eq!(
+                refcounts.decrement(&mut block, 1, 1).unwrap_err().errno(),
+                22
+            );
             if order < 6 {
                 assert!(refcounts.set(&mut block, 0, refcounts.max() + 1).is_err());
             }
             assert_eq!(block, before);
-            assert_eq!(refcounts.decrement(&mut block, 2, 1).unwrap(), refcounts.max() - 1);
+            assert_eq!(
+                refcounts.decrement(&mut block, 2, 1).unwrap(),
+                refcounts.max() - 1
+            );
         }
     }
 }

@@ -1,6 +1,8 @@
 //! What the tests share: a graph with the drivers that they need, the installed qemu tools, and an oracle of bytes.
 #![allow(dead_code)]
 
+pub mod storage;
+
 use std::{
     path::Path,
     process::{Command, Output},
@@ -21,6 +23,7 @@ pub struct Rig {
     pub env: Arc<EnvTokio>,
     pub graph: Arc<Graph>,
     pub registry: Arc<Registry>,
+    pub storages: storage::StorageFactory,
 }
 
 impl Rig {
@@ -29,10 +32,41 @@ impl Rig {
     }
 
     pub fn with(factory: Qcow2Factory) -> Self {
+        Self::build(factory, true)
+    }
+
+    pub fn build(factory: Qcow2Factory, gate: bool) -> Self {
         let env = Arc::new(EnvTokio::new(2).unwrap());
-        let graph = Graph::new(env.clone());
-        let registry = Arc::new(Registry::new().with(FileFactory::new()).with(factory));
-        Self { env, graph, registry }
+        let graph = if gate {
+            Graph::new(env.clone())
+        } else {
+            Graph::new_without_gate_for_tests(env.clone())
+        };
+        let storages = storage::StorageFactory::default();
+        let registry = Registry::new()
+            .with(FileFactory::new())
+            .with(storages.clone())
+            .with(factory);
+        Self { env, graph, registry: Arc::new(registry), storages }
+    }
+
+    /// Opens the image in a storage in memory.
+    pub async fn open_storage(
+        &self,
+        storage: &Arc<storage::Storage>,
+        options: &str,
+    ) -> Result<BlockHandle> {
+        self.storages.add("a", storage);
+        let text = format!("driver=qcow2,file.driver=memory,file.name=a,{options}");
+        let node = self
+            .registry
+            .open(&self.graph, Options::from_dotted(&text)?, OpenOptions::default())
+            .await?;
+        let mut used = Permissions::CONSISTENT_READ;
+        if !node.driver().is_read_only() {
+            used |= Permissions::WRITE | Permissions::RESIZE;
+        }
+        self.graph.attach(&node, PermissionSet::new(used, Permissions::all()), "test")
     }
 
     pub fn block_on<T>(&self, future: impl Future<Output = T>) -> T {
@@ -103,6 +137,9 @@ pub fn contents(path: &Path, scratch: &Path) -> Vec<u8> {
 /// The first difference, for messages that fit a screen.
 pub fn assert_same(ours: &[u8], theirs: &[u8], what: &str) {
     assert_eq!(ours.len(), theirs.len(), "{what}: lengths");
+    if ours == theirs {
+        return;
+    }
     if let Some(at) = ours.iter().zip(theirs).position(|(a, b)| a != b) {
         panic!("{what}: byte {at:#x} is {:#x}, expected {:#x}", ours[at], theirs[at]);
     }
@@ -111,7 +148,11 @@ pub fn assert_same(ours: &[u8], theirs: &[u8], what: &str) {
 /// A byte that tells who wrote it.
 pub fn pattern(rng: &mut SmallRng, len: usize) -> Vec<u8> {
     let seed: u8 = rng.random_range(1..=255);
-    (0..len).map(|at| seed.wrapping_add((at / 512) as u8).max(1)).collect()
+    let mut data = vec![0; len];
+    for (n, sector) in data.chunks_mut(512).enumerate() {
+        sector.fill(seed.wrapping_add(n as u8).max(1));
+    }
+    data
 }
 
 /// Random writes, zero writes, discards, flushes and reads against a disk in memory.
@@ -137,10 +178,11 @@ impl Oracle {
 
     pub async fn step(&mut self, handle: &BlockHandle) -> Result<()> {
         let most = 4 * self.cluster;
+        let most_data = most.min(1 << 20);
         match self.rng.random_range(0..100) {
             0..45 => {
                 let align = if self.rng.random() { 512 } else { 1 };
-                let (at, len) = self.range(align, most);
+                let (at, len) = self.range(align, most_data);
                 let data = pattern(&mut self.rng, len as usize);
                 handle.write(at, data.clone(), RequestFlags::empty()).await?;
                 self.disk[at as usize..][..len as usize].copy_from_slice(&data);
@@ -166,7 +208,7 @@ impl Oracle {
             }
             70..73 => handle.flush().await?,
             _ => {
-                let (at, len) = self.range(1, most);
+                let (at, len) = self.range(1, most_data);
                 let data = handle.read(at, len as usize).await?;
                 let expected = &self.disk[at as usize..][..len as usize];
                 assert_same(&data, expected, &format!("read at {at:#x}+{len:#x}"));
@@ -185,4 +227,19 @@ impl Oracle {
         }
         Ok(())
     }
+}
+
+/// An image made by the installed qemu-img, as bytes.
+pub fn image_bytes(options: &str, size: u64) -> Vec<u8> {
+    let scratch = tempfile::tempdir().unwrap();
+    let path = scratch.path().join("a.qcow2");
+    let name = path.to_str().unwrap();
+    qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, name, &size.to_string()]);
+    std::fs::read(path).unwrap()
+}
+
+/// A counter of a node's driver.
+pub fn counter(handle: &BlockHandle, name: &str) -> u64 {
+    let counters = handle.node().driver().counters();
+    counters.iter().find(|(key, _)| *key == name).unwrap_or_else(|| panic!("{name}")).1
 }

@@ -116,7 +116,11 @@ impl BlockDriver for Storage {
     async fn read(self: Arc<Self>, _: Request, offset: u64, mut buf: IoBufMut) -> Result<()> {
         let state = self.0.lock();
         let end = offset + buf.len() as u64;
-        if state.fail_reads.as_ref().is_some_and(|bad| offset < bad.end && bad.start < end) {
+        if state
+            .fail_reads
+            .as_ref()
+            .is_some_and(|bad| offset < bad.end && bad.start < end)
+        {
             return Err(Error::io(""));
         }
         buf.copy_from_slice(0, &state.data[offset as usize..end as usize]);
@@ -173,7 +177,12 @@ impl Image {
         let graph = Graph::new(Arc::new(Threads));
         let node = graph.add_node(NodeSpec::new(storage.clone())).unwrap();
         let child = Child::unattached(node.clone());
-        Self { storage, child, _graph: graph, _node: node }
+        Self {
+            storage,
+            child,
+            _graph: graph,
+            _node: node,
+        }
     }
 
     pub fn load(path: &Path) -> Self {
@@ -216,7 +225,11 @@ impl Image {
 
     pub fn get64(&self, offset: u64) -> u64 {
         let data = &self.storage.0.lock().data;
-        u64::from_be_bytes(data[offset as usize..offset as usize + 8].try_into().unwrap())
+        u64::from_be_bytes(
+            data[offset as usize..offset as usize + 8]
+                .try_into()
+                .unwrap(),
+        )
     }
 
     pub fn header(&self) -> Result<Header> {
@@ -246,7 +259,11 @@ impl Lab {
     }
 
     fn run(&self, program: &str, args: &[&str]) -> Output {
-        Command::new(program).args(args).current_dir(self.0.path()).output().unwrap()
+        Command::new(program)
+            .args(args)
+            .current_dir(self.0.path())
+            .output()
+            .unwrap()
     }
 
     /// Runs qemu-img, which must succeed, and gives back what it printed.
@@ -314,6 +331,10 @@ pub fn assert_same_counts(report: &CheckReport, theirs: &Value, what: &str) {
         ("fragmented-clusters", report.fragmented_clusters),
     ] {
         let theirs = theirs.get(name).and_then(Value::as_u64).unwrap_or(0);
-        assert_eq!(ours, theirs, "{what}: {name}, findings {:?}", report.findings);
+        assert_eq!(
+            ours, theirs,
+            "{what}: {name}, findings {:?}",
+            report.findings
+        );
     }
 }

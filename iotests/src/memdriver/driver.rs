@@ -274,7 +274,22 @@ impl BlockDriver for ThirdParty {
         self.write_back(&request).await
     }
 
-    async fn truncate(self: Arc<Self>, _: Request, length: u64, how: Truncate) -> Result<()> {
+    async fn truncate(
+        self: Arc<Self>,
+        request: Request,
+        length: u64,
+        how: Truncate,
+    ) -> Result<()> {
+        // What is cut off within the last cluster must not come back when the image grows again.
+        let within = length % self.cluster;
+        if within != 0
+            && length < self.table.lock().size
+            && let Entry::Data(host) = self.entry((length / self.cluster) as usize)
+        {
+            let flags = RequestFlags::empty();
+            let rest = self.cluster - within;
+            request.file()?.write_zeroes(host + within, rest, flags).await?;
+        }
         let mut table = self.table.lock();
         if length.div_ceil(self.cluster) > table.max_clusters {
             return Err(Error::new(ErrorKind::TooBig, "no room in the mapping table"));

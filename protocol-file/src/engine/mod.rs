@@ -192,7 +192,14 @@ impl Engine {
         offset: u64,
         done: usize,
     ) -> io::Result<()> {
-        let end = if let Some((ring, lane)) = &self.ring {
+        let asynchronous = match &kind {
+            Kind::Read(_) => file.reads_are_asynchronous(),
+            Kind::Write { .. } => file.writes_are_asynchronous(),
+            // fdatasync never is: io_uring has a thread do it.
+            Kind::Flush => false,
+        };
+        let ring = self.ring.as_ref().filter(|_| asynchronous);
+        let end = if let Some((ring, lane)) = ring {
             let (transfer, end) = Transfer::new(file, kind, offset, done, *lane);
             ring.submit(transfer);
             end

@@ -1,0 +1,249 @@
+//! Storage in memory that logs what reaches it, dawdles so that requests overlap, and fails when told to.
+
+use std::{
+    any::Any,
+    collections::HashMap,
+    future::poll_fn,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    task::Poll,
+};
+
+use block_core::{
+    async_trait,
+    buffer::{IoBuf, IoBufMut},
+    driver::{BlockDriver, Capabilities, DriverKind, Truncate},
+    error::{Error, ErrorKind, Result},
+    flags::RequestFlags,
+    limits::Limits,
+    node::Edges,
+    options::Options,
+    registry::{DriverFactory, OpenContext, Opened},
+    request::Request,
+};
+use parking_lot::Mutex;
+
+/// What reached the storage.
+#[derive(Debug, Clone)]
+pub enum Event {
+    Write(u64, Vec<u8>),
+    Zero(u64, u64),
+    Length(u64),
+    Flush,
+}
+
+impl Event {
+    pub fn apply(&self, data: &mut Vec<u8>) {
+        match self {
+            Self::Write(at, bytes) => {
+                let (at, end) = (*at as usize, *at as usize + bytes.len());
+                if data.len() < end {
+                    data.resize(end, 0);
+                }
+                data[at..end].copy_from_slice(bytes);
+            }
+            Self::Zero(at, len) => {
+                let end = (*at + *len).min(data.len() as u64) as usize;
+                if (*at as usize) < end {
+                    data[*at as usize..end].fill(0);
+                }
+            }
+            Self::Length(len) => data.resize(*len as usize, 0),
+            Self::Flush => {}
+        }
+    }
+}
+
+/// What goes wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Fault {
+    #[default]
+    None,
+    /// The storage can't grow beyond this many bytes.
+    Full(u64),
+    /// Writes fail.
+    Writes,
+    /// Reads fail.
+    Reads,
+    /// Flushes fail.
+    Flushes,
+}
+
+#[derive(Default)]
+pub struct State {
+    pub data: Vec<u8>,
+    pub log: Vec<Event>,
+    pub keep_log: bool,
+    pub fault: Fault,
+}
+
+/// The storage. Clones of the `Arc` see the same bytes, also after the node is closed.
+#[derive(Default)]
+pub struct Storage {
+    pub state: Mutex<State>,
+    random: AtomicU64,
+    /// How often a request lets others go first, at most.
+    dawdle: AtomicU64,
+}
+
+impl Storage {
+    pub fn new(data: Vec<u8>) -> Arc<Self> {
+        let storage = Self::default();
+        storage.state.lock().data = data;
+        Arc::new(storage)
+    }
+
+    pub fn set_dawdle(&self, most: u64) {
+        self.dawdle.store(most, Ordering::Relaxed);
+    }
+
+    pub fn set_fault(&self, fault: Fault) {
+        self.state.lock().fault = fault;
+    }
+
+    pub fn position(&self) -> usize {
+        self.state.lock().log.len()
+    }
+
+    async fn pause(&self) {
+        let most = self.dawdle.load(Ordering::Relaxed);
+        if most == 0 {
+            return;
+        }
+        let n = self.random.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed);
+        let mut left = (n ^ (n >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 40;
+        left %= most + 1;
+        poll_fn(|context| {
+            if left == 0 {
+                return Poll::Ready(());
+            }
+            left -= 1;
+            context.waker().wake_by_ref();
+            Poll::Pending
+        })
+        .await;
+    }
+
+    fn event(&self, event: Event) -> Result<()> {
+        let state = &mut *self.state.lock();
+        match (state.fault, &event) {
+            (Fault::Full(limit), Event::Write(at, bytes)) if at + bytes.len() as u64 > limit => {
+                return Err(Error::from_kind(ErrorKind::NoSpace));
+            }
+            (Fault::Writes, Event::Write(..)) | (Fault::Flushes, Event::Flush) => {
+                return Err(Error::io("injected"));
+            }
+            _ => {}
+        }
+        event.apply(&mut state.data);
+        if state.keep_log {
+            state.log.push(event);
+        }
+        Ok(())
+    }
+}
+
+/// The node over a storage.
+pub struct StorageDriver(pub Arc<Storage>);
+
+#[async_trait]
+impl BlockDriver for StorageDriver {
+    fn name(&self) -> &'static str {
+        "memory"
+    }
+    fn kind(&self) -> DriverKind {
+        DriverKind::Protocol
+    }
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::WRITE
+            | Capabilities::WRITE_ZEROES
+            | Capabilities::DISCARD
+            | Capabilities::TRUNCATE
+            | Capabilities::GROW
+    }
+    fn length(&self, _: &Edges) -> u64 {
+        self.0.state.lock().data.len() as u64
+    }
+    fn limits(&self, _: &Edges) -> Limits {
+        Limits::default()
+    }
+    async fn read(self: Arc<Self>, _: Request, offset: u64, mut buf: IoBufMut) -> Result<()> {
+        self.0.pause().await;
+        {
+            let state = self.0.state.lock();
+            if state.fault == Fault::Reads {
+                return Err(Error::io("injected"));
+            }
+            let end = offset as usize + buf.len();
+            buf.copy_from_slice(0, &state.data[offset as usize..end]);
+        }
+        self.0.pause().await;
+        Ok(())
+    }
+    async fn write(
+        self: Arc<Self>,
+        _: Request,
+        offset: u64,
+        buf: IoBuf,
+        _: RequestFlags,
+    ) -> Result<()> {
+        self.0.pause().await;
+        self.0.event(Event::Write(offset, buf.to_vec()))?;
+        self.0.pause().await;
+        Ok(())
+    }
+    async fn write_zeroes(
+        self: Arc<Self>,
+        _: Request,
+        offset: u64,
+        len: u64,
+        _: RequestFlags,
+    ) -> Result<()> {
+        self.0.pause().await;
+        self.0.event(Event::Write(offset, vec![0; len as usize]))
+    }
+    async fn discard(self: Arc<Self>, _: Request, offset: u64, len: u64) -> Result<()> {
+        self.0.pause().await;
+        self.0.event(Event::Zero(offset, len))
+    }
+    async fn flush(self: Arc<Self>, _: Request) -> Result<()> {
+        self.0.event(Event::Flush)
+    }
+    async fn truncate(self: Arc<Self>, _: Request, length: u64, _: Truncate) -> Result<()> {
+        self.0.event(Event::Length(length))
+    }
+    async fn close(self: Arc<Self>, _: Request) -> Result<()> {
+        Ok(())
+    }
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+/// Opens storages by name: `{"driver": "memory", "name": "a"}`.
+#[derive(Default, Clone)]
+pub struct StorageFactory(pub Arc<Mutex<HashMap<String, Arc<Storage>>>>);
+
+impl StorageFactory {
+    pub fn add(&self, name: &str, storage: &Arc<Storage>) {
+        self.0.lock().insert(name.to_owned(), storage.clone());
+    }
+}
+
+#[async_trait]
+impl DriverFactory for StorageFactory {
+    fn name(&self) -> &'static str {
+        "memory"
+    }
+    fn kind(&self) -> DriverKind {
+        DriverKind::Protocol
+    }
+    async fn open(&self, _: OpenContext, mut options: Options) -> Result<Opened> {
+        let name = options.take_str("name")?.unwrap_or_default();
+        let storage = self.0.lock().get(&name).cloned();
+        let storage = storage.ok_or_else(|| Error::new(ErrorKind::NotFound, name))?;
+        Ok(Opened { driver: Arc::new(StorageDriver(storage)), edges: Vec::new() })
+    }
+}

@@ -1,0 +1,188 @@
+//! A power cut at any moment leaves an image without corruptions, in which everything that was flushed is there, and
+//! everything else is old or new.
+
+mod common;
+
+use std::sync::Arc;
+
+use block_core::{
+    BlockHandle, RequestFlags,
+    image::{CheckMode, Progress},
+};
+use common::{
+    storage::{Event, Storage},
+    *,
+};
+use futures::future::join_all;
+use parking_lot::Mutex;
+use rand::{Rng, SeedableRng, rngs::SmallRng};
+
+/// One version of a block's content.
+#[derive(Debug, Clone, Copy)]
+struct Version {
+    value: u8,
+    /// Position in the storage's log when it was submitted, and when it had completed.
+    submitted: usize,
+    completed: usize,
+}
+
+#[derive(Default)]
+struct History {
+    /// For each block of 512 bytes.
+    blocks: Vec<Vec<Version>>,
+    /// Positions of guest flushes: begun, completed.
+    flushes: Vec<(usize, usize)>,
+}
+
+impl History {
+    /// What a block may hold after a cut at `cut`.
+    fn allowed(&self, block: usize, cut: usize) -> Vec<u8> {
+        let durable = self
+            .flushes
+            .iter()
+            .filter(|(_, completed)| *completed <= cut)
+            .map(|(begun, _)| *begun)
+            .max()
+            .unwrap_or(0);
+        let mut allowed = vec![0];
+        for version in &self.blocks[block] {
+            if version.submitted > cut {
+                break;
+            }
+            if version.completed <= durable {
+                allowed.clear();
+            }
+            allowed.push(version.value);
+        }
+        allowed
+    }
+}
+
+const CLUSTER: usize = 4096;
+const REGION: usize = 24 * CLUSTER;
+const TASKS: usize = 4;
+
+async fn guest(
+    handle: &BlockHandle,
+    storage: &Storage,
+    history: &Mutex<History>,
+    task: usize,
+    seed: u64,
+) {
+    let mut rng = SmallRng::seed_from_u64(seed * 100 + task as u64);
+    for _ in 0..60 {
+        let whole = rng.random_bool(0.6);
+        let unit = if whole { CLUSTER } else { 512 };
+        let start = rng.random_range(0..REGION / unit);
+        let count = rng.random_range(1..=6).min(REGION / unit - start);
+        let (at, len) = (task * REGION + start * unit, count * unit);
+        let kind = rng.random_range(0..10);
+        let value = if kind < 6 { rng.random_range(1..=255) } else { 0 };
+        let submitted = storage.position();
+        let done = match kind {
+            0..6 => handle.write(at as u64, vec![value; len], RequestFlags::empty()).await,
+            6 => handle.write_zeroes(at as u64, len as u64, RequestFlags::empty()).await,
+            7 => handle.write_zeroes(at as u64, len as u64, RequestFlags::MAY_UNMAP).await,
+            _ if whole => handle.discard(at as u64, len as u64).await,
+            _ => continue,
+        };
+        done.unwrap();
+        let completed = storage.position();
+        {
+            let mut history = history.lock();
+            for block in at / 512..(at + len) / 512 {
+                history.blocks[block].push(Version { value, submitted, completed });
+            }
+        }
+        if rng.random_bool(0.05) {
+            let begun = storage.position();
+            handle.flush().await.unwrap();
+            history.lock().flushes.push((begun, storage.position()));
+        }
+    }
+}
+
+/// The storage's bytes after a cut: all up to the last flush before `cut`, and any of what came between.
+fn after_cut(start: &[u8], log: &[Event], cut: usize, rng: &mut SmallRng) -> Vec<u8> {
+    let flushed = log[..cut].iter().rposition(|event| matches!(event, Event::Flush)).unwrap_or(0);
+    let mut data = start.to_vec();
+    log[..flushed].iter().for_each(|event| event.apply(&mut data));
+    let keep = *[0.0, 0.2, 0.5, 0.8, 1.0].get(rng.random_range(0..5)).unwrap();
+    for event in &log[flushed..cut] {
+        match event {
+            // Sectors are written whole, requests aren't.
+            Event::Write(at, bytes) if bytes.len() > 512 => {
+                let mut done = 0;
+                while done < bytes.len() {
+                    let next = (512 - (*at as usize + done) % 512).min(bytes.len() - done);
+                    if rng.random_bool(keep) {
+                        let part = bytes[done..done + next].to_vec();
+                        Event::Write(at + done as u64, part).apply(&mut data);
+                    }
+                    done += next;
+                }
+            }
+            other if rng.random_bool(keep) => other.apply(&mut data),
+            _ => {}
+        }
+    }
+    data
+}
+
+fn storm_and_cut(options: &str, open: &str, seed: u64, cuts: usize) -> u64 {
+    let rig = Rig::new();
+    let size = TASKS * REGION;
+    let start = image_bytes(options, size as u64);
+    let storage = Storage::new(start.clone());
+    storage.state.lock().keep_log = true;
+    storage.set_dawdle(12);
+    let history = Mutex::new(History { blocks: vec![Vec::new(); size / 512], flushes: Vec::new() });
+    let batches = rig.block_on(async {
+        let handle = rig.open_storage(&storage, open).await.unwrap();
+        join_all((0..TASKS).map(|task| guest(&handle, &storage, &history, task, seed))).await;
+        let batches = counter(&handle, "batches");
+        rig.close(handle).await.unwrap();
+        batches
+    });
+    let log = std::mem::take(&mut storage.state.lock().log);
+    let history = history.into_inner();
+    let mut rng = SmallRng::seed_from_u64(seed);
+    for n in 0..cuts {
+        let cut = if n == 0 { log.len() } else { rng.random_range(0..=log.len()) };
+        let data = after_cut(&start, &log, cut, &mut rng);
+        let what = format!("{options}, seed {seed}, cut at {cut} of {}", log.len());
+        let rig = Rig::new();
+        rig.block_on(async {
+            let handle = rig.open_storage(&Storage::new(data), "read-only=on").await.unwrap();
+            let report = handle.check(CheckMode::ReadOnly, Progress::new()).await.unwrap();
+            assert_eq!(report.corruptions + report.check_errors, 0, "{what}: {:#?}", report.findings);
+            if n == 0 {
+                assert_eq!(report.leaks, 0, "{what}: closed cleanly");
+            }
+            let disk = handle.read(0, size).await.unwrap();
+            for block in 0..size / 512 {
+                let found = disk[block * 512];
+                let uniform = disk[block * 512..][..512].iter().all(|byte| *byte == found);
+                let allowed = history.allowed(block, cut);
+                assert!(
+                    uniform && allowed.contains(&found),
+                    "{what}: block {block:#x} holds {found:#x}, may hold {allowed:x?}"
+                );
+            }
+            rig.close(handle).await.unwrap();
+        });
+    }
+    batches
+}
+
+#[test]
+fn after_a_power_cut_flushed_data_is_there_and_nothing_is_corrupt() {
+    let mut batches = 0;
+    for seed in 0..6 {
+        batches += storm_and_cut("cluster_size=4096", "", seed, 60);
+        batches += storm_and_cut("cluster_size=4096,compat=0.10", "", 100 + seed, 40);
+        let small = "l2-cache-size=1k,l2-cache-entry-size=512,refcount-cache-size=4k";
+        batches += storm_and_cut("cluster_size=512,refcount_bits=64", small, 200 + seed, 40);
+    }
+    assert!(batches > 50, "{batches}");
+}

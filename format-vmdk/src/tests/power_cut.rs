@@ -1,0 +1,198 @@
+//! Power cuts, failing storage, and a table cache that is too small.
+
+use std::sync::Arc;
+
+use block_core::{
+    BlockHandle, Graph, NodeSpec, OpenOptions, Options, PermissionSet, Permissions, Registry,
+    RequestFlags,
+    image::{CheckMode, Progress},
+};
+use env_tokio::EnvTokio;
+use futures::executor::block_on;
+use parking_lot::Mutex;
+
+use super::{
+    Numbers, World, counter, read,
+    storage::{Disk, Storage},
+    write,
+};
+use crate::{VmdkDriver, VmdkFactory, driver::Layout, layout::NewExtent};
+
+const GRAIN: u64 = 65536;
+
+fn fresh(options: &str) -> Vec<u8> {
+    let world = World::new();
+    world.create("a.vmdk", options);
+    world.bytes("a.vmdk")
+}
+
+fn open(disk: &Arc<Mutex<Disk>>) -> BlockHandle {
+    let graph = Graph::new(Arc::new(EnvTokio::new(1).unwrap()));
+    // The handle needs the graph as long as it lives.
+    std::mem::forget(Arc::clone(&graph));
+    let storage = NodeSpec::new(Arc::new(Storage(Arc::clone(disk)))).named("storage");
+    graph.add_node(storage).unwrap();
+    let registry = Arc::new(Registry::new().with(VmdkFactory));
+    let options = Options::new()
+        .with("driver", "vmdk")
+        .with("file", "storage");
+    let node = block_on(registry.open(&graph, options, OpenOptions::default())).unwrap();
+    let used = Permissions::CONSISTENT_READ | Permissions::WRITE;
+    graph
+        .attach(&node, PermissionSet::new(used, Permissions::all()), "guest")
+        .unwrap()
+}
+
+#[test]
+fn after_a_power_cut_every_sector_is_old_or_new_and_what_was_flushed_is_there() {
+    let fresh = fresh("size=4M,zeroed_grain=on");
+    let mut cuts = 0;
+    for seed in 1..=40 {
+        let mut numbers = Numbers(seed * 77);
+        let disk = Disk::new(fresh.clone());
+        let handle = open(&disk);
+        let sectors = (4 << 20) / 512;
+        // What each sector may hold: everything written to it since the last flush, and what it held then.
+        let mut allowed: Vec<Vec<u8>> = vec![vec![0]; sectors];
+        for round in 1..=60_u64 {
+            let sector = numbers.below(sectors as u64 - 200);
+            let count = 1 + numbers.below(200);
+            let byte = round as u8;
+            if numbers.below(6) == 0 {
+                let flags = RequestFlags::empty();
+                block_on(handle.write_zeroes(sector * 512, count * 512, flags)).unwrap();
+                allowed[sector as usize..(sector + count) as usize]
+                    .iter_mut()
+                    .for_each(|sector| sector.push(0));
+            } else {
+                write(&handle, sector * 512, vec![byte; count as usize * 512]);
+                allowed[sector as usize..(sector + count) as usize]
+                    .iter_mut()
+                    .for_each(|sector| sector.push(byte));
+            }
+            if numbers.below(8) == 0 {
+                block_on(handle.flush()).unwrap();
+                for sector in &mut allowed {
+                    let last = sector.last().copied().unwrap();
+                    *sector = vec![last];
+                }
+            }
+            if numbers.below(6) == 0 {
+                let after = open(&Disk::new(disk.lock().cut(&mut numbers)));
+                let content = read(&after, 0, 4 << 20);
+                for (index, sector) in content.chunks(512).enumerate() {
+                    assert!(
+                        sector.iter().all(|byte| *byte == sector[0])
+                            && allowed[index].contains(&sector[0]),
+                        "seed {seed}, round {round}, sector {index}: {} not in {:?}",
+                        sector[0],
+                        allowed[index],
+                    );
+                }
+                let check = after.check(CheckMode::ReadOnly, Progress::new());
+                let report = block_on(check).unwrap();
+                assert!(
+                    report.is_clean(),
+                    "seed {seed}, round {round}: {:?}",
+                    report.findings
+                );
+                cuts += 1;
+            }
+        }
+        assert!(counter(&handle, "tables-written") > 0);
+    }
+    assert!(cuts > 100, "only {cuts} power cuts");
+}
+
+#[test]
+fn a_flush_without_new_grains_is_one_flush_of_the_file() {
+    let disk = Disk::new(fresh("size=4M"));
+    let handle = open(&disk);
+    write(&handle, 0, vec![1; 512]);
+    block_on(handle.flush()).unwrap();
+    let before = disk.lock().flushes;
+    write(&handle, 0, vec![2; 512]);
+    block_on(handle.flush()).unwrap();
+    assert_eq!(disk.lock().flushes, before + 1);
+    write(&handle, GRAIN, vec![3; 512]);
+    block_on(handle.flush()).unwrap();
+    // Grain, barrier, tables, flush.
+    assert_eq!(disk.lock().flushes, before + 3);
+}
+
+#[test]
+fn a_write_that_fails_links_nothing_and_its_place_is_used_again() {
+    let disk = Disk::new(fresh("size=4M"));
+    let handle = open(&disk);
+    write(&handle, 0, vec![1; 512]);
+    let length = disk.lock().cut(&mut Numbers(1)).len();
+    disk.lock().broken = true;
+    for _ in 0..3 {
+        assert!(block_on(handle.write(GRAIN, vec![2; 512], RequestFlags::empty())).is_err());
+    }
+    assert_eq!(read(&handle, GRAIN, 512), [0; 512]);
+    disk.lock().broken = false;
+    write(&handle, GRAIN, vec![2; 512]);
+    assert_eq!(read(&handle, GRAIN, 512), [2; 512]);
+    assert_eq!(
+        handle.node().edges().iter().next().unwrap().child.length(),
+        3 * GRAIN
+    );
+    assert!(length as u64 <= 2 * GRAIN);
+}
+
+#[test]
+fn a_failed_flush_keeps_the_tables_dirty_and_fails_the_next_one_too() {
+    let disk = Disk::new(fresh("size=4M"));
+    let handle = open(&disk);
+    write(&handle, 0, vec![1; 512]);
+    disk.lock().broken = true;
+    assert!(block_on(handle.flush()).is_err());
+    disk.lock().broken = false;
+    assert!(
+        block_on(handle.flush()).is_err(),
+        "a lost write must not be retried into success"
+    );
+    assert_eq!(read(&handle, 0, 512), [1; 512]);
+}
+
+#[test]
+fn a_cache_of_two_tables_serves_a_disk_with_many() {
+    let plan = NewExtent::plan(1 << 30, false).unwrap();
+    assert_eq!(plan.directories[1].1.len(), 32);
+    let disk = Disk::new(fresh("size=1G"));
+    let graph = Graph::new(Arc::new(EnvTokio::new(1).unwrap()));
+    let storage = graph
+        .add_node(NodeSpec::new(Arc::new(Storage(Arc::clone(&disk)))))
+        .unwrap();
+    let found = open(&disk);
+    let node = found.node();
+    let driver = node.driver().clone();
+    let Layout::Sparse(whole) = &driver.as_any().downcast_ref::<VmdkDriver>().unwrap().layout
+    else {
+        panic!("it is sparse")
+    };
+    let file = block_core::Child::unattached(storage);
+    let mut sparse = block_on(crate::sparse::Sparse::open(
+        whole.geometry,
+        (512, 10240),
+        false,
+        &file,
+    ))
+    .unwrap();
+    sparse.tables.limit_for_tests(2);
+    for index in (0..32).chain([5, 0, 31]) {
+        let table = block_on(sparse.tables.load(&file, index)).unwrap();
+        let old = table.raw(3);
+        sparse
+            .tables
+            .link(&table, 3, old, index as u32 + 1000)
+            .unwrap();
+    }
+    assert!(sparse.tables.counters().1 > 25, "nothing was evicted");
+    for index in 0..32 {
+        let table = block_on(sparse.tables.load(&file, index)).unwrap();
+        assert_eq!(table.raw(3), index as u32 + 1000);
+        assert!(sparse.tables.link(&table, 3, 7, 8).is_err(), "it isn't 7");
+    }
+}

@@ -1,0 +1,334 @@
+//! What a case is, how one is run, and what comes out.
+//!
+//! A case is a name, a group, and a function from a [`Scene`] to a [`Verdict`]. Everything about the driver that it needs
+//! it asks the scene for, and answers [`Verdict::NotCovered`] when the driver doesn't have it. One run of a case is one
+//! world; a case keeps nothing between runs.
+
+use std::{
+    fmt,
+    future::Future,
+    panic::AssertUnwindSafe,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+};
+
+use block_core::{Options, Registry};
+use futures::{FutureExt, future::BoxFuture};
+use serde::Serialize;
+
+use crate::{
+    lab::{Lab, LabOptions},
+    sim::{CancelAt, Cancelled, DropWhen, Order, Running},
+};
+
+/// A format to be tested, and how its images are made.
+#[derive(Debug, Clone)]
+pub struct FormatUnderTest {
+    /// The driver's name in the registry.
+    pub name: String,
+    /// Options of creation, without the size.
+    pub create: Options,
+    /// The driver claims safeguards of its own: it must keep other ranges whole also when there is no gate.
+    pub safeguards: bool,
+}
+
+impl FormatUnderTest {
+    /// A format with its default options.
+    pub fn new(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            create: Options::new(),
+            safeguards: false,
+        }
+    }
+
+    /// With an option of creation.
+    #[must_use]
+    pub fn with(mut self, key: &str, value: impl Into<serde_json::Value>) -> Self {
+        self.create.set(key, value);
+        self
+    }
+
+    /// See [`Self::safeguards`].
+    #[must_use]
+    pub fn with_safeguards(mut self) -> Self {
+        self.safeguards = true;
+        self
+    }
+}
+
+/// Why a case failed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure(pub String);
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl From<block_core::Error> for Failure {
+    fn from(error: block_core::Error) -> Self {
+        Self(error.to_string())
+    }
+}
+
+impl From<String> for Failure {
+    fn from(text: String) -> Self {
+        Self(text)
+    }
+}
+
+impl From<&str> for Failure {
+    fn from(text: &str) -> Self {
+        Self(text.to_owned())
+    }
+}
+
+/// Waits for a request that the scene started. False when it was dropped on the way.
+pub async fn ended<T, E: Into<Failure>>(
+    running: Running<Result<Result<T, E>, Cancelled>>,
+) -> Result<bool, Failure> {
+    match running.await {
+        Ok(Ok(_)) => Ok(true),
+        Ok(Err(error)) => Err(error.into()),
+        Err(Cancelled) => Ok(false),
+    }
+}
+
+/// What comes out of a case that didn't fail.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case", tag = "verdict", content = "detail")]
+pub enum Verdict {
+    /// Everything was as it must be, and what the case is about did happen.
+    Passed,
+    /// The driver doesn't have what the case is about.
+    NotCovered(String),
+    /// Nothing went wrong, but what the case is about didn't happen.
+    Inconclusive(String),
+    /// Something went wrong.
+    Failed(String),
+}
+
+impl Verdict {
+    /// Whether it says "failed".
+    pub fn is_failed(&self) -> bool {
+        matches!(self, Self::Failed(_))
+    }
+
+    /// The word for tables.
+    pub const fn word(&self) -> &'static str {
+        match self {
+            Self::Passed => "passed",
+            Self::NotCovered(_) => "not covered",
+            Self::Inconclusive(_) => "INCONCLUSIVE",
+            Self::Failed(_) => "FAILED",
+        }
+    }
+
+    /// What there is to say beyond the word.
+    pub fn detail(&self) -> &str {
+        match self {
+            Self::Passed => "",
+            Self::NotCovered(text) | Self::Inconclusive(text) | Self::Failed(text) => text,
+        }
+    }
+}
+
+/// What a case's function gives.
+pub type CaseResult = Result<Verdict, Failure>;
+
+/// What a case is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "kebab-case")]
+#[allow(missing_docs)]
+pub enum Group {
+    Rw,
+    Status,
+    Race,
+    Cancel,
+    Storm,
+}
+
+impl Group {
+    /// All of them.
+    pub const ALL: [Self; 5] = [Self::Rw, Self::Status, Self::Race, Self::Cancel, Self::Storm];
+
+    /// Its name on the command line.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Rw => "rw",
+            Self::Status => "status",
+            Self::Race => "race",
+            Self::Cancel => "cancel",
+            Self::Storm => "storm",
+        }
+    }
+}
+
+type CaseFn = dyn Fn(Arc<Scene>) -> BoxFuture<'static, CaseResult> + Send + Sync;
+
+/// A case.
+#[derive(Clone)]
+pub struct Case {
+    /// Unique; group first, then what it is about, in words joined by dashes.
+    pub name: String,
+    /// What it is about.
+    pub group: Group,
+    /// The sentence that it proves.
+    pub proves: String,
+    /// Whether its graph has the gate. Cases without are about a driver's own safeguards.
+    pub gate: bool,
+    run: Arc<CaseFn>,
+}
+
+impl fmt::Debug for Case {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Case '{}'", self.name)
+    }
+}
+
+impl Case {
+    /// A case whose graph has the gate.
+    pub fn new<F>(
+        group: Group,
+        name: impl Into<String>,
+        proves: impl Into<String>,
+        run: impl Fn(Arc<Scene>) -> F + Send + Sync + 'static,
+    ) -> Self
+    where
+        F: Future<Output = CaseResult> + Send + 'static,
+    {
+        Self {
+            name: name.into(),
+            group,
+            proves: proves.into(),
+            gate: true,
+            run: Arc::new(move |scene| run(scene).boxed()),
+        }
+    }
+
+    /// In a graph without the gate, to see what a driver's own safeguards do.
+    #[must_use]
+    pub fn without_gate(mut self) -> Self {
+        self.gate = false;
+        self
+    }
+}
+
+/// Which request is dropped, and at which of its await points.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CancelPlan {
+    /// The how-manieth request that the scene starts.
+    pub request: usize,
+    /// After how many polls that were answered "pending".
+    pub polls: usize,
+    /// At once, or when everything else has come to rest.
+    pub when: DropWhen,
+}
+
+/// What a case works with: a world, the format, and the requests that it starts.
+pub struct Scene {
+    /// The world.
+    pub lab: Lab,
+    /// The format under test.
+    pub format: FormatUnderTest,
+    /// The case's graph has the gate.
+    pub gate: bool,
+    cancel: Option<CancelPlan>,
+    started: AtomicUsize,
+    reached: Arc<AtomicBool>,
+}
+
+impl Scene {
+    /// Nothing is going to be dropped: the order of everything is known, and can be insisted on.
+    pub fn strict(&self) -> bool {
+        self.cancel.is_none()
+    }
+
+    /// Starts a request beside the case's own thread. This is what can be dropped.
+    pub fn start<T: Send + 'static>(
+        &self,
+        request: impl Future<Output = T> + Send + 'static,
+    ) -> Running<Result<T, Cancelled>> {
+        let number = self.started.fetch_add(1, Ordering::SeqCst);
+        let env = &self.lab.env;
+        match self.cancel {
+            Some(plan) if plan.request == number => {
+                let reached = self.reached.clone();
+                env.start(CancelAt::new(env, request, plan.polls, plan.when, reached))
+            }
+            _ => env.start(request.map(Ok)),
+        }
+    }
+
+    /// Everything that can happen by itself has happened.
+    pub async fn rest(&self) {
+        self.lab.env.idle().await;
+    }
+}
+
+/// What one run of a case gave.
+#[derive(Debug, Clone)]
+pub struct Run {
+    /// The verdict.
+    pub verdict: Verdict,
+    /// How many requests it started.
+    pub requests: usize,
+    /// The request that was to be dropped was dropped before it had ended.
+    pub dropped: bool,
+    /// How many polls it took.
+    pub polls: u64,
+}
+
+/// Runs a case once.
+pub fn run(
+    registry: &Registry,
+    format: &FormatUnderTest,
+    case: &Case,
+    seed: u64,
+    cancel: Option<CancelPlan>,
+) -> Run {
+    let scene = Arc::new(Scene {
+        lab: Lab::new(
+            registry,
+            LabOptions {
+                seed,
+                order: if seed == 0 { Order::Fifo } else { Order::Random },
+                gate: case.gate,
+                alignment: 1,
+            },
+        ),
+        format: format.clone(),
+        gate: case.gate,
+        cancel,
+        started: AtomicUsize::new(0),
+        reached: Arc::default(),
+    });
+    let env = scene.lab.env.clone();
+    let future = (case.run)(scene.clone());
+    let verdict = std::panic::catch_unwind(AssertUnwindSafe(|| env.try_run(future)));
+    let verdict = match verdict {
+        Ok(Ok(Ok(verdict))) => verdict,
+        Ok(Ok(Err(failure))) => Verdict::Failed(failure.0),
+        Ok(Err(stuck)) => Verdict::Failed(stuck.to_string()),
+        Err(panic) => {
+            let text = panic
+                .downcast_ref::<String>()
+                .cloned()
+                .or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()))
+                .unwrap_or_default();
+            Verdict::Failed(format!("panic: {text}"))
+        }
+    };
+    let run = Run {
+        verdict,
+        requests: scene.started.load(Ordering::SeqCst),
+        dropped: scene.reached.load(Ordering::SeqCst),
+        polls: env.polls(),
+    };
+    env.shutdown();
+    run
+}

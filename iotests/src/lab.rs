@@ -1,0 +1,279 @@
+//! A laboratory: one deterministic world with simulated disks, a registry whose `file` protocol is that storage, and a
+//! graph with or without the gate. It sets things up and looks at them; it decides nothing about right and wrong.
+
+use std::sync::Arc;
+
+use block_core::{
+    BlockHandle, Graph, Node, Options, Registry, RequestFlags, Result,
+    driver::Capabilities,
+    flags::{PermissionSet, Permissions},
+    registry::{ImplicitOpens, OpenOptions},
+};
+
+use crate::{
+    oracle::{AfterDiscard, Ended, Mismatch, Oracle},
+    pattern::stamped,
+    sim::{Order, SimEnv},
+    storage::{Disk, Disks, TestStorageFactory},
+};
+
+/// How a laboratory is set up.
+#[derive(Debug, Clone, Copy)]
+pub struct LabOptions {
+    /// Decides the schedule and every random number.
+    pub seed: u64,
+    /// In which order ready tasks run.
+    pub order: Order,
+    /// Whether requests wait at the gate. Without, images are meant to be corrupted.
+    pub gate: bool,
+    /// The storage's request alignment in bytes.
+    pub alignment: u64,
+}
+
+impl Default for LabOptions {
+    fn default() -> Self {
+        Self {
+            seed: 0,
+            order: Order::Random,
+            gate: true,
+            alignment: 1,
+        }
+    }
+}
+
+/// A world of its own.
+pub struct Lab {
+    /// The environment.
+    pub env: Arc<SimEnv>,
+    /// The storage.
+    pub disks: Disks,
+    /// The drivers under test, and simulated storage as `file`.
+    pub registry: Arc<Registry>,
+    /// The graph.
+    pub graph: Arc<Graph>,
+}
+
+/// What a producer uses and shares in tests: everything.
+pub fn all_permissions() -> PermissionSet {
+    PermissionSet::new(
+        Permissions::CONSISTENT_READ | Permissions::WRITE | Permissions::RESIZE,
+        Permissions::all(),
+    )
+}
+
+impl Lab {
+    /// A new world with the drivers of `registry`.
+    pub fn new(registry: &Registry, options: LabOptions) -> Self {
+        let env = match options.order {
+            Order::Fifo => SimEnv::fifo(options.seed),
+            Order::Random => SimEnv::new(options.seed),
+        };
+        let disks = Disks::new();
+        let storage = TestStorageFactory::new(&disks).with_alignment(options.alignment);
+        let registry = Arc::new(registry.clone().with(storage));
+        let graph = if options.gate {
+            Graph::new(env.clone())
+        } else {
+            Graph::new_without_gate_for_tests(env.clone())
+        };
+        let (seen, watched) = (disks.clone(), Arc::downgrade(&graph));
+        env.add_witness(move || {
+            let mut lines = seen.describe();
+            for node in watched.upgrade().map(|graph| graph.nodes()).unwrap_or_default() {
+                let in_flight = node.tracker().in_flight();
+                if in_flight > 0 {
+                    lines.push(format!("node '{}': {in_flight} tracked requests", node.name()));
+                }
+            }
+            lines
+        });
+        Self {
+            env,
+            disks,
+            registry,
+            graph,
+        }
+    }
+
+    /// The disk with that file name.
+    pub fn disk(&self, name: &str) -> Result<Arc<Disk>> {
+        self.disks.get(name).ok_or_else(|| {
+            block_core::Error::new(block_core::ErrorKind::NotFound, format!("no disk '{name}'"))
+        })
+    }
+
+    /// Creates an image. A backing file is recorded in it if the format can.
+    pub async fn create(
+        &self,
+        format: &str,
+        name: &str,
+        size: u64,
+        options: &Options,
+        backing: Option<(&str, &str)>,
+    ) -> Result<()> {
+        let mut options = options.clone().with("size", size);
+        if let Some((file, backing_format)) = backing
+            && self.records_backing(format)
+        {
+            options.set("backing_file", file);
+            options.set("backing_fmt", backing_format);
+        }
+        self.registry.create(&self.graph, format, name, options).await
+    }
+
+    fn records_backing(&self, format: &str) -> bool {
+        self.registry.get(format).is_ok_and(|factory| {
+            factory.create_options().iter().any(|option| option.name == "backing_file")
+        })
+    }
+
+    /// Opens an image. `backing` is given explicitly to formats that don't record it.
+    pub async fn open(
+        &self,
+        format: &str,
+        name: &str,
+        backing: Option<(&str, &str)>,
+        extra: &Options,
+    ) -> Result<Arc<Node>> {
+        let mut options = extra.clone();
+        if let Some((file, backing_format)) = backing
+            && !self.records_backing(format)
+        {
+            let file = Options::new().with("driver", "file").with("filename", file);
+            let backing = Options::new()
+                .with("driver", backing_format)
+                .with("file", serde_json::Value::Object(file.0));
+            options.set("backing", serde_json::Value::Object(backing.0));
+        }
+        let how = OpenOptions {
+            implicit: ImplicitOpens::Permit,
+            ..OpenOptions::default()
+        };
+        self.registry.open_file(&self.graph, name, Some(format), options, how).await
+    }
+
+    /// A producer's handle.
+    pub fn attach(&self, node: &Arc<Node>, name: &str) -> Result<Arc<BlockHandle>> {
+        self.graph.attach(node, all_permissions(), name).map(Arc::new)
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        for disk in self.disks.all() {
+            disk.clear_rules();
+        }
+        self.env.shutdown();
+    }
+}
+
+/// What a discard at this node leaves behind.
+pub fn after_discard(node: &Node) -> AfterDiscard {
+    let capabilities = node.driver().capabilities();
+    if capabilities.contains(Capabilities::DISCARD | Capabilities::DISCARD_ZEROES) {
+        AfterDiscard::Zeroes
+    } else {
+        AfterDiscard::Anything
+    }
+}
+
+/// A producer that tells the oracle what it does, and stamps what it writes. Cloning shares the handle.
+#[derive(Clone)]
+pub struct Guest {
+    handle: Arc<BlockHandle>,
+    oracle: Oracle,
+    owner: u32,
+}
+
+fn how<T>(result: &Result<T>) -> Ended {
+    if result.is_ok() {
+        Ended::Done
+    } else {
+        Ended::Undone
+    }
+}
+
+impl Guest {
+    /// A producer that signs as `owner`.
+    pub fn new(handle: &Arc<BlockHandle>, oracle: &Oracle, owner: u32) -> Self {
+        Self {
+            handle: handle.clone(),
+            oracle: oracle.clone(),
+            owner,
+        }
+    }
+
+    /// The same producer under another signature.
+    #[must_use]
+    pub fn signing(&self, owner: u32) -> Self {
+        Self {
+            owner,
+            ..self.clone()
+        }
+    }
+
+    /// The handle.
+    pub fn handle(&self) -> &Arc<BlockHandle> {
+        &self.handle
+    }
+
+    /// The oracle.
+    pub fn oracle(&self) -> &Oracle {
+        &self.oracle
+    }
+
+    /// Writes stamped data.
+    pub async fn write(&self, offset: u64, len: u64, flags: RequestFlags) -> Result<()> {
+        let change = self.oracle.write(self.owner, offset, len);
+        let data = stamped(self.owner, change.seq(), offset, len);
+        let result = self.handle.write(offset, data, flags).await;
+        change.end(how(&result));
+        result
+    }
+
+    /// Writes zeroes.
+    pub async fn zero(&self, offset: u64, len: u64, flags: RequestFlags) -> Result<()> {
+        let change = self.oracle.zero(offset, len);
+        let result = self.handle.write_zeroes(offset, len, flags).await;
+        change.end(how(&result));
+        result
+    }
+
+    /// Discards.
+    pub async fn discard(&self, offset: u64, len: u64) -> Result<()> {
+        let change = self.oracle.discard(offset, len);
+        let result = self.handle.discard(offset, len).await;
+        change.end(how(&result));
+        result
+    }
+
+    /// Reads, and gives what is wrong with it.
+    pub async fn read(&self, offset: u64, len: u64, flags: RequestFlags) -> Result<Vec<Mismatch>> {
+        let reading = self.oracle.read();
+        let (lent, buf) = block_core::Buffer::try_new(len as usize)?.lend();
+        self.handle.readv(offset, buf, flags).await?;
+        let bytes = lent
+            .reclaim()
+            .map_err(|_| block_core::Error::io("a driver kept a part of a read buffer"))?;
+        Ok(reading.check(offset, &bytes))
+    }
+
+    /// The whole disk, at rest, against the oracle.
+    pub async fn verify(&self, lenient: bool) -> Result<Vec<Mismatch>> {
+        const CHUNK: u64 = 256 << 10;
+        let mut wrong = Vec::new();
+        let length = self.handle.length();
+        let mut at = 0;
+        while at < length {
+            let step = (length - at).min(CHUNK);
+            let bytes = self.handle.read(at, step as usize).await?;
+            wrong.extend(if lenient {
+                self.oracle.check_lenient(at, &bytes)
+            } else {
+                self.oracle.check(at, &bytes)
+            });
+            at += step;
+        }
+        Ok(wrong)
+    }
+}

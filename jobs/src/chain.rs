@@ -1,0 +1,197 @@
+//! What all jobs do to the graph around them: they put a filter in, they take it out again, they claim and freeze what they
+//! work on, they rewrite backing strings. No data is copied here.
+
+use std::sync::Arc;
+
+use block_core::{
+    driver::{BlockDriver, ChildRole, Reopen},
+    error::{Error, Operation, Result},
+    flags::{PermissionSet, Permissions},
+    graph::{Graph, JobClaim, NodeSpec},
+    handle::BlockHandle,
+    node::Node,
+};
+
+use crate::job::JobKind;
+
+/// What jobs hold at the node that they read.
+pub(crate) const READER: PermissionSet = PermissionSet::new(
+    Permissions::CONSISTENT_READ,
+    Permissions::all().difference(Permissions::RESIZE),
+);
+
+/// What keeps others from taking a layer for a whole disk that is being merged into another.
+const INCONSISTENT: PermissionSet = PermissionSet::new(
+    Permissions::empty(),
+    Permissions::WRITE.union(Permissions::WRITE_UNCHANGED),
+);
+
+/// An error in what a job was asked to do.
+pub(crate) fn refused(message: impl Into<String>) -> Error {
+    Error::invalid(message).with_operation(Operation::Job, 0, 0)
+}
+
+/// Claims nodes for a job; the message of the first that is taken is the error.
+pub(crate) fn claim(
+    graph: &Arc<Graph>,
+    nodes: impl IntoIterator<Item = Arc<Node>>,
+    kind: JobKind,
+) -> Result<Vec<JobClaim>> {
+    let mut claims = Vec::new();
+    let mut seen = Vec::new();
+    for node in nodes {
+        if !seen.contains(&node.id()) {
+            seen.push(node.id());
+            claims.push(graph.claim_for_job(&node, kind.name())?);
+        }
+    }
+    Ok(claims)
+}
+
+/// Puts a filter over `source`, with `target` as its other child.
+pub(crate) async fn insert(
+    graph: &Arc<Graph>,
+    driver: Arc<dyn BlockDriver>,
+    name: Option<&str>,
+    source: &Arc<Node>,
+    target: &Arc<Node>,
+) -> Result<Arc<Node>> {
+    insert_started(graph, driver, name, source, target, || ()).await
+}
+
+/// The same; `start` is called when nothing is in flight, right before it is put in.
+pub(crate) async fn insert_started(
+    graph: &Arc<Graph>,
+    driver: Arc<dyn BlockDriver>,
+    name: Option<&str>,
+    source: &Arc<Node>,
+    target: &Arc<Node>,
+    start: impl FnOnce(),
+) -> Result<Arc<Node>> {
+    let mut spec = NodeSpec::new(driver)
+        .with_child(ChildRole::Filtered, "file", source)
+        .with_child(ChildRole::Target, "target", target);
+    if let Some(name) = name {
+        spec = spec.named(name);
+    }
+    let filter = graph.add_node(spec)?;
+    let drained = graph.drain(source).await;
+    start();
+    let inserted = graph.insert_filter(&filter).await;
+    drop(drained);
+    if let Err(error) = inserted {
+        retire(graph, &filter, true).await;
+        return Err(error);
+    }
+    Ok(filter)
+}
+
+/// Gives a filter up that has no parents any more. Its target is left alone; its source too, with `keep_source`, and
+/// otherwise it is closed if nobody uses it.
+pub(crate) async fn retire(graph: &Arc<Graph>, filter: &Arc<Node>, keep_source: bool) {
+    let mut result = graph
+        .set_child(filter, ChildRole::Target, "target", None)
+        .await;
+    if keep_source {
+        let detached = graph
+            .set_child(filter, ChildRole::Filtered, "file", None)
+            .await;
+        result = result.and(detached);
+    }
+    let collected = graph.collect(filter).await;
+    if let Err(error) = result.and(collected) {
+        tracing::warn!(%error, filter = filter.name(), "a filter of a job was given up with an error");
+    }
+}
+
+/// Takes a filter out of the graph again.
+pub(crate) async fn withdraw(graph: &Arc<Graph>, filter: &Arc<Node>) {
+    if let Err(error) = graph.remove_filter(filter).await {
+        // It stays as a plain pass-through.
+        tracing::warn!(%error, filter = filter.name(), "a job's filter can't be taken out");
+        return;
+    }
+    retire(graph, filter, true).await;
+}
+
+/// Marks layers as no whole disks.
+pub(crate) fn mark_inconsistent(
+    graph: &Arc<Graph>,
+    nodes: &[Arc<Node>],
+) -> Result<Vec<BlockHandle>> {
+    nodes
+        .iter()
+        .map(|node| graph.attach(node, INCONSISTENT, ""))
+        .collect()
+}
+
+/// The nodes from `top` down to above `base`, `top` included; `None` if `base` isn't below.
+pub(crate) fn layers(top: &Arc<Node>, base: &Arc<Node>) -> Option<Vec<Arc<Node>>> {
+    let mut layers = vec![top.clone()];
+    for node in top.chain() {
+        if node.id() == base.id() {
+            return Some(layers);
+        }
+        layers.push(node);
+    }
+    None
+}
+
+/// Makes `node` writable; true if it wasn't.
+pub(crate) async fn make_writable(graph: &Arc<Graph>, node: &Arc<Node>) -> Result<bool> {
+    if !node.driver().is_read_only() {
+        return Ok(false);
+    }
+    reopen(graph, node, false).await?;
+    Ok(true)
+}
+
+/// Makes `node` read-only again. Best effort: it may have got a writer meanwhile.
+pub(crate) async fn make_read_only(graph: &Arc<Graph>, node: &Arc<Node>) {
+    if let Err(error) = reopen(graph, node, true).await {
+        tracing::warn!(%error, node = node.name(), "a node stays writable after a job");
+    }
+}
+
+async fn reopen(graph: &Arc<Graph>, node: &Arc<Node>, read_only: bool) -> Result<()> {
+    let changes = Reopen {
+        read_only: Some(read_only),
+        ..Reopen::default()
+    };
+    graph.reopen(node, changes).await
+}
+
+/// Has the header of `overlay` name another backing file: `name`, or that of `base`.
+pub(crate) async fn rewrite_backing(
+    graph: &Arc<Graph>,
+    overlay: &Arc<Node>,
+    base: Option<&Arc<Node>>,
+    name: Option<&str>,
+) -> Result<()> {
+    let overlay = overlay.skip_filters();
+    let reopened = make_writable(graph, &overlay).await?;
+    let result = match base {
+        None => graph.change_backing_file(&overlay, None, None).await,
+        Some(base) => {
+            let image = base.skip_filters();
+            let file = name
+                .map(str::to_owned)
+                .or_else(|| base.filename())
+                .unwrap_or_else(|| image.name().to_owned());
+            let format = image.driver().name();
+            graph
+                .change_backing_file(&overlay, Some(&file), Some(format))
+                .await
+        }
+    };
+    if reopened {
+        make_read_only(graph, &overlay).await;
+    }
+    result
+}
+
+/// The cluster size that `node` says it has.
+pub(crate) async fn cluster_size(graph: &Arc<Graph>, node: &Arc<Node>) -> Result<Option<u64>> {
+    let handle = graph.attach(node, PermissionSet::NONE, "")?;
+    Ok(handle.info().await?.cluster_size)
+}

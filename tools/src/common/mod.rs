@@ -1,0 +1,13 @@
+//! What all the programs in this crate share: arguments, sessions, opening images, numbers, progress, messages.
+
+pub mod cache;
+pub mod failure;
+pub mod getopt;
+pub mod json;
+pub mod open;
+pub mod output;
+pub mod program;
+pub mod progress;
+pub mod session;
+pub mod signals;
+pub mod size;

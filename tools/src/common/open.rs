@@ -1,0 +1,147 @@
+//! Opening the images that a command line names.
+
+use block_core::{
+    BlockHandle, DriverKind, Options, PermissionSet, Permissions,
+    registry::{ImplicitOpens, OpenOptions},
+};
+
+use super::{cache::CacheMode, failure::Failure, output::complain, session::Session};
+
+/// An image as the command line names it.
+#[derive(Debug, Clone, Copy)]
+pub struct ImageSpec<'a> {
+    /// A file name, or options if `image_opts`.
+    pub name: &'a str,
+    /// The format, unless it is to be found by probing.
+    pub format: Option<&'a str>,
+    /// `--image-opts`.
+    pub image_opts: bool,
+}
+
+impl<'a> ImageSpec<'a> {
+    /// A file name and perhaps a format.
+    pub const fn file(name: &'a str, format: Option<&'a str>) -> Self {
+        Self { name, format, image_opts: false }
+    }
+}
+
+/// How an image is to be opened.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Access {
+    /// For writing.
+    pub write: bool,
+    /// For changes of its length.
+    pub resize: bool,
+    /// Whatever others do with it (`-U`).
+    pub force_share: bool,
+    /// Without its backing file.
+    pub no_backing: bool,
+    /// For check or repair.
+    pub for_check: bool,
+    /// Cache mode.
+    pub cache: CacheMode,
+}
+
+/// The warning that qemu prints when a raw image is opened for writing without having been called raw.
+fn warn_of_probed_raw(name: &str) {
+    complain!(
+        "WARNING: Image format was not specified for '{name}' and probing guessed raw.\n         \
+         Automatically detecting the format is dangerous for raw images, write operations on block 0 will be \
+         restricted.\n         Specify the 'raw' format explicitly to remove the restrictions."
+    );
+}
+
+/// Opens an image and attaches a handle.
+pub async fn open(
+    session: &Session,
+    image: ImageSpec<'_>,
+    access: Access,
+) -> Result<BlockHandle, Failure> {
+    open_quietly(session, image, access)
+        .await
+        .map_err(|error| Failure::open(image.name, &error))
+}
+
+/// The same; the error is returned as it is.
+pub async fn open_quietly(
+    session: &Session,
+    image: ImageSpec<'_>,
+    access: Access,
+) -> block_core::Result<BlockHandle> {
+    let how = OpenOptions {
+        implicit: ImplicitOpens::Permit,
+        no_backing: access.no_backing,
+        for_check: access.for_check,
+    };
+    let is_protocol = |driver: &str| {
+        session
+            .registry
+            .get(driver)
+            .is_ok_and(|factory| factory.kind() == DriverKind::Protocol)
+    };
+    let mut node = Options::new();
+    let opened = if image.image_opts {
+        let mut options = parse_image_opts(image.name)?;
+        let named = options.get_str("driver").map(str::to_owned);
+        common(&mut options, access);
+        if named.as_deref().is_some_and(is_protocol) {
+            options.set("raw-protocol", true);
+        }
+        let opened = session.registry.open(&session.graph, options, how).await?;
+        (opened, named.is_none())
+    } else {
+        common(&mut node, access);
+        if image.format.is_some_and(is_protocol) {
+            node.set("raw-protocol", true);
+        }
+        let probed = image.format.is_none() && !image.name.starts_with("json:");
+        let opened = session
+            .registry
+            .open_file(&session.graph, image.name, image.format, node, how)
+            .await?;
+        (opened, probed)
+    };
+    let (opened, probed) = opened;
+    if probed && access.write && opened.driver().name() == "raw" {
+        warn_of_probed_raw(&opened.filename().unwrap_or_else(|| image.name.to_owned()));
+    }
+    let mut used = Permissions::CONSISTENT_READ;
+    if access.write {
+        used |= Permissions::WRITE;
+    }
+    if access.resize {
+        used |= Permissions::RESIZE;
+    }
+    let permissions = PermissionSet::new(used, Permissions::all());
+    match session.graph.attach(&opened, permissions, image.name) {
+        Ok(handle) => {
+            handle.set_write_through(access.cache.write_through);
+            Ok(handle)
+        }
+        Err(error) => {
+            // The image was opened for this command alone.
+            let _ = session.graph.release(&opened).await;
+            Err(error)
+        }
+    }
+}
+
+/// `driver=qcow2,file.filename=x`; a first word without a key names a node, as in qemu.
+fn parse_image_opts(text: &str) -> block_core::Result<Options> {
+    let first = text.split(',').next().unwrap_or_default();
+    if !text.trim_start().starts_with('{') && !first.contains('=') {
+        let rest = text.get(first.len() + 1..).unwrap_or_default();
+        let mut options = Options::from_dotted(rest)?;
+        options.set("file", first);
+        return Ok(options);
+    }
+    Options::from_text(text)
+}
+
+fn common(options: &mut Options, access: Access) {
+    options.set_default("read-only", !access.write);
+    if access.force_share {
+        options.set_default("force-share", true);
+    }
+    access.cache.apply(options);
+}

@@ -1,0 +1,115 @@
+//! One run of a command: the graph, the drivers, the environment, signals, and the orderly end of them all.
+
+use std::sync::Arc;
+
+use block_core::{Environment, Graph, Registry};
+use env_tokio::EnvTokio;
+use futures::{
+    channel::oneshot,
+    future::{self, Either},
+};
+use parking_lot::Mutex;
+
+use super::{
+    failure::{Failure, Outcome},
+    program::Program,
+    signals::Signals,
+};
+
+/// Threads that run tasks: a task may be in a blocking call on buffered files, so that this is also how many of
+/// those are under way at once.
+const THREADS: usize = 8;
+
+/// What a command works with.
+pub struct Session {
+    /// Who we are, for messages.
+    pub program: Program,
+    /// The nodes.
+    pub graph: Arc<Graph>,
+    /// The drivers.
+    pub registry: Arc<Registry>,
+    /// Clock, tasks, CPU workers.
+    pub env: Arc<EnvTokio>,
+    /// Signals.
+    pub signals: Signals,
+    tasks: Mutex<Vec<oneshot::Receiver<()>>>,
+}
+
+impl Session {
+    /// A session with all drivers.
+    ///
+    /// # Errors
+    /// When the system gives no threads.
+    pub fn new(program: Program) -> Result<Self, Failure> {
+        let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let env = EnvTokio::new(threads.max(THREADS))
+            .map_err(|error| Failure::new(format!("Could not start threads: {error}")))?;
+        let env = Arc::new(env);
+        Ok(Self {
+            program,
+            graph: Graph::new(env.clone()),
+            registry: Arc::new(drivers()),
+            env,
+            signals: Signals::listen(),
+            tasks: Mutex::default(),
+        })
+    }
+
+    /// Runs `task` in the background; the session isn't over before it has ended.
+    ///
+    /// Cancellation: dropping the answer doesn't stop the task.
+    pub fn spawn<T: Send + 'static>(
+        &self,
+        task: impl Future<Output = T> + Send + 'static,
+    ) -> oneshot::Receiver<T> {
+        let (tx, rx) = oneshot::channel();
+        let (ended, watch) = oneshot::channel();
+        self.tasks.lock().push(watch);
+        self.env.spawn(Box::pin(async move {
+            let _ = tx.send(task.await);
+            drop(ended);
+        }));
+        rx
+    }
+
+    /// Runs a command to its end, or until a signal asks it to stop, then closes all images. Gives the exit status;
+    /// failures have been printed.
+    pub fn run(&self, command: impl Future<Output = Outcome>) -> u8 {
+        let outcome = self.env.block_on(async {
+            let command = Box::pin(command);
+            let mut outcome = match future::select(command, self.signals.interrupted()).await {
+                Either::Left((outcome, _)) => outcome,
+                Either::Right(((), command)) => {
+                    drop(command);
+                    Err(Failure::new("Interrupted").with_code(130))
+                }
+            };
+            let tasks = std::mem::take(&mut *self.tasks.lock());
+            future::join_all(tasks).await;
+            if let Err(error) = self.graph.close_all().await
+                && outcome.is_ok()
+            {
+                outcome = Err(Failure::context("Could not close the image", &error));
+            }
+            outcome
+        });
+        match outcome {
+            Ok(code) => code,
+            Err(failure) => {
+                failure.report(self.program);
+                failure.code
+            }
+        }
+    }
+}
+
+/// All drivers that the programs have.
+pub fn drivers() -> Registry {
+    let file = protocol_file::FileFactory::new().with_inline(protocol_file::Inline::Always);
+    Registry::new()
+        .with(file.host_device())
+        .with(file)
+        .with(format_raw::RawFactory)
+        .with(format_qcow2::Qcow2Factory::default())
+        .with(format_vmdk::VmdkFactory::default())
+}

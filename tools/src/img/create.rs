@@ -1,0 +1,180 @@
+//! `blk create`: makes a new image.
+
+use block_core::{ErrorKind, resolve_name};
+
+use super::{
+    Command,
+    args::{self, OBJECT, QUIET, asks_for_help, option_list},
+    create_options::{CreateOptions, protocol_of},
+};
+use crate::common::{
+    failure::{Failure, Outcome},
+    getopt::{Opt, Parsed},
+    open::{self, Access, ImageSpec},
+    output::say,
+    session::Session,
+    size::{MAX_SIZE, parse_number},
+};
+
+pub const COMMAND: Command = Command {
+    name: "create",
+    about: "Create a new image",
+    usage: "[-q] [-f FMT] [-o OPTIONS] [-b BACKING_FILE [-F BACKING_FMT]] [-u] FILE [SIZE]",
+    options: &[
+        QUIET,
+        Opt::value('f', "format", "FMT", "format of the new image (default: raw)"),
+        Opt::value('o', "options", "OPTIONS", "options of the format; '-o help' lists them"),
+        Opt::value('b', "backing", "FILE", "backing file of the new image"),
+        Opt::value('F', "backing-format", "FMT", "format of the backing file"),
+        Opt::flag('u', "backing-unsafe", "don't open the backing file; SIZE must be given"),
+        OBJECT,
+    ],
+    run: |session, parsed| session.run(execute(session, parsed)),
+};
+
+async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
+    let registry = &session.registry;
+    let format = parsed.get("format").unwrap_or("raw");
+    let list = option_list(parsed, "options")?;
+    let unknown = || format!("Unknown file format '{format}'");
+    if asks_for_help(list.as_deref()) {
+        let factory = registry.get(format).map_err(|_| Failure::new(unknown()))?;
+        let protocol = match parsed.free.first() {
+            Some(file) => Some(registry.get(&protocol_of(registry, file)?)?),
+            None => None,
+        };
+        CreateOptions::new(&**factory, protocol.map(|factory| &**factory))
+            .print_help(protocol.is_some());
+        return Ok(0);
+    }
+    let mut operands = parsed.free.iter();
+    let Some(filename) = operands.next() else {
+        return Err(Failure::usage("create", "Expecting image file name"));
+    };
+    let size = match operands.next() {
+        Some(text) => Some(parse_number("image size", text, 0, MAX_SIZE)?),
+        None => None,
+    };
+    if let Some(extra) = operands.next() {
+        return Err(Failure::usage("create", format!("Unexpected argument: {extra}")));
+    }
+    let prepared = Request {
+        filename,
+        format,
+        list: list.as_deref(),
+        size,
+        backing: parsed.get("backing"),
+        backing_format: parsed.get("backing-format"),
+        check_backing: !parsed.has("backing-unsafe"),
+    };
+    create(session, &prepared, parsed.has(args::QUIET.long))
+        .await
+        .map_err(|failure| failure.prefixed(filename))?;
+    Ok(0)
+}
+
+/// What is to be made.
+struct Request<'a> {
+    filename: &'a str,
+    format: &'a str,
+    list: Option<&'a str>,
+    size: Option<u64>,
+    backing: Option<&'a str>,
+    backing_format: Option<&'a str>,
+    check_backing: bool,
+}
+
+async fn create(session: &Session, request: &Request<'_>, quiet: bool) -> Result<(), Failure> {
+    let registry = &session.registry;
+    let Request { filename, format, .. } = *request;
+    let factory = registry
+        .get(format)
+        .map_err(|_| Failure::new(format!("Unknown file format '{format}'")))?;
+    let protocol = registry.get(&protocol_of(registry, filename)?)?;
+    let mut options = CreateOptions::new(&**factory, Some(&**protocol));
+    if let Some(list) = request.list {
+        options.read(list)?;
+    }
+    if let Some(size) = request.size {
+        if options.get("size").is_some() {
+            return Err(Failure::new("The image size must be specified only once"));
+        }
+        options.set("size", &size.to_string())?;
+    }
+    for (key, value, what) in [
+        ("backing_file", request.backing, "Backing file"),
+        ("backing_fmt", request.backing_format, "Backing format"),
+    ] {
+        if let Some(value) = value {
+            if !options.takes(key) {
+                return Err(Failure::new(format!("{what} not supported for file format '{format}'")));
+            }
+            options.set(key, value)?;
+        }
+    }
+    if let Some(backing) = options.get("backing_file").map(str::to_owned) {
+        if backing.is_empty() {
+            return Err(Failure::new("Expected backing file name, got empty string"));
+        }
+        if backing == filename {
+            return Err(Failure::new(
+                "Error: Trying to create an image with the same filename as the backing file",
+            ));
+        }
+        if request.check_backing {
+            look_at_backing(session, filename, &backing, &mut options).await?;
+        }
+    }
+    if options.get("size").is_none() {
+        return Err(Failure::new("Image creation needs a size parameter"));
+    }
+    if !quiet {
+        say!("{}", options.describe(filename));
+    }
+    let too_large = || {
+        let hint = if options.takes("cluster_size") && options.get_size("cluster_size") != Some(2 << 20)
+        {
+            " (try using a larger cluster size)"
+        } else {
+            ""
+        };
+        format!("The image size is too large for file format '{format}'{hint}")
+    };
+    let values = options.for_format()?;
+    registry
+        .create(&session.graph, format, filename, values)
+        .await
+        .map_err(|error| match error.kind() {
+            ErrorKind::TooBig => Failure::new(too_large()).with_details(&error),
+            _ => error.into(),
+        })
+}
+
+/// The backing file must be an image, its format must be named, and its size is the default.
+async fn look_at_backing(
+    session: &Session,
+    filename: &str,
+    backing: &str,
+    options: &mut CreateOptions,
+) -> Result<(), Failure> {
+    let name = resolve_name(filename, backing);
+    let format = options.get("backing_fmt").map(str::to_owned);
+    let spec = ImageSpec::file(&name, format.as_deref().filter(|format| !format.is_empty()));
+    let handle = open::open_quietly(session, spec, Access::default())
+        .await
+        .map_err(|error| {
+            Failure::new(format!("{}\nCould not open backing image.", error.reason()))
+                .with_details(&error)
+        })?;
+    let (size, found) = (handle.length(), handle.node().driver().name());
+    handle.close().await?;
+    if format.is_none() {
+        return Err(Failure::new(format!(
+            "Backing file specified without backing format\nDetected format of {found}."
+        )));
+    }
+    if options.get("size").is_none() {
+        options.set("size", &size.to_string())?;
+    }
+    Ok(())
+}

@@ -1,0 +1,218 @@
+//! Create options (`-o`): which a format takes, reading them with qemu's messages, and listing them.
+
+use block_core::{
+    DriverFactory, DriverKind, Options, Registry,
+    options::parse_size,
+    registry::CreateOption,
+};
+use serde_json::Value;
+
+use crate::common::{failure::Failure, output::say};
+
+const SIZE_HINT: &str = "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n\
+                         and exabytes, respectively.";
+
+/// The order in which qemu-img lists a format's options after `Formatting`, and the defaults that it shows.
+fn display_order(format: &str) -> &'static [(&'static str, Option<&'static str>)] {
+    match format {
+        "qcow2" => &[
+            ("encryption", None),
+            ("cluster_size", Some("65536")),
+            ("extended_l2", Some("off")),
+            ("preallocation", None),
+            ("compression_type", Some("zlib")),
+            ("size", None),
+            ("compat", None),
+            ("backing_file", None),
+            ("backing_fmt", None),
+            ("data_file", None),
+            ("data_file_raw", None),
+            ("lazy_refcounts", Some("off")),
+            ("refcount_bits", Some("16")),
+        ],
+        "vmdk" => &[
+            ("size", None),
+            ("adapter_type", None),
+            ("backing_file", None),
+            ("backing_fmt", None),
+            ("compat6", Some("off")),
+            ("hwversion", Some("undefined")),
+            ("toolsversion", None),
+            ("subformat", None),
+            ("zeroed_grain", None),
+        ],
+        _ => &[("size", None), ("nocow", None), ("preallocation", None)],
+    }
+}
+
+/// The create options of one image: those of its format and of its storage.
+pub struct CreateOptions {
+    format: String,
+    known: Vec<CreateOption>,
+    /// The storage's own options, which the format doesn't know.
+    storage: Vec<&'static str>,
+    values: Options,
+}
+
+impl CreateOptions {
+    /// For an image in `format`, stored with the driver `protocol`.
+    pub fn new(format: &dyn DriverFactory, protocol: Option<&dyn DriverFactory>) -> Self {
+        let mut known = format.create_options().to_vec();
+        let mut storage = Vec::new();
+        if format.kind() != DriverKind::Protocol
+            && let Some(protocol) = protocol
+        {
+            for option in protocol.create_options() {
+                if !known.iter().any(|other| other.name == option.name) {
+                    known.push(*option);
+                    storage.push(option.name);
+                }
+            }
+        }
+        Self { format: format.name().to_owned(), known, storage, values: Options::new() }
+    }
+
+    /// Reads `-o`.
+    pub fn read(&mut self, list: &str) -> Result<(), Failure> {
+        let given = Options::from_dotted(list)?;
+        for (key, value) in flatten(given.0) {
+            let text = match value {
+                Value::String(text) => text,
+                other => other.to_string(),
+            };
+            self.set(&key, &text)?;
+        }
+        Ok(())
+    }
+
+    /// Sets one option, checked and normalised by its kind.
+    pub fn set(&mut self, key: &str, text: &str) -> Result<(), Failure> {
+        let Some(option) = self.known.iter().find(|option| option.name == key) else {
+            return Err(Failure::new(format!("Invalid parameter '{key}'")));
+        };
+        let value = if option.kind.starts_with("bool") {
+            match text {
+                "on" | "yes" | "true" | "y" => "on".to_owned(),
+                "off" | "no" | "false" | "n" => "off".to_owned(),
+                _ => {
+                    return Err(Failure::new(format!(
+                        "Parameter '{key}' expects 'on' or 'off'"
+                    )));
+                }
+            }
+        } else if option.kind == "size" {
+            parse_size(text)
+                .map_err(|_| {
+                    Failure::new(format!(
+                        "Parameter '{key}' expects a non-negative number below 2^64\n{SIZE_HINT}"
+                    ))
+                })?
+                .to_string()
+        } else if option.kind == "num" {
+            text.parse::<u64>()
+                .map_err(|_| Failure::new(format!("Parameter '{key}' expects a number")))?
+                .to_string()
+        } else {
+            text.to_owned()
+        };
+        self.values.set(key, value);
+        Ok(())
+    }
+
+    /// Whether the format takes this option.
+    pub fn takes(&self, key: &str) -> bool {
+        self.known.iter().any(|option| option.name == key)
+    }
+
+    /// What was given for an option.
+    pub fn get(&self, key: &str) -> Option<&str> {
+        self.values.get_str(key)
+    }
+
+    /// A size that was given.
+    pub fn get_size(&self, key: &str) -> Option<u64> {
+        self.get(key).and_then(|text| text.parse().ok())
+    }
+
+    /// What goes to the format's `create`.
+    pub fn for_format(&self) -> Result<Options, Failure> {
+        let mut options = self.values.clone();
+        for key in &self.storage {
+            match options.take_str(key)?.as_deref() {
+                None | Some("off" | "0") => {}
+                Some(value) => {
+                    return Err(Failure::new(format!(
+                        "{key}={value} is not supported for images of format '{}'",
+                        self.format
+                    )));
+                }
+            }
+        }
+        Ok(options)
+    }
+
+    /// The line that says what is being made.
+    pub fn describe(&self, filename: &str) -> String {
+        use std::fmt::Write as _;
+        let mut line = format!("Formatting '{filename}', fmt={}", self.format);
+        let order = display_order(&self.format);
+        let mut show = |key: &str, value: &str| {
+            let _ = write!(line, " {key}={}", value.replace(',', ",,"));
+        };
+        for (key, default) in order {
+            if let Some(value) = self.get(key).or(default.filter(|_| self.takes(key))) {
+                show(key, value);
+            }
+        }
+        for option in &self.known {
+            if !order.iter().any(|(key, _)| *key == option.name)
+                && let Some(value) = self.get(option.name)
+            {
+                show(option.name, value);
+            }
+        }
+        line
+    }
+
+    /// Prints what `-o help` asks for.
+    pub fn print_help(&self, with_storage: bool) {
+        if with_storage {
+            say!("Supported options:");
+        } else {
+            say!("Supported {} options:", self.format);
+        }
+        let mut known: Vec<&CreateOption> = self.known.iter().collect();
+        known.sort_by_key(|option| option.name);
+        for option in known {
+            say!("  {:22} - {}", format!("{}=<{}>", option.name, option.kind), option.help);
+        }
+        if !with_storage {
+            say!(
+                "\nThe protocol level may support further options.\n\
+                 Specify the target filename to include those options."
+            );
+        }
+    }
+}
+
+/// Nested options as dotted keys again: `-o` has none that nest.
+fn flatten(map: serde_json::Map<String, Value>) -> Vec<(String, Value)> {
+    let mut flat = Vec::new();
+    for (key, value) in map {
+        match value {
+            Value::Object(inner) => {
+                for (rest, value) in flatten(inner) {
+                    flat.push((format!("{key}.{rest}"), value));
+                }
+            }
+            other => flat.push((key, other)),
+        }
+    }
+    flat
+}
+
+/// The driver that stores `filename`.
+pub fn protocol_of(registry: &Registry, filename: &str) -> Result<String, Failure> {
+    let options = registry.filename_options(filename)?;
+    Ok(options.get_str("driver").unwrap_or("file").to_owned())
+}

@@ -1,0 +1,253 @@
+//! `blk info`: what an image says of itself. The files that it names are opened only for `--backing-chain`.
+
+use std::sync::Arc;
+
+use block_core::{
+    BlockHandle, ChildRole, Node, PermissionSet, image::ImageInfo, resolve_name,
+};
+use serde_json::{Map, Value, json};
+
+use super::{
+    Command,
+    args::{FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, OUTPUT, OutputFormat, one_image, output_format},
+};
+use crate::common::{
+    failure::{Failure, Outcome},
+    getopt::{Opt, Parsed},
+    json,
+    open::{self, Access, ImageSpec},
+    output::say,
+    session::Session,
+    size::human_size,
+};
+
+pub const COMMAND: Command = Command {
+    name: "info",
+    about: "Show what an image says of itself. Files that it names are not opened.",
+    usage: "[-f FMT | --image-opts] [--backing-chain] [-U] [--output human|json] FILE",
+    options: &[
+        FORMAT,
+        IMAGE_OPTS,
+        Opt::flag('b', "backing-chain", "also show the backing file, its backing file, …"),
+        FORCE_SHARE,
+        OUTPUT,
+        OBJECT,
+    ],
+    run: |session, parsed| session.run(execute(session, parsed)),
+};
+
+/// The longest chain that is followed.
+const MAX_CHAIN: usize = 256;
+
+async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
+    let output = output_format(parsed, "info")?;
+    let image = one_image(parsed, "info")?;
+    let follow = parsed.has("backing-chain");
+    let access = Access {
+        no_backing: true,
+        force_share: parsed.has("force-share"),
+        ..Access::default()
+    };
+    let mut seen: Vec<String> = Vec::new();
+    let mut layers = Vec::new();
+    let mut next = Some((image.name.to_owned(), image.format.map(str::to_owned)));
+    while let Some((name, format)) = next.take() {
+        if seen.contains(&name) || seen.len() == MAX_CHAIN {
+            return Err(Failure::new(format!(
+                "Backing file '{name}' creates an infinite loop."
+            )));
+        }
+        let spec = ImageSpec {
+            name: &name,
+            format: format.as_deref(),
+            image_opts: image.image_opts && seen.is_empty(),
+        };
+        let handle = open::open(session, spec, access).await?;
+        let layer = Layer::read(session, &handle).await?;
+        handle.close().await?;
+        if follow && let Some(backing) = layer.full_backing.clone() {
+            next = Some((backing, layer.info.backing_format.clone()));
+        }
+        seen.push(name);
+        layers.push(layer);
+    }
+    match output {
+        OutputFormat::Json => {
+            let mut list: Vec<Value> = layers.iter().map(Layer::to_json).collect();
+            let value = if follow { Value::Array(list) } else { list.remove(0) };
+            say!("{}", json::pretty(&value));
+        }
+        OutputFormat::Human => {
+            for (index, layer) in layers.iter().enumerate() {
+                if index > 0 {
+                    say!("");
+                }
+                layer.print();
+            }
+        }
+    }
+    Ok(0)
+}
+
+/// What is shown of one node.
+struct Layer {
+    filename: String,
+    driver: &'static str,
+    length: u64,
+    actual_size: Option<u64>,
+    full_backing: Option<String>,
+    info: ImageInfo,
+    children: Vec<(String, Layer)>,
+}
+
+impl Layer {
+    async fn read(session: &Session, handle: &BlockHandle) -> Result<Self, Failure> {
+        let info = handle.info().await?;
+        Self::of_node(session, &handle.node(), info).await
+    }
+
+    async fn of_node(
+        session: &Session,
+        node: &Arc<Node>,
+        mut info: ImageInfo,
+    ) -> Result<Self, Failure> {
+        let mut children = Vec::new();
+        let mut sum: Option<u64> = None;
+        // Latest first, as qemu lists them.
+        let edges: Vec<_> = node.edges().iter().cloned().collect();
+        for edge in edges.iter().rev().filter(|edge| edge.role != ChildRole::Backing) {
+            let child = edge.child.node();
+            let handle = session.graph.attach(child, PermissionSet::NONE, "info")?;
+            let layer = Box::pin(Self::read(session, &handle)).await?;
+            drop(handle);
+            if let Some(size) = layer.actual_size {
+                sum = Some(sum.unwrap_or(0).saturating_add(size));
+            }
+            children.push((edge.name.clone(), layer));
+        }
+        if session.program.is_qemu()
+            && let Some((kind, data)) = &mut info.format_specific
+            && matches!(kind.as_str(), "file" | "host_device")
+        {
+            // How our own storage works is nothing that qemu-img would show.
+            *data = Value::Object(Map::new());
+        }
+        let filename = node.filename().unwrap_or_default();
+        Ok(Self {
+            full_backing: info.backing_filename.as_deref().map(|name| resolve_name(&filename, name)),
+            actual_size: info.actual_size.or(sum),
+            filename,
+            driver: node.driver().name(),
+            length: node.length(),
+            info,
+            children,
+        })
+    }
+
+    fn to_json(&self) -> Value {
+        let info = &self.info;
+        let mut map = Map::new();
+        let children: Vec<Value> = self
+            .children
+            .iter()
+            .map(|(name, child)| json!({"name": name, "info": child.to_json()}))
+            .collect();
+        map.insert("children".into(), children.into());
+        let mut set = |key: &str, value: Option<Value>| {
+            if let Some(value) = value {
+                map.insert(key.to_owned(), value);
+            }
+        };
+        set("backing-filename-format", info.backing_format.clone().map(Into::into));
+        set("virtual-size", Some(self.length.into()));
+        set("filename", Some(self.filename.clone().into()));
+        set("cluster-size", info.cluster_size.map(Into::into));
+        set("format", Some(self.driver.into()));
+        set("actual-size", self.actual_size.map(Into::into));
+        set("encrypted", info.encrypted.then(|| true.into()));
+        set("compressed", info.compressed.then(|| true.into()));
+        if let Some((kind, data)) = &info.format_specific {
+            set("format-specific", Some(json!({"type": kind, "data": data})));
+        }
+        set("full-backing-filename", self.full_backing.clone().map(Into::into));
+        set("backing-filename", info.backing_filename.clone().map(Into::into));
+        set("dirty-flag", Some(info.dirty.into()));
+        Value::Object(map)
+    }
+
+    fn print(&self) {
+        let info = &self.info;
+        say!("image: {}", self.filename);
+        say!("file format: {}", self.driver);
+        say!("virtual size: {} ({} bytes)", human_size(self.length), self.length);
+        let disk = self.actual_size.map_or("unavailable".to_owned(), human_size);
+        say!("disk size: {disk}");
+        if info.encrypted {
+            say!("encrypted: yes");
+        }
+        if let Some(size) = info.cluster_size {
+            say!("cluster_size: {size}");
+        }
+        if info.dirty {
+            say!("cleanly shut down: no");
+        }
+        if let Some(name) = &info.backing_filename {
+            match &self.full_backing {
+                Some(full) if full != name => say!("backing file: {name} (actual path: {full})"),
+                _ => say!("backing file: {name}"),
+            }
+        }
+        if let Some(format) = &info.backing_format {
+            say!("backing file format: {format}");
+        }
+        self.print_specific("");
+        for (name, child) in &self.children {
+            child.print_child(&format!("/{name}"));
+        }
+    }
+
+    fn print_child(&self, path: &str) {
+        say!("Child node '{path}':");
+        say!("    filename: {}", self.filename);
+        say!("    protocol type: {}", self.driver);
+        say!("    file length: {} ({} bytes)", human_size(self.length), self.length);
+        let disk = self.actual_size.map_or("unavailable".to_owned(), human_size);
+        say!("    disk size: {disk}");
+        self.print_specific("    ");
+        for (name, child) in &self.children {
+            child.print_child(&format!("{path}/{name}"));
+        }
+    }
+
+    fn print_specific(&self, indent: &str) {
+        if let Some((_, Value::Object(data))) = &self.info.format_specific
+            && !data.is_empty()
+        {
+            say!("{indent}Format specific information:");
+            let indent = format!("{indent}    ");
+            for (key, value) in data {
+                print_value(&indent, &key.replace('-', " "), value);
+            }
+        }
+    }
+}
+
+fn print_value(indent: &str, key: &str, value: &Value) {
+    let inner = format!("{indent}    ");
+    match value {
+        Value::Object(map) => {
+            say!("{indent}{key}:");
+            for (key, value) in map {
+                print_value(&inner, &key.replace('-', " "), value);
+            }
+        }
+        Value::Array(list) => {
+            say!("{indent}{key}:");
+            for (index, value) in list.iter().enumerate() {
+                print_value(&inner, &format!("[{index}]"), value);
+            }
+        }
+        Value::String(text) => say!("{indent}{key}: {text}"),
+        other => say!("{indent}{key}: {other}"),
+    }
+}

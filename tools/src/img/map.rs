@@ -1,0 +1,178 @@
+//! `blk map`: where the content of an image is.
+
+use block_core::{BlockHandle, status::StatusFlags};
+
+use super::{
+    Command,
+    args::{FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, OUTPUT, OutputFormat, one_image, output_format},
+};
+use crate::common::{
+    failure::{Failure, Outcome},
+    getopt::{Opt, Parsed},
+    open::{self, Access},
+    output::{say, write_out},
+    session::Session,
+    size::{MAX_SIZE, parse_number},
+};
+
+pub const COMMAND: Command = Command {
+    name: "map",
+    about: "Show where the content of an image and its backing files is",
+    usage: "[-f FMT | --image-opts] [--start-offset N] [--max-length N] [-U] \
+            [--output human|json] FILE",
+    options: &[
+        FORMAT,
+        IMAGE_OPTS,
+        Opt::value('s', "start-offset", "N", "begin at this byte"),
+        Opt::value('l', "max-length", "N", "show so many bytes"),
+        FORCE_SHARE,
+        OUTPUT,
+        OBJECT,
+    ],
+    run: |session, parsed| session.run(execute(session, parsed)),
+};
+
+async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
+    let output = output_format(parsed, "map")?;
+    let start = match parsed.get("start-offset") {
+        Some(text) => parse_number("start offset", text, 0, MAX_SIZE)?,
+        None => 0,
+    };
+    let max = match parsed.get("max-length") {
+        Some(text) => parse_number("max length", text, 0, MAX_SIZE)?,
+        None => MAX_SIZE,
+    };
+    let image = one_image(parsed, "map")?;
+    let access = Access { force_share: parsed.has("force-share"), ..Access::default() };
+    let handle = open::open(session, image, access).await?;
+    let end = handle.length().min(start.saturating_add(max));
+    if output == OutputFormat::Human {
+        say!("{:16}{:16}{:16}File", "Offset", "Length", "Mapped to");
+    }
+    let mut printer = Printer { output, first: true };
+    let mut current: Option<Extent> = None;
+    let mut offset = start;
+    while offset < end {
+        let next = Extent::read(&handle, offset, end - offset).await?;
+        offset += next.length;
+        match &mut current {
+            Some(extent) if extent.continues_with(&next) => extent.length += next.length,
+            _ => {
+                if let Some(extent) = current.replace(next) {
+                    printer.print(&extent, false)?;
+                }
+            }
+        }
+    }
+    let last = current.unwrap_or(Extent { start, ..Extent::default() });
+    printer.print(&last, true)?;
+    handle.close().await?;
+    Ok(0)
+}
+
+/// A range whose bytes are all of one kind and in one place.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Extent {
+    start: u64,
+    length: u64,
+    depth: u32,
+    present: bool,
+    zero: bool,
+    data: bool,
+    compressed: bool,
+    offset: Option<u64>,
+    file: Option<String>,
+}
+
+impl Extent {
+    async fn read(handle: &BlockHandle, offset: u64, len: u64) -> Result<Self, Failure> {
+        let status = handle.block_status(offset, len).await.map_err(|error| {
+            Failure::context("Failed to read image metadata", &error)
+        })?;
+        if status.len == 0 {
+            return Err(Failure::new("Failed to read image metadata: the image has shrunk"));
+        }
+        let (file, place) = match &status.mapped {
+            Some((node, at)) if status.flags.contains(StatusFlags::OFFSET_VALID) => {
+                (node.filename(), Some(*at))
+            }
+            _ => (None, None),
+        };
+        Ok(Self {
+            start: offset,
+            length: status.len,
+            depth: status.depth,
+            present: status.is_allocated(),
+            zero: status.is_zero(),
+            data: status.flags.contains(StatusFlags::DATA),
+            compressed: status.flags.contains(StatusFlags::COMPRESSED),
+            offset: place,
+            file,
+        })
+    }
+
+    fn continues_with(&self, next: &Self) -> bool {
+        let follows = match (self.offset, next.offset) {
+            (Some(at), Some(next)) => at + self.length == next,
+            (None, None) => true,
+            _ => false,
+        };
+        follows
+            && self.start + self.length == next.start
+            && self.depth == next.depth
+            && self.present == next.present
+            && self.zero == next.zero
+            && self.data == next.data
+            && self.compressed == next.compressed
+            && self.file == next.file
+    }
+}
+
+struct Printer {
+    output: OutputFormat,
+    first: bool,
+}
+
+impl Printer {
+    fn print(&mut self, extent: &Extent, last: bool) -> Result<(), Failure> {
+        match self.output {
+            OutputFormat::Human => print_human(extent),
+            OutputFormat::Json => {
+                let Extent { start, length, depth, present, zero, data, compressed, .. } = extent;
+                let place = match extent.offset {
+                    Some(offset) => format!(", \"offset\": {offset}"),
+                    None => String::new(),
+                };
+                write_out(format_args!(
+                    "{}{{ \"start\": {start}, \"length\": {length}, \"depth\": {depth}, \
+                     \"present\": {present}, \"zero\": {zero}, \"data\": {data}, \
+                     \"compressed\": {compressed}{place}}}{}\n",
+                    if self.first { "[" } else { "" },
+                    if last { "]" } else { "," }
+                ));
+                self.first = false;
+                Ok(())
+            }
+        }
+    }
+}
+
+fn print_human(extent: &Extent) -> Result<(), Failure> {
+    if !extent.data || extent.zero {
+        return Ok(());
+    }
+    let Some(offset) = extent.offset else {
+        return Err(Failure::new(
+            "File contains external, encrypted or compressed clusters.",
+        ));
+    };
+    let hex = |value: u64| if value == 0 { "0".to_owned() } else { format!("{value:#x}") };
+    say!(
+        "{:16}{:16}{:16}{}",
+        hex(extent.start),
+        hex(extent.length),
+        hex(offset),
+        extent.file.as_deref().unwrap_or_default()
+    );
+    Ok(())
+}

@@ -1,0 +1,102 @@
+//! `blk create`, `info`, `check`, …: the commands of `qemu-img`, one file each.
+
+mod args;
+mod bench;
+mod check;
+mod commit;
+mod compare;
+mod convert;
+mod create;
+mod create_options;
+mod info;
+mod map;
+mod measure;
+mod rebase;
+mod resize;
+
+use crate::common::{
+    failure::Failure,
+    getopt::{self, Opt, Parsed, Stop},
+    output::write_out,
+    program::Program,
+    session::Session,
+};
+
+/// One command.
+pub struct Command {
+    /// What it is called by.
+    pub name: &'static str,
+    /// What it does, in a line.
+    pub about: &'static str,
+    /// Its arguments.
+    pub usage: &'static str,
+    /// Its options.
+    pub options: &'static [Opt],
+    /// Runs it; gives the exit status.
+    pub run: fn(&Session, &Parsed) -> u8,
+}
+
+/// All commands.
+pub const COMMANDS: &[Command] = &[
+    bench::COMMAND,
+    check::COMMAND,
+    commit::COMMAND,
+    compare::COMMAND,
+    convert::COMMAND,
+    create::COMMAND,
+    info::COMMAND,
+    map::COMMAND,
+    measure::COMMAND,
+    rebase::COMMAND,
+    resize::COMMAND,
+];
+
+/// qemu-img's commands that have an issue of their own.
+const LATER: [&str; 4] = ["amend", "bitmap", "dd", "snapshot"];
+
+/// Runs the command `name`. `None` when there is none of that name.
+pub fn run(program: Program, name: &str, args: &[String]) -> Option<u8> {
+    if LATER.contains(&name) {
+        let failure = Failure::new(format!("The command '{name}' is not supported yet"));
+        failure.report(program);
+        return Some(1);
+    }
+    let command = COMMANDS.iter().find(|command| command.name == name)?;
+    // A negative size at the end of the line is no option.
+    let (args, last) = match args.split_last() {
+        Some((last, rest)) if name == "resize" && is_negative(last) => (rest, Some(last.clone())),
+        _ => (args, None),
+    };
+    let parsed = match getopt::parse(command.options, args, true) {
+        Ok(mut parsed) => {
+            parsed.free.extend(last);
+            parsed
+        }
+        Err(Stop::Help) => {
+            let call = format!("{} {name}", program.name());
+            let text = getopt::help(&call, command.about, command.usage, command.options);
+            write_out(format_args!("{text}"));
+            return Some(0);
+        }
+        Err(Stop::Bad(message)) => {
+            crate::common::output::complain!("{} {name}: {message}", program.name());
+            crate::common::output::complain!(
+                "Try '{} {name} --help' for more info",
+                program.name()
+            );
+            return Some(1);
+        }
+    };
+    match args::refuse_unsupported(&parsed).and_then(|()| Session::new(program)) {
+        Ok(session) => Some((command.run)(&session, &parsed)),
+        Err(failure) => {
+            failure.report(program);
+            Some(failure.code)
+        }
+    }
+}
+
+fn is_negative(text: &str) -> bool {
+    text.strip_prefix('-')
+        .is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
+}
