@@ -36,13 +36,10 @@ impl Scatter {
 }
 
 fn begin(tracker: &Tracker, range: TrackedRange, serialising: bool) -> Tracked {
-    match tracker
-        .begin(range, serialising, RequestKind::Write)
+    let pending = tracker.begin(range, serialising, RequestKind::Write);
+    pending
         .into_ready()
-    {
-        Ok(tracked) => tracked,
-        Err(_) => panic!("the benchmark's requests are not in each other's way"),
-    }
+        .expect("the benchmark's requests are not in each other's way")
 }
 
 /// Runs `work(thread, count, start)`, which prepares itself, calls `start`, and does `count` requests, on all

@@ -252,7 +252,7 @@ async fn open_driver(
 fn no_node(name: &str) -> Error {
     Error::new(
         ErrorKind::NotFound,
-        format!("Cannot find device='' nor node-name='{name}'"),
+        format!("Cannot find device='{name}' nor node-name='{name}'"),
     )
     .with_operation(Operation::Open, 0, 0)
 }

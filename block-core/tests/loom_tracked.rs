@@ -440,7 +440,7 @@ fn a_refused_request_strands_nobody() {
     });
 }
 
-fn copy<'a>(tracker: &'a Tracker, serialising: bool) -> PairEnd<'a> {
+fn copy(tracker: &Tracker, serialising: bool) -> PairEnd<'_> {
     PairEnd {
         tracker,
         range: ALL,

@@ -187,6 +187,8 @@ impl Copier<'_> {
         let range = self.reservation.range();
         let end = range.end().min(self.node.length());
         let mut at = range.start();
+        // Whole clusters fit a chunk.
+        let chunk = CHUNK.max(self.node.limits().serialising_granularity);
         while at < end {
             let wanted = end - at;
             let (allocated, known) = chain::is_allocated_at(self.node.node(), at, wanted).await?;
@@ -196,7 +198,7 @@ impl Copier<'_> {
                 self.read_through(at, known).await?;
                 at += known;
             } else {
-                at += self.copy(at, known.min(CHUNK)).await?;
+                at += self.copy(at, known.min(chunk)).await?;
             }
         }
         // Whatever lies beyond the end of the node.
@@ -228,20 +230,29 @@ impl Copier<'_> {
         }
     }
 
-    /// Copies the start of `len` unallocated bytes at `at`, and tells how much.
+    /// Copies the start of `len` unallocated bytes at `at`, which begins a cluster, and tells how much: whole clusters,
+    /// or all of it.
     async fn copy(&mut self, at: u64, len: u64) -> Result<u64> {
         let flags = RequestFlags::WRITE_UNCHANGED;
+        let cluster = self.node.limits().serialising_granularity.max(1);
         let status = self.reservation.block_status(at, len).await?;
-        let len = status.len.min(len);
-        advance(at, len)?;
-        if status.is_zero() {
-            self.reservation.write_zeroes(at, len, flags).await?;
-            self.done.zeroed += len;
-            if let Some((_, mut piece)) = self.destination(at, len) {
+        let known = status.len.min(len);
+        advance(at, known)?;
+        let zeroes = if known == len {
+            len
+        } else {
+            known - known % cluster
+        };
+        if status.is_zero() && zeroes > 0 {
+            self.reservation.write_zeroes(at, zeroes, flags).await?;
+            self.done.zeroed += zeroes;
+            if let Some((_, mut piece)) = self.destination(at, zeroes) {
                 piece.fill(0);
             }
-            return Ok(len);
+            return Ok(zeroes);
         }
+        // Holes in the storage below may be smaller than clusters: those are copied as data.
+        let len = known.next_multiple_of(cluster).min(len);
         let (lent, whole) = Buffer::try_new(len as usize)?.lend();
         self.reservation.read(at, whole).await?;
         let data = lent

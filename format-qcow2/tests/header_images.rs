@@ -41,7 +41,7 @@ fn a_header_is_refused_with_the_words_of_qemu_img() {
         ("cluster_bits 63", |image| image.put(23, &[63])),
         ("header_length 103", |image| image.put(103, &[103])),
         ("header_length 65537", |image| {
-            image.put(100, &65537u32.to_be_bytes())
+            image.put(100, &65537u32.to_be_bytes());
         }),
         ("backing_file_offset", |image| image.put64(8, 65537)),
         ("backing name too long", |image| {
@@ -53,50 +53,47 @@ fn a_header_is_refused_with_the_words_of_qemu_img() {
             image.put(16, &2u32.to_be_bytes());
         }),
         ("extension too large", |image| {
-            image.put(116, &u32::MAX.to_be_bytes())
+            image.put(116, &u32::MAX.to_be_bytes());
         }),
         ("extension a little too large", |image| {
-            image.put(116, &65417u32.to_be_bytes())
+            image.put(116, &65417u32.to_be_bytes());
         }),
         ("unknown feature", |image| image.put64(72, 1 << 40)),
         ("two unknown features", |image| {
-            image.put64(72, 1 << 40 | 1 << 63)
+            image.put64(72, 1 << 40 | 1 << 63);
         }),
         ("compression type without its bit", |image| {
-            image.put(104, &[1])
+            image.put(104, &[1]);
         }),
         ("compression bit without a type", |image| image.put64(72, 8)),
         ("refcount_order 7", |image| image.put(99, &[7])),
         ("no refcount table", |image| {
-            image.put(56, &0u32.to_be_bytes())
+            image.put(56, &0u32.to_be_bytes());
         }),
         ("refcount table too large", |image| {
-            image.put(56, &129u32.to_be_bytes())
+            image.put(56, &129u32.to_be_bytes());
         }),
         ("refcount table unaligned", |image| {
-            image.put64(48, 65536 + 512)
+            image.put64(48, 65536 + 512);
         }),
         ("refcount table overflows", |image| {
-            image.put64(48, 0x7fff_ffff_ffff_0000)
+            image.put64(48, 0x7fff_ffff_ffff_0000);
         }),
         ("too many snapshots", |image| {
-            image.put(60, &65537u32.to_be_bytes())
+            image.put(60, &65537u32.to_be_bytes());
         }),
         ("snapshots unaligned", |image| {
             image.put(60, &1u32.to_be_bytes());
             image.put64(64, 512);
         }),
         ("absurd L1 size", |image| {
-            image.put(36, &u32::MAX.to_be_bytes())
+            image.put(36, &u32::MAX.to_be_bytes());
         }),
         ("L1 unaligned", |image| image.put64(40, 3 * 65536 + 8)),
         ("L1 too small", |image| image.put64(24, 1 << 40)),
         ("absurd size", |image| image.put64(24, 1 << 63)),
         ("encryption method 3", |image| image.put(35, &[3])),
         ("LUKS without a header", |image| image.put(35, &[2])),
-        ("raw data file without a data file", |image| {
-            image.put64(88, 2)
-        }),
     ];
     for (name, damage) in damages {
         let image = Image::create("size=64M").unwrap();

@@ -3,7 +3,6 @@
 
 mod common;
 
-use std::sync::Arc;
 
 use block_core::{
     BlockHandle, RequestFlags,
@@ -21,20 +20,27 @@ use rand::{Rng, SeedableRng, rngs::SmallRng};
 #[derive(Debug, Clone, Copy)]
 struct Version {
     value: u8,
-    /// Position in the storage's log when it was submitted, and when it had completed.
+    /// Position in the storage's log when it was submitted.
     submitted: usize,
-    completed: usize,
+    /// The clock's time when it had completed.
+    completed: u64,
 }
 
 #[derive(Default)]
 struct History {
     /// For each block of 512 bytes.
     blocks: Vec<Vec<Version>>,
-    /// Positions of guest flushes: begun, completed.
-    flushes: Vec<(usize, usize)>,
+    /// Guest flushes: the clock's time when it began, the position in the log when it had completed.
+    flushes: Vec<(u64, usize)>,
+    clock: u64,
 }
 
 impl History {
+    fn tick(&mut self) -> u64 {
+        self.clock += 1;
+        self.clock
+    }
+
     /// What a block may hold after a cut at `cut`.
     fn allowed(&self, block: usize, cut: usize) -> Vec<u8> {
         let durable = self
@@ -87,15 +93,15 @@ async fn guest(
             _ => continue,
         };
         done.unwrap();
-        let completed = storage.position();
         {
             let mut history = history.lock();
+            let completed = history.tick();
             for block in at / 512..(at + len) / 512 {
                 history.blocks[block].push(Version { value, submitted, completed });
             }
         }
         if rng.random_bool(0.05) {
-            let begun = storage.position();
+            let begun = history.lock().tick();
             handle.flush().await.unwrap();
             history.lock().flushes.push((begun, storage.position()));
         }
@@ -136,7 +142,7 @@ fn storm_and_cut(options: &str, open: &str, seed: u64, cuts: usize) -> u64 {
     let storage = Storage::new(start.clone());
     storage.state.lock().keep_log = true;
     storage.set_dawdle(12);
-    let history = Mutex::new(History { blocks: vec![Vec::new(); size / 512], flushes: Vec::new() });
+    let history = Mutex::new(History { blocks: vec![Vec::new(); size / 512], ..History::default() });
     let batches = rig.block_on(async {
         let handle = rig.open_storage(&storage, open).await.unwrap();
         join_all((0..TASKS).map(|task| guest(&handle, &storage, &history, task, seed))).await;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use block_core::{
     Error, ErrorKind, Result,
-    driver::{ChildRole, DriverKind, Preallocation, Truncate},
+    driver::{Capabilities, ChildRole, DriverKind, Preallocation, Truncate},
     options::Options,
     registry::{CreateContext, CreateOption, DriverFactory, Measure, OpenContext, Opened},
     request::Child,
@@ -42,7 +42,10 @@ impl DriverFactory for RawFactory {
         let guard = context
             .probed
             .then(|| Guard::new(Arc::clone(context.registry())));
-        let driver = RawDriver::new(window, context.node.read_only, &child, guard);
+        // The storage may have fallen back to read-only.
+        let writable = child.driver().capabilities().contains(Capabilities::WRITE);
+        let read_only = context.node.read_only || (context.node.auto_read_only && !writable);
+        let driver = RawDriver::new(window, read_only, &child, guard);
         Ok(Opened {
             driver: Arc::new(driver),
             edges: vec![(ChildRole::DataFile, "file".to_owned(), file)],

@@ -86,6 +86,15 @@ impl DriverFactory for VmdkFactory {
     }
 }
 
+/// Whether the image is opened read-only: because the user said so, or because its storage fell back to that.
+fn is_read_only(context: &OpenContext, storage: &Child) -> bool {
+    let writable = storage
+        .driver()
+        .capabilities()
+        .contains(Capabilities::WRITE);
+    context.node.read_only || (context.node.auto_read_only && !writable)
+}
+
 async fn open_sparse(
     context: &OpenContext,
     options: &mut Options,
@@ -108,7 +117,7 @@ async fn open_sparse(
             "the newline characters in the header are damaged: was the file copied in text mode?"
         );
     }
-    let mut read_only = context.node.read_only;
+    let mut read_only = is_read_only(context, file);
     let geometry = match Geometry::new(&header, file.length(), !read_only) {
         Err(_) if !read_only && context.node.auto_read_only => {
             read_only = true;
@@ -200,7 +209,7 @@ async fn open_text(
         },
         descriptor,
         create_type,
-        context.node.read_only,
+        is_read_only(context, &child),
         zero_init,
     );
     let edges = vec![(ChildRole::DataFile, FLAT_EDGE.to_owned(), data)];

@@ -149,12 +149,11 @@ pub enum Group {
     Status,
     Race,
     Cancel,
-    Storm,
 }
 
 impl Group {
     /// All of them.
-    pub const ALL: [Self; 5] = [Self::Rw, Self::Status, Self::Race, Self::Cancel, Self::Storm];
+    pub const ALL: [Self; 4] = [Self::Rw, Self::Status, Self::Race, Self::Cancel];
 
     /// Its name on the command line.
     pub const fn name(self) -> &'static str {
@@ -163,7 +162,6 @@ impl Group {
             Self::Status => "status",
             Self::Race => "race",
             Self::Cancel => "cancel",
-            Self::Storm => "storm",
         }
     }
 }
@@ -181,6 +179,8 @@ pub struct Case {
     pub proves: String,
     /// Whether its graph has the gate. Cases without are about a driver's own safeguards.
     pub gate: bool,
+    /// The request alignment of its storage, in bytes.
+    pub alignment: u64,
     run: Arc<CaseFn>,
 }
 
@@ -206,6 +206,7 @@ impl Case {
             group,
             proves: proves.into(),
             gate: true,
+            alignment: 1,
             run: Arc::new(move |scene| run(scene).boxed()),
         }
     }
@@ -214,6 +215,13 @@ impl Case {
     #[must_use]
     pub fn without_gate(mut self) -> Self {
         self.gate = false;
+        self
+    }
+
+    /// On storage whose requests must be aligned to so many bytes.
+    #[must_use]
+    pub fn on_alignment(mut self, alignment: u64) -> Self {
+        self.alignment = alignment;
         self
     }
 }
@@ -298,7 +306,7 @@ pub fn run(
                 seed,
                 order: if seed == 0 { Order::Fifo } else { Order::Random },
                 gate: case.gate,
-                alignment: 1,
+                alignment: case.alignment,
             },
         ),
         format: format.clone(),

@@ -13,6 +13,7 @@
 //! | [`basic`] | what every driver must do |
 //! | [`race`] | storms: thousands of interleaved commands |
 //! | [`cancel`] | any case again, with one request dropped at each of its await points |
+//! | [`external`] | the installed qemu tools as a second opinion |
 //! | [`cli`] | the program |
 //!
 //! A case never names a format: what a driver declares selects the cases, and what it doesn't declare is reported as not
@@ -25,6 +26,7 @@ pub mod cancel;
 pub mod case;
 pub mod cases;
 pub mod cli;
+pub mod external;
 pub mod lab;
 pub mod memdriver;
 pub mod oracle;

@@ -139,7 +139,8 @@ impl Backup {
             above: below,
             unmap: true,
             compress: options.compress,
-            ask_target: true,
+            // What shows through from a backing file may change: it has to be hidden.
+            ask_target: target.backing().is_none(),
             serialise_target: true,
         };
         let state = BackupState::new(to_copy, copier.clone(), options.on_cbw_error, counters);

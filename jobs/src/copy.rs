@@ -268,6 +268,8 @@ impl Engine {
                 }
             },
         };
+        self.rate
+            .account(self.job.env().now(), self.speed, chunk.len);
         let copy = plan.copy(chunk);
         self.bytes_in_flight += chunk.len;
         self.in_flight
@@ -300,7 +302,7 @@ impl Engine {
             Ok(copied) => {
                 self.job.counters_live().chunk(&copied);
                 self.rate
-                    .account(self.job.env().now(), self.speed, copied.moved());
+                    .give_back(self.speed, chunk.len.saturating_sub(copied.moved()));
                 plan.copied(&self.job, chunk, &copied);
                 Ok(())
             }

@@ -187,7 +187,7 @@ impl BlockDriver for CopyBeforeWrite {
             ChildRole::Target if phase == STOPPED => PermissionSet::NONE,
             ChildRole::Target => PermissionSet::new(Permissions::WRITE, Permissions::all()),
             // While it is put in or taken out nobody uses it, and others may write.
-            _ if phase != WORKING => parents,
+            _ if phase != WORKING || parents.used.is_empty() => parents,
             // All writers have to come this way.
             _ => PermissionSet::new(
                 parents.used | Permissions::CONSISTENT_READ,

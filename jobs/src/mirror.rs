@@ -141,7 +141,6 @@ pub(crate) struct Mirror {
     freeze: Option<FreezeGuard>,
     inconsistent: Vec<BlockHandle>,
     claims: Vec<JobClaim>,
-    engine: Option<Engine>,
     policies: Policies,
     buffer_size: u64,
     finalising: Arc<futures::lock::Mutex<()>>,
@@ -263,7 +262,6 @@ impl Mirror {
             transfer: None,
             inconsistent: Vec::new(),
             claims,
-            engine: None,
             policies: Policies {
                 read: options.on_source_error,
                 write: options.on_target_error,
@@ -297,7 +295,9 @@ impl Mirror {
                 above: base,
                 unmap: self.state.unmap,
                 compress: false,
-                ask_target: true,
+                // What shows through from a backing file may change, or get another one: it has to be hidden.
+                ask_target: self.target_backing == TargetBacking::Keep
+                    && self.target.backing().is_none(),
                 serialise_target: false,
             },
             watch: Some(Watch::new(&self.source, granularity)?),
@@ -343,7 +343,7 @@ impl Mirror {
             } else {
                 let status = source.block_status(at, len).await?;
                 len = advance(status.len, len)?;
-                if status.is_zero() {
+                if status.is_zero() && transfer.copier.ask_target {
                     let there = target.block_status(at, len).await?;
                     len = advance(there.len, len)?;
                     !there.is_zero()
@@ -475,7 +475,6 @@ impl Mirror {
         }
         self.withdrawn = true;
         self.state.stop();
-        self.engine = None;
         self.transfer = None;
         self.freeze = None;
         self.inconsistent.clear();
@@ -506,16 +505,11 @@ impl JobDriver for Mirror {
         self.state.write_through();
         drop(transfer);
         let mut engine = Engine::new(job, self.policies, self.buffer_size);
-        let result = self.follow(job, &mut engine).await;
-        self.engine = Some(engine);
-        result
+        self.follow(job, &mut engine).await
     }
 
     async fn prepare(&mut self, job: &Arc<Job>) -> Result<()> {
-        let mut engine = self
-            .engine
-            .take()
-            .ok_or_else(|| refused("the mirror never ran"))?;
+        let mut engine = Engine::new(job, self.policies, self.buffer_size);
         self.last_step(job, &mut engine).await
     }
 

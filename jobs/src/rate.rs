@@ -23,21 +23,34 @@ impl RateLimit {
         (ahead >= SLICE).then(|| ahead - SLICE + Duration::from_millis(1))
     }
 
-    /// `bytes` were let through at `now`.
+    /// `bytes` are let through at `now`.
     pub(crate) fn account(&mut self, now: Duration, speed: u64, bytes: u64) {
         if speed == 0 {
             self.paid_until = now;
             return;
         }
-        let nanos = u128::from(bytes) * 1_000_000_000 / u128::from(speed);
-        let price = Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
-        self.paid_until = self.paid_until.max(now).saturating_add(price);
+        self.paid_until = self
+            .paid_until
+            .max(now)
+            .saturating_add(price(speed, bytes));
+    }
+
+    /// `bytes` of what was let through turned out not to be moved.
+    pub(crate) fn give_back(&mut self, speed: u64, bytes: u64) {
+        if speed != 0 {
+            self.paid_until = self.paid_until.saturating_sub(price(speed, bytes));
+        }
     }
 
     /// The limit was changed: what is owed under the old one is forgotten.
     pub(crate) fn reset(&mut self, now: Duration) {
         self.paid_until = self.paid_until.min(now);
     }
+}
+
+fn price(speed: u64, bytes: u64) -> Duration {
+    let nanos = u128::from(bytes) * 1_000_000_000 / u128::from(speed);
+    Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
 }
 
 #[cfg(test)]

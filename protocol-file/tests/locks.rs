@@ -286,6 +286,29 @@ fn closing_gives_locks_back_even_if_the_descriptor_lives_on_elsewhere() {
 }
 
 #[test]
+fn a_driver_that_is_dropped_without_being_closed_gives_its_locks_back() {
+    let sets = FdSets::new();
+    let bed = Bed::with(Place::Disk, FileFactory::new().with_fd_sets(sets.clone()));
+    let name = bed.file("a", 4096);
+    let fd = OwnedFd::from(File::options().read(true).write(true).open(&name).unwrap());
+    let set = sets.add(None, fd);
+    let node = bed.node(json!({"filename": FdSets::name(set)}));
+    let handle = bed.attach(&node, format_rw()).unwrap();
+    drop(node);
+    // The program goes away without tidying up; the descriptor that it was given stays open.
+    let Bed {
+        dir: _dir,
+        graph,
+        registry,
+        files,
+    } = bed;
+    drop((graph, registry, files));
+    assert_eq!(locked_bytes(&name), [100, 101, 103, 201, 203]);
+    drop(handle);
+    assert_eq!(locked_bytes(&name), [0; 0]);
+}
+
+#[test]
 fn creating_over_an_image_in_use_is_refused_and_harms_nothing() {
     let bed = Bed::new(Place::Disk);
     let name = bed.file("a", 4096);

@@ -1,2 +1,86 @@
-//! placeholder
-fn main() {}
+//! `blk`: create, inspect, check, convert and exercise disk images. Called as `qemu-img` (through a symbolic link) it
+//! behaves as that program does.
+//!
+//! This file finds out which program and which command is meant, and nothing else.
+
+#![forbid(unsafe_code)]
+#![allow(missing_docs, reason = "a program has no users of its items")]
+
+mod common;
+mod img;
+
+use std::process::ExitCode;
+
+use common::{
+    output::{complain, say, write_out},
+    program::Program,
+};
+
+fn main() -> ExitCode {
+    let mut args = std::env::args_os().map(|arg| arg.to_string_lossy().into_owned());
+    let argv0 = args.next().unwrap_or_default();
+    let args: Vec<String> = args.collect();
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+        .with_writer(std::io::stderr)
+        .init();
+    Program::set_argv0(&argv0);
+    ExitCode::from(dispatch(Program::from_argv0(&argv0), &args))
+}
+
+fn dispatch(program: Program, args: &[String]) -> u8 {
+    let (name, argv0) = (program.name(), program.argv0());
+    let usage = |message: String| {
+        complain!("{message}");
+        complain!("Try '{argv0} --help' for more info");
+        1
+    };
+    let mut rest = args.iter();
+    while let Some(arg) = rest.next() {
+        match arg.as_str() {
+            "-h" | "--help" => {
+                help(program);
+                return 0;
+            }
+            "-V" | "--version" => {
+                say!("{}", program.version());
+                return 0;
+            }
+            // qemu's tracing: RUST_LOG takes its place.
+            "-T" | "--trace" => {
+                if rest.next().is_none() {
+                    return usage(format!("{argv0}: option requires an argument -- 'T'"));
+                }
+            }
+            long if long.starts_with("--") && long.len() > 2 => {
+                return usage(format!("{argv0}: unrecognized option '{long}'"));
+            }
+            short if short.starts_with('-') && short.len() > 1 => {
+                let option = short.chars().nth(1).unwrap_or('-');
+                return usage(format!("{argv0}: invalid option -- '{option}'"));
+            }
+            command => {
+                let args: Vec<String> = rest.cloned().collect();
+                return img::run(program, command, &args)
+                    .unwrap_or_else(|| usage(format!("{name}: Command not found: {command}")));
+            }
+        }
+    }
+    usage(format!("{name}: Not enough arguments"))
+}
+
+fn help(program: Program) {
+    let name = program.argv0();
+    write_out(format_args!(
+        "{}\nDisk images: qcow2, raw and VMDK.\n\nUsage: {name} COMMAND [OPTIONS]\n       {name} COMMAND --help\n\nCommands:\n",
+        program.version()
+    ));
+    for command in img::COMMANDS {
+        let about = command.about.split(". ").next().unwrap_or_default();
+        say!("  {:10} {}", command.name, about.trim_end_matches('.'));
+    }
+    say!(
+        "\nOptions:\n  -h, --help     print this help and exit\n  -V, --version  print the version and exit\n\n\
+         Environment:\n  RUST_LOG       what is logged to standard error (error, warn, info, debug, trace)"
+    );
+}

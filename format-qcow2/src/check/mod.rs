@@ -74,7 +74,7 @@ pub async fn run(
 
 /// Refuses an image whose references can't all be counted.
 fn refuse(header: &Header) -> Result<()> {
-    header.refuse_unsupported(false).map_err(|error| {
+    header.check_open(false, true).map_err(|error| {
         let kind = error.kind();
         let reason = error.reason();
         let refused = Error::new(kind, format!("The image can't be checked: {reason}"))

@@ -158,7 +158,12 @@ impl Fields<'_> {
     }
 }
 
-fn invalid(message: &str, field: &str, value: impl std::fmt::Display, allowed: &str) -> Error {
+pub(super) fn invalid(
+    message: &str,
+    field: &str,
+    value: impl std::fmt::Display,
+    allowed: &str,
+) -> Error {
     Error::invalid(message).with_field(field, value, allowed)
 }
 
@@ -212,7 +217,7 @@ impl Header {
     /// Reads the header from the image's first cluster, whose missing bytes count as zeroes.
     ///
     /// All checks of the digest's section 11 that need no knowledge of how the image is to be used are made here; the
-    /// others are [`Self::check_open`].
+    /// others are in [`super::refusal`].
     pub fn decode(cluster: &[u8]) -> Result<Self> {
         let cluster_size = Self::cluster_size_of(cluster)?;
         let fields = Fields(cluster);
@@ -354,16 +359,6 @@ impl Header {
                 "2 only with a LUKS header extension",
             ));
         }
-        if header.autoclear.contains(Autoclear::RAW_DATA_FILE)
-            && !incompatible.contains(Incompatible::DATA_FILE)
-        {
-            return Err(invalid(
-                "data-file-raw requires a data file",
-                "autoclear_features",
-                format!("{:#x}", header.autoclear.bits()),
-                "bit 1 only with incompatible feature bit 2",
-            ));
-        }
         if backing_offset != 0 {
             let len = fields.u32(16) as usize;
             let most = MAX_BACKING_NAME.min(cluster_size - backing_offset);
@@ -466,115 +461,6 @@ impl Header {
                 "size",
                 self.size,
                 "below 2^63",
-            ));
-        }
-        Ok(())
-    }
-
-    /// What depends on how the image is opened: refuses a corrupt image for writing and one without refcounts, except
-    /// for a check, and everything that [`Self::refuse_unsupported`] refuses.
-    pub fn check_open(&self, read_only: bool, for_check: bool) -> Result<()> {
-        if !read_only && !for_check && self.incompatible.contains(Incompatible::CORRUPT) {
-            return Err(Error::new(
-                ErrorKind::AccessDenied,
-                "qcow2: Image is corrupt; cannot be opened read/write",
-            )
-            .with_field(
-                "incompatible_features",
-                format!("{:#x}", self.incompatible.bits()),
-                "bit 1 (corrupt) clear, or a read-only open",
-            ));
-        }
-        if !for_check && self.refcount_table_clusters == 0 {
-            return Err(invalid(
-                "Image does not contain a reference count table",
-                "refcount_table_clusters",
-                0,
-                "at least 1",
-            ));
-        }
-        self.refuse_unsupported(read_only)
-    }
-
-    /// Refuses what this driver can't handle yet, by name. Internal snapshots and persistent bitmaps do no harm to
-    /// readers; writing beside them would.
-    pub fn refuse_unsupported(&self, read_only: bool) -> Result<()> {
-        let refuse = |feature: &str, field: &str, value: String, allowed: &str| {
-            Err(
-                Error::unsupported(format!("Unsupported qcow2 feature(s): {feature}"))
-                    .with_field(field, value, allowed),
-            )
-        };
-        let missing =
-            Incompatible::DATA_FILE | Incompatible::COMPRESSION | Incompatible::EXTENDED_L2;
-        let unsupported = self.incompatible & missing;
-        if !unsupported.is_empty() {
-            let table = &self.extensions.feature_names;
-            let names = describe_features(FeatureKind::Incompatible, unsupported.bits(), table);
-            return refuse(
-                &names,
-                "incompatible_features",
-                format!("{:#x}", self.incompatible.bits()),
-                "dirty (bit 0) and corrupt (bit 1) in this version of the driver",
-            );
-        }
-        match self.crypt_method {
-            0 => {}
-            method => {
-                let name = if method == 1 {
-                    "AES encryption"
-                } else {
-                    "LUKS encryption"
-                };
-                return refuse(
-                    name,
-                    "crypt_method",
-                    method.to_string(),
-                    "0 in this version of the driver",
-                );
-            }
-        }
-        if !read_only && self.nb_snapshots > 0 {
-            return refuse(
-                "internal snapshots (the image can only be opened read-only)",
-                "nb_snapshots",
-                self.nb_snapshots.to_string(),
-                "0 for writing in this version of the driver",
-            );
-        }
-        if !read_only && let Some(bitmaps) = &self.extensions.bitmaps {
-            return refuse(
-                "persistent bitmaps (the image can only be opened read-only)",
-                "nb_bitmaps",
-                bitmaps.count.to_string(),
-                "none for writing in this version of the driver",
-            );
-        }
-        Ok(())
-    }
-
-    /// Refuses tables that lie beyond the end of a file of `file_len` bytes. QEMU opens such images and fails later.
-    pub fn check_inside(&self, file_len: u64) -> Result<()> {
-        // A file may end within the last sector of a table; its rest reads as zeroes.
-        let end = file_len.next_multiple_of(512);
-        let inside =
-            |offset: HostOffset, len: u64| offset.0.checked_add(len).is_some_and(|at| at <= end);
-        let allowed = |len: u64| format!("at most {:#x}", end.saturating_sub(len));
-        let reftable = self.refcount_table_bytes();
-        if reftable > 0 && !inside(self.refcount_table_offset, self.geometry().cluster_size()) {
-            return Err(invalid(
-                "Reference count table is beyond the end of the file",
-                "refcount_table_offset",
-                self.refcount_table_offset,
-                &allowed(reftable),
-            ));
-        }
-        if self.l1_size > 0 && !inside(self.l1_table_offset, self.l1_bytes()) {
-            return Err(invalid(
-                "Active L1 table is beyond the end of the file",
-                "l1_table_offset",
-                self.l1_table_offset,
-                &allowed(self.l1_bytes()),
             ));
         }
         Ok(())

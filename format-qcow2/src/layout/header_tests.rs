@@ -260,12 +260,6 @@ fn every_limit_has_its_error_and_names_its_field() {
             "L1 table is too small",
             "l1_size",
         ),
-        (
-            Box::new(put64(88, 2)),
-            22,
-            "data-file-raw requires a data file",
-            "autoclear_features",
-        ),
     ];
     for (change, errno, message, field) in cases {
         let error = decode_with(change).expect_err(message);
@@ -369,6 +363,15 @@ fn a_corrupt_image_opens_for_reading_and_for_checks_only() {
         "Image does not contain a reference count table"
     );
     bare.check_open(false, true).unwrap();
+}
+
+#[test]
+fn a_raw_data_file_without_a_data_file_is_refused() {
+    let mut raw = header();
+    raw.autoclear = Autoclear::RAW_DATA_FILE;
+    let error = raw.check_open(true, false).unwrap_err();
+    assert_eq!(error.reason(), "data-file-raw requires a data file");
+    assert_eq!(error.field().unwrap().name, "autoclear_features");
 }
 
 #[test]

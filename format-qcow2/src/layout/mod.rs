@@ -6,6 +6,7 @@ pub mod entry;
 pub mod extensions;
 pub mod header;
 pub mod refcount;
+mod refusal;
 pub mod units;
 
 pub use entry::{CompressedRun, EntryProblem, L1Entry, L2Entry};

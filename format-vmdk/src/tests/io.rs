@@ -1,5 +1,7 @@
 //! Guest I/O: content, allocation, parents, CIDs, concurrency.
 
+use std::{future::Future, sync::Arc};
+
 use block_core::{
     ErrorKind, OpenOptions, RequestFlags,
     image::{CheckMode, Progress},
@@ -306,6 +308,126 @@ fn threads_that_write_side_by_side_disturb_nobody() {
     assert!(counter(&handle, "copies-on-write") > 0);
     let report = block_on(handle.check(CheckMode::ReadOnly, Progress::new())).unwrap();
     assert!(report.is_clean(), "{:?}", report.findings);
+}
+
+/// Writes, zero writes and discards on the grains of a small region, by several threads at once, and grains around it
+/// that nobody touches. Tells how often somebody waited for a claim, and at the gate.
+fn storm(world: &World) -> (u64, u64) {
+    const GRAINS: u64 = 24;
+    const REGION: std::ops::Range<u64> = 8..16;
+    world.create("base.vmdk", "size=2M");
+    let base = world.open("base.vmdk");
+    write(&base, 0, vec![0xbb; (GRAINS * GRAIN) as usize]);
+    block_on(base.close()).unwrap();
+    world.create("a.vmdk", "size=2M,backing_file=base.vmdk,zeroed_grain=on");
+    let handle = world.open("a.vmdk");
+    for grain in (0..GRAINS).filter(|grain| grain % 3 == 0 && !REGION.contains(grain)) {
+        write(&handle, grain * GRAIN, vec![grain as u8; GRAIN as usize]);
+    }
+    let before = read(&handle, 0, (GRAINS * GRAIN) as usize);
+    std::thread::scope(|scope| {
+        for thread in 0..4 {
+            let handle = &handle;
+            scope.spawn(move || {
+                let mut numbers = Numbers(thread * 13 + 5);
+                for _ in 0..60 {
+                    let batch = (0..8).map(|_| {
+                        let first = REGION.start + numbers.below(REGION.end - REGION.start);
+                        let count = 1 + numbers.below(3).min(REGION.end - first - 1);
+                        let (offset, len) = (first * GRAIN, count * GRAIN);
+                        let (kind, byte) = (numbers.below(4), numbers.next() as u8);
+                        async move {
+                            match kind {
+                                0 => handle.discard(offset, len).await,
+                                1 => {
+                                    let flags = RequestFlags::MAY_UNMAP;
+                                    handle.write_zeroes(offset, len, flags).await
+                                }
+                                _ => {
+                                    let data = vec![byte; len as usize / 2];
+                                    let flags = RequestFlags::empty();
+                                    handle.write(offset + 512, data, flags).await
+                                }
+                            }
+                        }
+                    });
+                    for result in block_on(futures::future::join_all(batch)) {
+                        result.unwrap();
+                    }
+                }
+                block_on(handle.flush()).unwrap();
+            });
+        }
+    });
+    let waits = (
+        counter(&handle, "claim-waits"),
+        handle.node().stats().snapshot().gate_waits,
+    );
+    block_on(handle.close()).unwrap();
+    let handle = world.open("a.vmdk");
+    let after = read(&handle, 0, (GRAINS * GRAIN) as usize);
+    for grain in (0..GRAINS).filter(|grain| !REGION.contains(grain)) {
+        let range = (grain * GRAIN) as usize..((grain + 1) * GRAIN) as usize;
+        assert!(
+            before[range.clone()] == after[range],
+            "grain {grain} changed"
+        );
+    }
+    let report = block_on(handle.check(CheckMode::ReadOnly, Progress::new())).unwrap();
+    assert!(report.findings.is_empty(), "{:?}", report.findings);
+    waits
+}
+
+#[test]
+fn a_storm_on_some_grains_leaves_the_others_alone() {
+    assert!(storm(&World::new()).1 > 0, "nobody waited at the gate");
+}
+
+#[test]
+fn a_storm_leaves_other_grains_alone_even_without_the_gate() {
+    let mut contended = 0;
+    for _ in 0..5 {
+        let graph =
+            |env: Arc<env_tokio::EnvTokio>| block_core::Graph::new_without_gate_for_tests(env);
+        contended += storm(&World::with_graph(graph)).0;
+    }
+    assert!(contended > 0, "no grain was contended");
+}
+
+#[test]
+fn a_dropped_write_leaves_no_claim_and_never_lands_on_a_newer_one() {
+    let world = World::new();
+    world.create("base.vmdk", "size=16M");
+    let base = world.open("base.vmdk");
+    write(&base, 0, vec![0xbb; 4 << 20]);
+    block_on(base.close()).unwrap();
+    world.create("a.vmdk", "size=16M,backing_file=base.vmdk");
+    let handle = world.open("a.vmdk");
+    let mut dropped = 0;
+    for grain in 0..60_u64 {
+        let offset = grain * GRAIN;
+        let mut old =
+            Box::pin(handle.write(offset + 100, vec![1; GRAIN as usize], RequestFlags::empty()));
+        let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
+        let mut ended = false;
+        for _ in 0..grain % 6 {
+            ended = ended || old.as_mut().poll(&mut cx).is_ready();
+            if !ended {
+                std::thread::sleep(std::time::Duration::from_micros(200));
+            }
+        }
+        dropped += u64::from(!ended && grain % 6 > 0);
+        drop(old);
+        write(&handle, offset, vec![2; GRAIN as usize]);
+        assert_eq!(
+            read(&handle, offset, GRAIN as usize),
+            vec![2; GRAIN as usize]
+        );
+    }
+    assert!(dropped > 0, "every write had ended before it was dropped");
+    block_on(handle.flush()).unwrap();
+    let report = block_on(handle.check(CheckMode::ReadOnly, Progress::new())).unwrap();
+    assert!(report.findings.is_empty(), "{:?}", report.findings);
 }
 
 #[test]

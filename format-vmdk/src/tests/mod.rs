@@ -36,6 +36,10 @@ fn permit() -> OpenOptions {
 
 impl World {
     fn new() -> Self {
+        Self::with_graph(|env| Graph::new(env))
+    }
+
+    fn with_graph(graph: impl FnOnce(Arc<EnvTokio>) -> Arc<Graph>) -> Self {
         let env = Arc::new(EnvTokio::new(2).unwrap());
         let registry = Registry::new()
             .with(FileFactory::new())
@@ -44,7 +48,7 @@ impl World {
         Self {
             dir: tempfile::tempdir().unwrap(),
             registry: Arc::new(registry),
-            graph: Graph::new(env.clone()),
+            graph: graph(env.clone()),
             env,
         }
     }

@@ -43,65 +43,77 @@ fn open(disk: &Arc<Mutex<Disk>>) -> BlockHandle {
         .unwrap()
 }
 
+const SIZE: usize = 2 << 20;
+
+/// Fails unless each sector of the image holds one of the bytes that it may hold.
+fn examine(image: Vec<u8>, allowed: &[Vec<u8>], context: &str) {
+    let handle = open(&Disk::new(image));
+    let content = read(&handle, 0, SIZE);
+    for (index, sector) in content.chunks(512).enumerate() {
+        assert!(
+            *sector == [sector[0]; 512] && allowed[index].contains(&sector[0]),
+            "{context}, sector {index}: {} not in {:?}",
+            sector[0],
+            allowed[index],
+        );
+    }
+    let report = block_on(handle.check(CheckMode::ReadOnly, Progress::new())).unwrap();
+    assert!(report.is_clean(), "{context}: {:?}", report.findings);
+}
+
 #[test]
 fn after_a_power_cut_every_sector_is_old_or_new_and_what_was_flushed_is_there() {
-    let fresh = fresh("size=4M,zeroed_grain=on");
-    let mut cuts = 0;
-    for seed in 1..=40 {
+    let fresh = fresh("size=2M,zeroed_grain=on");
+    let sectors = SIZE / 512;
+    let (mut cuts, mut during_flush) = (0, 0);
+    for seed in 1..=12 {
         let mut numbers = Numbers(seed * 77);
         let disk = Disk::new(fresh.clone());
         let handle = open(&disk);
-        let sectors = (4 << 20) / 512;
+        disk.lock().cutting = Some(Numbers(seed));
         // What each sector may hold: everything written to it since the last flush, and what it held then.
         let mut allowed: Vec<Vec<u8>> = vec![vec![0]; sectors];
-        for round in 1..=60_u64 {
+        for round in 1..=40_u64 {
             let sector = numbers.below(sectors as u64 - 200);
             let count = 1 + numbers.below(200);
-            let byte = round as u8;
-            if numbers.below(6) == 0 {
-                let flags = RequestFlags::empty();
-                block_on(handle.write_zeroes(sector * 512, count * 512, flags)).unwrap();
-                allowed[sector as usize..(sector + count) as usize]
-                    .iter_mut()
-                    .for_each(|sector| sector.push(0));
-            } else {
-                write(&handle, sector * 512, vec![byte; count as usize * 512]);
-                allowed[sector as usize..(sector + count) as usize]
-                    .iter_mut()
-                    .for_each(|sector| sector.push(byte));
+            let range = sector as usize..(sector + count) as usize;
+            let kind = numbers.below(8);
+            match kind {
+                0 | 1 => block_on(handle.flush()).unwrap(),
+                2 => {
+                    allowed[range].iter_mut().for_each(|sector| sector.push(0));
+                    let flags = RequestFlags::empty();
+                    block_on(handle.write_zeroes(sector * 512, count * 512, flags)).unwrap();
+                }
+                _ => {
+                    let byte = round as u8;
+                    allowed[range]
+                        .iter_mut()
+                        .for_each(|sector| sector.push(byte));
+                    write(&handle, sector * 512, vec![byte; count as usize * 512]);
+                }
             }
-            if numbers.below(8) == 0 {
-                block_on(handle.flush()).unwrap();
+            let images = std::mem::take(&mut disk.lock().cuts);
+            for image in images {
+                examine(image, &allowed, &format!("seed {seed}, in round {round}"));
+                cuts += 1;
+                during_flush += u64::from(kind < 2);
+            }
+            if kind < 2 {
                 for sector in &mut allowed {
                     let last = sector.last().copied().unwrap();
                     *sector = vec![last];
                 }
             }
-            if numbers.below(6) == 0 {
-                let after = open(&Disk::new(disk.lock().cut(&mut numbers)));
-                let content = read(&after, 0, 4 << 20);
-                for (index, sector) in content.chunks(512).enumerate() {
-                    assert!(
-                        sector.iter().all(|byte| *byte == sector[0])
-                            && allowed[index].contains(&sector[0]),
-                        "seed {seed}, round {round}, sector {index}: {} not in {:?}",
-                        sector[0],
-                        allowed[index],
-                    );
-                }
-                let check = after.check(CheckMode::ReadOnly, Progress::new());
-                let report = block_on(check).unwrap();
-                assert!(
-                    report.is_clean(),
-                    "seed {seed}, round {round}: {:?}",
-                    report.findings
-                );
-                cuts += 1;
-            }
         }
+        let after = disk.lock().cut(&mut numbers);
+        examine(after, &allowed, &format!("seed {seed}, at the end"));
         assert!(counter(&handle, "tables-written") > 0);
     }
-    assert!(cuts > 100, "only {cuts} power cuts");
+    assert!(
+        cuts > 50 && during_flush > 10,
+        "only {cuts} power cuts, {during_flush} in a flush"
+    );
 }
 
 #[test]

@@ -21,6 +21,9 @@ pub(super) struct Disk {
     pub flushes: u64,
     /// Fails every write from now on.
     pub broken: bool,
+    /// With it, power is cut at random moments between two writes, and what is found then kept in `cuts`.
+    pub cutting: Option<Numbers>,
+    pub cuts: Vec<Vec<u8>>,
 }
 
 /// A protocol driver over a [`Disk`].
@@ -45,6 +48,13 @@ impl Disk {
             let from = (sector * 512) as usize;
             let to = (from + 512).min(self.now.len());
             self.unflushed.push((sector, self.now[from..to].to_vec()));
+        }
+        if let Some(mut numbers) = self.cutting.take() {
+            if numbers.below(4) == 0 {
+                let cut = self.cut(&mut numbers);
+                self.cuts.push(cut);
+            }
+            self.cutting = Some(numbers);
         }
     }
 

@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use block_core::{
-    NodeSpec, Options, RequestFlags,
+    Node, NodeSpec, Options, RequestFlags,
     driver::{Capabilities, ChildRole},
 };
 
-use super::image::{BASE, CLUSTERS, ClusterKind, Image, Setup, owner};
+use super::image::{BASE, ClusterKind, Image, Setup, owner};
 use crate::{
     case::{Case, CaseResult, Failure, Group, Scene, Verdict, ended},
     pattern::{Stamp, stamped},
@@ -122,9 +122,9 @@ fn need<T>(thing: Option<T>) -> Result<T, Failure> {
 
 #[derive(Clone)]
 struct HappeningAt {
-    node: Arc<block_core::Node>,
-    first: Option<Arc<block_core::Node>>,
-    second: Option<Arc<block_core::Node>>,
+    node: Arc<Node>,
+    first: Option<Arc<Node>>,
+    second: Option<Arc<Node>>,
 }
 
 async fn change(scene: Arc<Scene>, what: Happening) -> CaseResult {
@@ -160,7 +160,7 @@ async fn change(scene: Arc<Scene>, what: Happening) -> CaseResult {
             at.first = Some(relay("first")?);
             at.second = Some(relay("second")?);
         }
-        Happening::ChangeBacking => at.first = Some(second_base(&scene).await?),
+        Happening::ChangeBacking => at.first = Some(second_base(&scene, image.node.length()).await?),
     }
 
     let (hold, write, discard) = park!(scene, image);
@@ -208,18 +208,9 @@ async fn change(scene: Arc<Scene>, what: Happening) -> CaseResult {
 }
 
 /// Another backing file with the same content.
-async fn second_base(scene: &Arc<Scene>) -> Result<Arc<block_core::Node>, Failure> {
+async fn second_base(scene: &Arc<Scene>, size: u64) -> Result<Arc<Node>, Failure> {
     let lab = &scene.lab;
     let format = &scene.format;
-    let size = {
-        let node = lab.graph.nodes();
-        let sizes = node.iter().map(|node| node.length());
-        sizes.filter(|size| size % CLUSTERS == 0).max().unwrap_or(0)
-    };
-    let size = match lab.graph.nodes().iter().find(|node| node.name() == "unused") {
-        Some(node) => node.length(),
-        None => size,
-    };
     lab.create(&format.name, "base2", size, &format.create, None).await?;
     let node = lab.open(&format.name, "base2", None, &Options::new()).await?;
     let handle = lab.attach(&node, "base2")?;

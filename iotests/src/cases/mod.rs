@@ -9,7 +9,7 @@ mod image;
 mod merge;
 mod resize;
 
-pub use self::image::{ClusterKind, Image, Setup};
+pub use self::image::{ClusterKind, Image, Setup, cluster_size, owner};
 use crate::case::Case;
 
 /// All of them.

@@ -115,7 +115,7 @@ impl Disk {
             if luck == 0 {
                 continue;
             }
-            let mut keep = || luck == 1 || env.random() % 2 == 0;
+            let keep = || luck == 1 || env.random() % 2 == 0;
             match change {
                 Change::Resize(len) => {
                     if keep() {

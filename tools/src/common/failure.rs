@@ -44,16 +44,6 @@ impl Failure {
         }
     }
 
-    /// An exit status without words.
-    pub fn silent(code: u8) -> Self {
-        Self {
-            code,
-            messages: Vec::new(),
-            details: Vec::new(),
-            help: None,
-        }
-    }
-
     /// The image `name` couldn't be opened.
     pub fn open(name: &str, error: &Error) -> Self {
         Self::context(format_args!("Could not open '{name}'"), error)
@@ -128,7 +118,7 @@ impl Failure {
         }
         if let Some(command) = self.help {
             let space = if command.is_empty() { "" } else { " " };
-            complain!("Try '{name}{space}{command} --help' for more info");
+            complain!("Try '{}{space}{command} --help' for more info", program.argv0());
         }
     }
 }

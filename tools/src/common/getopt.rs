@@ -60,7 +60,8 @@ impl Parsed {
 
     /// Its last argument.
     pub fn get(&self, long: &str) -> Option<&str> {
-        self.all(long).last()
+        let mut given = self.values.iter().rev();
+        given.find(|(name, _)| *name == long).and_then(|(_, value)| value.as_deref())
     }
 
     /// All its arguments, in order.

@@ -85,14 +85,14 @@ pub async fn open_quietly(
         let named = options.get_str("driver").map(str::to_owned);
         common(&mut options, access);
         if named.as_deref().is_some_and(is_protocol) {
-            options.set("raw-protocol", true);
+            bare(session, &mut options);
         }
         let opened = session.registry.open(&session.graph, options, how).await?;
         (opened, named.is_none())
     } else {
         common(&mut node, access);
         if image.format.is_some_and(is_protocol) {
-            node.set("raw-protocol", true);
+            bare(session, &mut node);
         }
         let probed = image.format.is_none() && !image.name.starts_with("json:");
         let opened = session
@@ -136,6 +136,12 @@ fn parse_image_opts(text: &str) -> block_core::Result<Options> {
         return Ok(options);
     }
     Options::from_text(text)
+}
+
+/// Has a protocol's node opened as it is, without a format above it: the core does so for nodes with names.
+fn bare(session: &Session, options: &mut Options) {
+    let name = format!("file-{}", session.graph.nodes().len());
+    options.set_default("node-name", name);
 }
 
 fn common(options: &mut Options, access: Access) {

@@ -1,6 +1,9 @@
 //! Which program this is: `blk`, or one of qemu's when it was called by that name. Messages begin with it.
 
-use std::path::Path;
+use std::{path::Path, sync::OnceLock};
+
+/// `argv[0]`, which goes into hints on how to call the program.
+static ARGV0: OnceLock<String> = OnceLock::new();
 
 /// The program that this process is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,6 +34,16 @@ impl Program {
             Self::QemuImg => "qemu-img",
             Self::QemuIo => "qemu-io",
         }
+    }
+
+    /// Remembers what it was called as.
+    pub fn set_argv0(argv0: &str) {
+        let _ = ARGV0.set(argv0.to_owned());
+    }
+
+    /// What it was called as.
+    pub fn argv0(self) -> &'static str {
+        ARGV0.get().map_or(self.name(), String::as_str)
     }
 
     /// Whether it says what qemu's program says and no more.

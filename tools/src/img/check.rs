@@ -63,7 +63,8 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
         write: mode != CheckMode::ReadOnly,
         resize: mode != CheckMode::ReadOnly,
         force_share: parsed.has("force-share"),
-        no_backing: true,
+        // The backing file has no part in it; qemu-img insists on it all the same.
+        no_backing: !session.program.is_qemu(),
         for_check: true,
         cache,
     };

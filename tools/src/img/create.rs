@@ -4,7 +4,7 @@ use block_core::{ErrorKind, resolve_name};
 
 use super::{
     Command,
-    args::{self, OBJECT, QUIET, asks_for_help, option_list},
+    args::{OBJECT, QUIET, asks_for_help, option_list},
     create_options::{CreateOptions, protocol_of},
 };
 use crate::common::{
@@ -67,7 +67,7 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
         backing_format: parsed.get("backing-format"),
         check_backing: !parsed.has("backing-unsafe"),
     };
-    create(session, &prepared, parsed.has(args::QUIET.long))
+    create(session, &prepared, parsed.has(QUIET.long))
         .await
         .map_err(|failure| failure.prefixed(filename))?;
     Ok(0)

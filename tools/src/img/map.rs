@@ -1,6 +1,11 @@
 //! `blk map`: where the content of an image is.
 
-use block_core::{BlockHandle, status::StatusFlags};
+use std::sync::Arc;
+
+use block_core::{
+    BlockHandle, DriverKind, Node, PermissionSet,
+    status::{BlockStatus, StatusFlags},
+};
 
 use super::{
     Command,
@@ -49,11 +54,12 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     if output == OutputFormat::Human {
         say!("{:16}{:16}{:16}File", "Offset", "Length", "Mapped to");
     }
+    let layers = Layers::of(session, &handle)?;
     let mut printer = Printer { output, first: true };
     let mut current: Option<Extent> = None;
     let mut offset = start;
     while offset < end {
-        let next = Extent::read(&handle, offset, end - offset).await?;
+        let next = layers.extent(offset, end - offset).await?;
         offset += next.length;
         match &mut current {
             Some(extent) if extent.continues_with(&next) => extent.length += next.length,
@@ -66,6 +72,7 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     }
     let last = current.unwrap_or(Extent { start, ..Extent::default() });
     printer.print(&last, true)?;
+    drop(layers);
     handle.close().await?;
     Ok(0)
 }
@@ -84,31 +91,67 @@ struct Extent {
     file: Option<String>,
 }
 
-impl Extent {
-    async fn read(handle: &BlockHandle, offset: u64, len: u64) -> Result<Self, Failure> {
-        let status = handle.block_status(offset, len).await.map_err(|error| {
-            Failure::context("Failed to read image metadata", &error)
-        })?;
-        if status.len == 0 {
-            return Err(Failure::new("Failed to read image metadata: the image has shrunk"));
+/// The image and its backing files, each asked for itself: which layer says what is the point of a map.
+struct Layers(Vec<(BlockHandle, Option<Arc<Node>>)>);
+
+impl Layers {
+    fn of(session: &Session, top: &BlockHandle) -> Result<Self, Failure> {
+        let mut nodes = vec![top.node()];
+        nodes.extend(top.node().chain());
+        let mut layers = Vec::new();
+        for (index, node) in nodes.iter().enumerate() {
+            if node.driver().kind() == DriverKind::Filter {
+                continue;
+            }
+            let handle = session.graph.attach(node, PermissionSet::NONE, "map")?;
+            layers.push((handle, nodes.get(index + 1).cloned()));
         }
+        Ok(Self(layers))
+    }
+
+    async fn extent(&self, offset: u64, mut len: u64) -> Result<Extent, Failure> {
+        let mut found = None;
+        for (depth, (layer, below)) in self.0.iter().enumerate() {
+            let status = layer
+                .block_status_above(below.as_ref(), offset, len)
+                .await
+                .map_err(|error| Failure::context("Failed to read image metadata", &error))?;
+            if status.len == 0 {
+                break;
+            }
+            len = len.min(status.len);
+            let decided = status.flags.intersects(StatusFlags::DATA | StatusFlags::ZERO);
+            found = Some((depth as u32, status));
+            if decided {
+                break;
+            }
+        }
+        match found {
+            Some((depth, status)) => Ok(Extent::new(offset, len, depth, &status)),
+            None => Err(Failure::new("Failed to read image metadata: the image has shrunk")),
+        }
+    }
+}
+
+impl Extent {
+    fn new(start: u64, length: u64, depth: u32, status: &BlockStatus) -> Self {
         let (file, place) = match &status.mapped {
             Some((node, at)) if status.flags.contains(StatusFlags::OFFSET_VALID) => {
                 (node.filename(), Some(*at))
             }
             _ => (None, None),
         };
-        Ok(Self {
-            start: offset,
-            length: status.len,
-            depth: status.depth,
+        Self {
+            start,
+            length,
+            depth,
             present: status.is_allocated(),
             zero: status.is_zero(),
             data: status.flags.contains(StatusFlags::DATA),
             compressed: status.flags.contains(StatusFlags::COMPRESSED),
             offset: place,
             file,
-        })
+        }
     }
 
     fn continues_with(&self, next: &Self) -> bool {

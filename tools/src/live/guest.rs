@@ -151,6 +151,14 @@ impl Guest {
     }
 }
 
+impl Drop for Guest {
+    /// Nobody watches it any more: it ends by itself.
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        self.shared.paused.store(false, Ordering::SeqCst);
+    }
+}
+
 impl Shared {
     async fn worker(
         &self,

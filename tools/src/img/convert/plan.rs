@@ -1,0 +1,155 @@
+//! What is to be copied, piece by piece: block status of the sources, cut into chunks. No data passes through here.
+
+use std::sync::Arc;
+
+use block_core::{BlockHandle, Node, RequestFlags};
+
+use crate::common::failure::Failure;
+
+/// The longest piece of data, in bytes.
+pub const CHUNK: u64 = 2 << 20;
+/// The longest piece of zeroes or nothing, in bytes: the progress bar should move.
+const LARGE: u64 = 1 << 30;
+
+/// One image to copy from.
+pub struct Source {
+    pub handle: Arc<BlockHandle>,
+    length: u64,
+    /// The target's backing file has what this image's backing file has, which needn't be copied.
+    base: Option<Arc<Node>>,
+}
+
+impl Source {
+    /// An image, whose own layer alone is copied if `above_backing`.
+    pub fn new(handle: Arc<BlockHandle>, above_backing: bool) -> Self {
+        let base = if above_backing { handle.node().backing() } else { None };
+        Self { length: handle.length(), handle, base }
+    }
+}
+
+/// What a piece is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Has to be read.
+    Data,
+    /// Reads as zeroes.
+    Zero,
+    /// The target's backing file has it.
+    Below,
+}
+
+/// A piece of the work.
+#[derive(Debug, Clone, Copy)]
+pub struct Piece {
+    /// Number in order.
+    pub index: u64,
+    /// Which source.
+    pub source: usize,
+    /// Where in the source, in bytes.
+    pub source_offset: u64,
+    /// Where in the target, in bytes.
+    pub offset: u64,
+    /// How long, in bytes.
+    pub len: u64,
+    /// What it is made of.
+    pub kind: Kind,
+}
+
+/// The sources, and how far they have been looked at.
+pub struct Plan {
+    sources: Arc<Vec<Source>>,
+    salvage: bool,
+    source: usize,
+    /// Where in the source, in bytes.
+    at: u64,
+    /// Where that source begins in the target, in bytes.
+    start: u64,
+    /// What is at `at`, and up to where.
+    current: Option<(Kind, u64)>,
+    index: u64,
+}
+
+impl Plan {
+    pub fn new(sources: Vec<Source>, salvage: bool) -> Self {
+        Self {
+            sources: Arc::new(sources),
+            salvage,
+            source: 0,
+            at: 0,
+            start: 0,
+            current: None,
+            index: 0,
+        }
+    }
+
+    /// The sources.
+    pub fn sources(&self) -> Arc<Vec<Source>> {
+        self.sources.clone()
+    }
+
+    /// The next piece; pieces of data end at multiples of `chunk` in the target. `None` at the end.
+    pub async fn next(&mut self, chunk: u64) -> Result<Option<Piece>, Failure> {
+        loop {
+            let Some(source) = self.sources.get(self.source) else {
+                return Ok(None);
+            };
+            if self.at < source.length {
+                break;
+            }
+            self.start += source.length;
+            self.source += 1;
+            self.at = 0;
+            self.current = None;
+        }
+        let (kind, end) = match self.current {
+            Some((kind, end)) if end > self.at => (kind, end),
+            _ => {
+                let found = self.look().await?;
+                self.current = Some(found);
+                found
+            }
+        };
+        let offset = self.start + self.at;
+        let most = match kind {
+            Kind::Data => chunk - offset % chunk,
+            Kind::Zero | Kind::Below => LARGE,
+        };
+        let len = (end - self.at).min(most);
+        let piece =
+            Piece { index: self.index, source: self.source, source_offset: self.at, offset, len, kind };
+        self.at += len;
+        self.index += 1;
+        Ok(Some(piece))
+    }
+
+    async fn look(&self) -> Result<(Kind, u64), Failure> {
+        let source = &self.sources[self.source];
+        let len = source.length - self.at;
+        let status = source.handle.block_status_above(source.base.as_ref(), self.at, len).await;
+        let status = match status {
+            Ok(status) if status.len > 0 => status,
+            // Reading will tell.
+            Ok(_) => return Ok((Kind::Data, source.length)),
+            Err(_) if self.salvage => {
+                return Ok((Kind::Data, self.at + len.min(CHUNK)));
+            }
+            Err(error) => {
+                return Err(Failure::context(
+                    format_args!("error while reading block status at offset {}", self.at),
+                    &error,
+                ));
+            }
+        };
+        let kind = if status.is_zero() {
+            Kind::Zero
+        } else if source.base.is_some() && !status.is_allocated() {
+            Kind::Below
+        } else {
+            Kind::Data
+        };
+        Ok((kind, self.at + status.len.min(len)))
+    }
+}
+
+/// How zeroes are written: they may become holes.
+pub const ZEROES: RequestFlags = RequestFlags::MAY_UNMAP;

@@ -1,0 +1,174 @@
+//! The image that `convert` writes to: made anew, or there already; and what is known of its content beforehand.
+
+use block_core::{BlockHandle, Capabilities, ErrorKind, RequestFlags};
+
+use super::super::create_options::{CreateOptions, protocol_of};
+use crate::common::{
+    cache::CacheMode,
+    failure::Failure,
+    open::{self, Access, ImageSpec},
+    session::Session,
+};
+
+/// What the command line says of the target.
+pub struct Request<'a> {
+    pub name: &'a str,
+    pub format: &'a str,
+    pub list: Option<&'a str>,
+    pub image_opts: bool,
+    pub exists: bool,
+    pub is_zero: bool,
+    pub backing: Option<&'a str>,
+    pub backing_format: Option<&'a str>,
+    pub compress: bool,
+    pub cache: CacheMode,
+}
+
+impl Request<'_> {
+    /// What can't be, before anything is opened or made.
+    pub fn check(&self, session: &Session, sources: usize) -> Result<(), Failure> {
+        if self.exists && self.list.is_some() {
+            return Err(Failure::new("-o has no effect when skipping image creation"));
+        }
+        if self.image_opts && !self.exists {
+            return Err(Failure::new("--target-image-opts requires use of -n flag"));
+        }
+        if self.is_zero && !self.exists {
+            return Err(Failure::new("--target-is-zero requires use of -n flag"));
+        }
+        if !self.image_opts && session.registry.get(self.format).is_err() {
+            return Err(Failure::new(format!("Unknown file format '{}'", self.format)));
+        }
+        if self.backing.is_some() && sources > 1 {
+            return Err(Failure::new(
+                "Having a backing file for the target makes no sense when concatenating multiple input images",
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// The target, open for writing.
+pub struct Target {
+    pub handle: BlockHandle,
+    /// What the target doesn't hold itself comes from a backing file.
+    pub has_backing: bool,
+    /// It reads as zeroes where nothing was written yet.
+    pub is_zero: bool,
+    /// Zeroes smaller than this, or not aligned to it, are written as data.
+    pub zero_unit: u64,
+    /// What compressed writes are a multiple of.
+    pub cluster: u64,
+}
+
+impl Target {
+    /// Makes the target for `length` bytes unless it exists, and opens it.
+    pub async fn prepare(
+        session: &Session,
+        request: &Request<'_>,
+        length: u64,
+    ) -> Result<Self, Failure> {
+        if !request.exists {
+            create(session, request, length).await?;
+        }
+        let access = Access {
+            write: true,
+            resize: request.exists,
+            cache: request.cache,
+            ..Access::default()
+        };
+        let image = ImageSpec {
+            name: request.name,
+            format: (!request.image_opts).then_some(request.format),
+            image_opts: request.image_opts,
+        };
+        let handle = open::open(session, image, access).await?;
+        let node = handle.node();
+        let capabilities = node.driver().capabilities();
+        if request.compress && !capabilities.contains(Capabilities::COMPRESSED) {
+            return Err(no_compression());
+        }
+        let mut existing = handle.length();
+        if existing < length && capabilities.contains(Capabilities::GROW) {
+            handle.truncate(length, block_core::driver::Truncate::default()).await?;
+            existing = handle.length();
+        }
+        if existing < length {
+            return Err(Failure::new("output file is smaller than input file"));
+        }
+        let has_backing = node.backing().is_some();
+        let mut is_zero = request.is_zero
+            || (!request.exists && !has_backing && capabilities.contains(Capabilities::ZERO_INIT));
+        if !is_zero && !has_backing && length > 0 {
+            // All at once, where that is cheap.
+            let flags = RequestFlags::MAY_UNMAP | RequestFlags::NO_FALLBACK;
+            is_zero = handle.write_zeroes(0, length, flags).await.is_ok();
+        }
+        let limits = handle.limits();
+        let cluster = handle.info().await?.cluster_size.unwrap_or(65536);
+        drop(node);
+        Ok(Self {
+            has_backing,
+            is_zero,
+            zero_unit: limits.zeroes_alignment.max(limits.request_alignment).max(512),
+            cluster,
+            handle,
+        })
+    }
+
+    /// Flushes and closes it.
+    pub async fn close(self) -> Result<(), Failure> {
+        Ok(self.handle.close().await?)
+    }
+}
+
+fn no_compression() -> Failure {
+    Failure::new("Compression not supported for this file format")
+}
+
+async fn create(session: &Session, request: &Request<'_>, length: u64) -> Result<(), Failure> {
+    let registry = &session.registry;
+    let Request { name, format, .. } = *request;
+    let factory = registry
+        .get(format)
+        .map_err(|_| Failure::new(format!("Unknown file format '{format}'")))?;
+    let protocol = registry.get(&protocol_of(registry, name)?)?;
+    let mut options = CreateOptions::new(&**factory, Some(&**protocol));
+    if let Some(list) = request.list {
+        options.read(list)?;
+    }
+    for (key, value, what) in [
+        ("backing_file", request.backing, "Backing file"),
+        ("backing_fmt", request.backing_format, "Backing format"),
+    ] {
+        if let Some(value) = value {
+            if !options.takes(key) {
+                return Err(Failure::new(format!("{what} not supported for file format '{format}'")));
+            }
+            options.set(key, value)?;
+        }
+    }
+    if options.get("backing_file").is_some() && options.get("backing_fmt").is_none() {
+        return Err(Failure::new("Use of backing file requires explicit backing format"));
+    }
+    if request.compress
+        && matches!(options.get("preallocation"), Some(mode) if mode != "off")
+    {
+        return Err(Failure::new("Compression and preallocation not supported at the same time"));
+    }
+    if request.compress && format == "raw" {
+        return Err(no_compression());
+    }
+    options.set("size", &options.get_size("size").unwrap_or(length).to_string())?;
+    registry
+        .create(&session.graph, format, name, options.for_format()?)
+        .await
+        .map_err(|error| {
+            let reason = match error.kind() {
+                ErrorKind::TooBig => format!("The image size is too large for file format '{format}'"),
+                _ => error.reason(),
+            };
+            Failure::new(format!("{name}: error while converting {format}: {reason}"))
+                .with_details(&error)
+        })
+}
