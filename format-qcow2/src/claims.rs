@@ -34,7 +34,9 @@ struct Entry {
 
 impl State {
     fn must_wait(&self, ticket: u64, first: u64, last: u64) -> bool {
-        self.claims.range(..ticket).any(|(_, other)| other.first <= last && first <= other.last)
+        self.claims
+            .range(..ticket)
+            .any(|(_, other)| other.first <= last && first <= other.last)
     }
 }
 
@@ -71,11 +73,21 @@ impl Claims {
             let mut state = self.0.state.lock();
             let ticket = state.next;
             state.next += 1;
-            state.claims.insert(ticket, Entry { first, last, waker: None });
+            state.claims.insert(
+                ticket,
+                Entry {
+                    first,
+                    last,
+                    waker: None,
+                },
+            );
             self.0.count.fetch_add(1, Ordering::Release);
             ticket
         };
-        let claim = Claim { claims: self.0.clone(), ticket };
+        let claim = Claim {
+            claims: self.0.clone(),
+            ticket,
+        };
         let mut waited = false;
         poll_fn(|context| {
             let mut state = claim.claims.state.lock();
@@ -97,7 +109,9 @@ impl Drop for Claim {
     fn drop(&mut self) {
         let wakers: Vec<Waker> = {
             let mut state = self.claims.state.lock();
-            let Some(gone) = state.claims.remove(&self.ticket) else { return };
+            let Some(gone) = state.claims.remove(&self.ticket) else {
+                return;
+            };
             self.claims.count.fetch_sub(1, Ordering::Release);
             state
                 .claims
@@ -150,7 +164,10 @@ mod tests {
             assert!(second.as_mut().now_or_never().is_none());
             let third = claims.claim(c(2), c(3));
             pin_mut!(third);
-            assert!(third.as_mut().now_or_never().is_none(), "the second came before it");
+            assert!(
+                third.as_mut().now_or_never().is_none(),
+                "the second came before it"
+            );
         }
         let (_fourth, waited) = block_on(claims.claim(c(2), c(3)));
         assert!(!waited);

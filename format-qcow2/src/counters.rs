@@ -47,7 +47,10 @@ impl Counters {
         vec![
             ("frees-deferred-by-pins", get(&self.frees_deferred)),
             ("copies-on-write", get(&self.copies_on_write)),
-            ("ownership-violations-caught", get(&self.ownership_violations)),
+            (
+                "ownership-violations-caught",
+                get(&self.ownership_violations),
+            ),
             ("evictions", get(&self.evictions)),
             ("slice-loads", get(&self.slice_loads)),
             ("batches", get(&self.batches)),

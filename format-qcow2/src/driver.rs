@@ -165,7 +165,9 @@ impl BlockDriver for Qcow2 {
 
     fn limits(&self, edges: &Edges) -> Limits {
         let size = self.geometry.cluster_size();
-        let file = edges.primary().map_or_else(Limits::default, block_core::request::Child::limits);
+        let file = edges
+            .primary()
+            .map_or_else(Limits::default, block_core::request::Child::limits);
         Limits {
             request_alignment: 1,
             zeroes_alignment: size,
@@ -274,7 +276,8 @@ impl BlockDriver for Qcow2 {
         header_update::change_backing(child, &mut meta.header, file.as_deref(), format.as_deref())
             .await?;
         child.flush().await?;
-        self.names_backing.store(meta.header.backing_file.is_some(), Ordering::Release);
+        self.names_backing
+            .store(meta.header.backing_file.is_some(), Ordering::Release);
         Ok(())
     }
 

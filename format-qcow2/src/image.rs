@@ -2,6 +2,7 @@
 //!
 //! Lock order: the write-back's turn, then the metadata lock, then (never across an await) a shard of the slice table.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use arc_swap::ArcSwap;
@@ -19,6 +20,7 @@ use crate::{
     header_update,
     layout::{ClusterIndex, Geometry, GuestOffset, HostOffset, Incompatible, L1Entry},
     meta::Meta,
+    overlap::MetadataMap,
     writeback::Writeback,
 };
 
@@ -31,7 +33,10 @@ pub(crate) struct L1Table {
 
 impl L1Table {
     pub fn new(offset: HostOffset, entries: impl IntoIterator<Item = u64>) -> Self {
-        Self { offset, entries: entries.into_iter().map(AtomicU64::new).collect() }
+        Self {
+            offset,
+            entries: entries.into_iter().map(AtomicU64::new).collect(),
+        }
     }
 
     /// An entry's raw bits; beyond the table everything is unallocated.
@@ -75,6 +80,8 @@ pub(crate) struct Qcow2 {
     /// Found corrupt while it was writable: no request is served any more.
     pub shut: AtomicBool,
     pub l1: ArcSwap<L1Table>,
+    /// Shared with [`Meta`].
+    pub metadata: Arc<MetadataMap>,
     pub slices: SliceCache,
     pub claims: Claims,
     pub pins: Pins,
@@ -133,9 +140,8 @@ impl Qcow2 {
     /// The L2 table above a slice, now.
     pub fn table_of(&self, index: SliceIndex) -> Result<L1Entry> {
         let at = self.l1_of(index);
-        L1Entry::decode(self.l1.load().load(at), self.geometry).map_err(|problem| {
-            Error::corrupt(format!("L2 table {problem} (L1 index: {at:#x})"))
-        })
+        L1Entry::decode(self.l1.load().load(at), self.geometry)
+            .map_err(|problem| Error::corrupt(format!("L2 table {problem} (L1 index: {at:#x})")))
     }
 
     pub fn length(&self) -> u64 {
@@ -158,8 +164,9 @@ impl Qcow2 {
     /// ENOMEDIUM once the image was found corrupt.
     pub fn check_usable(&self) -> Result<()> {
         if self.shut.load(Ordering::Acquire) {
-            return Err(Error::new(ErrorKind::NoMedium, "No medium found")
-                .with_file(self.filename.clone()));
+            return Err(
+                Error::new(ErrorKind::NoMedium, "No medium found").with_file(self.filename.clone())
+            );
         }
         Ok(())
     }
@@ -183,9 +190,11 @@ impl Qcow2 {
 
     /// Notes sizes for decisions that are made without the lock; called before it is dropped.
     pub fn note_sizes(&self, meta: &Meta) {
-        self.quarantined.store(meta.quarantine.len(), Ordering::Relaxed);
+        self.quarantined
+            .store(meta.quarantine.len(), Ordering::Relaxed);
         Counters::max(&self.counters.quarantine_peak, meta.quarantine.len());
-        self.cached_refcount_blocks.store(meta.refcounts.cached(), Ordering::Relaxed);
+        self.cached_refcount_blocks
+            .store(meta.refcounts.cached(), Ordering::Relaxed);
     }
 
     /// Before the first allocation: with lazy refcounts the dirty bit says, durably, that refcounts aren't to be trusted.

@@ -23,6 +23,7 @@ pub mod layout;
 pub mod measure;
 mod meta;
 mod open;
+mod overlap;
 mod preallocate;
 mod resize;
 mod writeback;

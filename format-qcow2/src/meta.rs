@@ -14,9 +14,10 @@ use crate::{
     alloc::{allocator::Orphans, quarantine::Quarantine},
     cache::{
         refcounts::RefcountStore,
-        slice::{NumberMap, Slice, SliceIndex},
+        slice::{NumberSet, Slice, SliceIndex},
     },
     layout::{Geometry, Header, HostOffset},
+    overlap::MetadataMap,
 };
 
 /// See the file's header.
@@ -27,7 +28,7 @@ pub(crate) struct Meta {
     /// No cluster below this one is free.
     pub hint: u64,
     /// Clusters that were handed out and aren't linked yet, by number.
-    pub unlinked: NumberMap<()>,
+    pub unlinked: NumberSet,
     /// Where the next compressed cluster is packed to.
     pub packing: Option<HostOffset>,
     pub quarantine: Quarantine,
@@ -42,18 +43,24 @@ pub(crate) struct Meta {
     /// The last batch that succeeded.
     pub durable: u64,
     pub orphans: Orphans,
+    pub metadata: Arc<MetadataMap>,
     /// Off in tests only.
     pub safeguards: bool,
 }
 
 impl Meta {
-    pub fn new(header: Header, refcounts: RefcountStore, orphans: Orphans, safeguards: bool) -> Self {
+    pub fn new(
+        header: Header,
+        refcounts: RefcountStore,
+        orphans: Orphans,
+        safeguards: bool,
+    ) -> Self {
         Self {
             geometry: header.geometry(),
             header,
             refcounts,
             hint: 0,
-            unlinked: NumberMap::default(),
+            unlinked: NumberSet::default(),
             packing: None,
             quarantine: Quarantine::default(),
             dirty_slices: BTreeMap::new(),
@@ -69,7 +76,9 @@ impl Meta {
     /// Changes an entry of a slice and notes it as dirty.
     pub fn set_entry(&mut self, index: SliceIndex, slice: &Arc<Slice>, at: usize, raw: u64) {
         slice.store(at, raw);
-        self.dirty_slices.entry(index.0).or_insert_with(|| slice.clone());
+        self.dirty_slices
+            .entry(index.0)
+            .or_insert_with(|| slice.clone());
     }
 
     /// Whether anything in memory is newer than on disk.

@@ -13,9 +13,7 @@ use block_core::{
     node::Node,
     options::{Number, Options, Size, Switch},
     pins::Pins,
-    registry::{
-        CreateContext, CreateOption, DriverFactory, Measure, OpenContext, Opened,
-    },
+    registry::{CreateContext, CreateOption, DriverFactory, Measure, OpenContext, Opened},
     request::Child,
 };
 use serde::Deserialize;
@@ -120,7 +118,9 @@ impl Qcow2Options {
 
     fn slice_size(&self, geometry: Geometry) -> Result<u64> {
         let size = geometry.cluster_size();
-        let slice = self.l2_cache_entry_size.map_or(DEFAULT_SLICE.min(size), |size| size.0);
+        let slice = self
+            .l2_cache_entry_size
+            .map_or(DEFAULT_SLICE.min(size), |size| size.0);
         if !slice.is_power_of_two() || !(512..=size).contains(&slice) {
             return Err(Error::invalid(format!(
                 "L2 cache entry size must be a power of two between 512 and the cluster size ({size})"
@@ -197,7 +197,11 @@ async fn open_image(
         l1: ArcSwap::from_pointee(l1),
         slices: SliceCache::new(),
         claims: Claims::default(),
-        pins: if safeguards { Pins::new() } else { Pins::new_disabled_for_tests() },
+        pins: if safeguards {
+            Pins::new()
+        } else {
+            Pins::new_disabled_for_tests()
+        },
         meta: futures::lock::Mutex::new(Meta::new(
             header.clone(),
             refcounts,
@@ -214,13 +218,18 @@ async fn open_image(
 
 /// Options that only make sense for images that are refused.
 fn refuse_foreign(options: &mut Options) -> Result<()> {
-    if !matches!(options.take("data-file"), None | Some(serde_json::Value::Null)) {
+    if !matches!(
+        options.take("data-file"),
+        None | Some(serde_json::Value::Null)
+    ) {
         return Err(Error::invalid(
             "'data-file' can only be set for images with an external data file",
         ));
     }
     if options.take("encrypt").is_some() {
-        return Err(Error::invalid("No encryption in image header, but options specified a format"));
+        return Err(Error::invalid(
+            "No encryption in image header, but options specified a format",
+        ));
     }
     Ok(())
 }
@@ -244,19 +253,27 @@ impl DriverFactory for Qcow2Factory {
         let named = |error: Error| {
             let name = Child::unattached(file.clone()).filename();
             let error = error.with_operation(Operation::Open, 0, 0);
-            name.map_or_else(|| error.duplicate(), |name| error.duplicate().with_file(name))
+            name.map_or_else(
+                || error.duplicate(),
+                |name| error.duplicate().with_file(name),
+            )
         };
-        let (image, header) =
-            open_image(&context, &mut options, &file, self.safeguards).await.map_err(named)?;
+        let (image, header) = open_image(&context, &mut options, &file, self.safeguards)
+            .await
+            .map_err(named)?;
         let name = header.backing_file_name();
         let format = header.extensions.backing_format.as_deref();
-        let backing =
-            context.open_backing(&mut options, &file, name.as_deref(), format).await?;
+        let backing = context
+            .open_backing(&mut options, &file, name.as_deref(), format)
+            .await?;
         let mut edges = vec![(ChildRole::File, "file".to_owned(), file.clone())];
         if let Some(backing) = backing {
             edges.push((ChildRole::Backing, "backing".to_owned(), backing));
         }
-        Ok(Opened { driver: Arc::new(image), edges })
+        Ok(Opened {
+            driver: Arc::new(image),
+            edges,
+        })
     }
 
     fn create_options(&self) -> &'static [CreateOption] {

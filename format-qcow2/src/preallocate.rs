@@ -96,7 +96,8 @@ async fn zero_host(file: &Child, host: HostOffset, len: u64, how: Preallocation)
     let end = host.0 + len;
     while at < end {
         let step = (end - at).min(ZERO_STEP);
-        file.write(at, IoBuf::zeroes(step as usize), RequestFlags::empty()).await?;
+        file.write(at, IoBuf::zeroes(step as usize), RequestFlags::empty())
+            .await?;
         at += step;
     }
     Ok(())

@@ -38,17 +38,13 @@ impl Qcow2 {
             return Err(Error::invalid("The new size must be a multiple of 512"));
         }
         let old = self.length();
-        if length < old {
-            if how.preallocation != Preallocation::Off {
-                return Err(Error::invalid(
-                    "Preallocation can't be used for shrinking an image",
-                ));
-            }
-            self.shrink(request, old, length).await
-        } else if length > old {
-            self.grow(request, old, length, how).await
-        } else {
-            Ok(())
+        match length.cmp(&old) {
+            std::cmp::Ordering::Less if how.preallocation != Preallocation::Off => Err(
+                Error::invalid("Preallocation can't be used for shrinking an image"),
+            ),
+            std::cmp::Ordering::Less => self.shrink(request, old, length).await,
+            std::cmp::Ordering::Equal => Ok(()),
+            std::cmp::Ordering::Greater => self.grow(request, old, length, how).await,
         }
     }
 
@@ -60,12 +56,14 @@ impl Qcow2 {
         how: Truncate,
     ) -> Result<()> {
         self.make_room(request).await?;
-        self.grow_l1(request, self.geometry.l1_entries_for(new)).await?;
+        self.grow_l1(request, self.geometry.l1_entries_for(new))
+            .await?;
         if how.zero && self.has_backing(request) {
             self.zero_new(request, old, new).await?;
         }
         if how.preallocation != Preallocation::Off {
-            self.preallocate(request, old, new, how.preallocation).await?;
+            self.preallocate(request, old, new, how.preallocation)
+                .await?;
         }
         if how.zero || how.preallocation != Preallocation::Off {
             self.write_back(request).await?;
@@ -101,7 +99,10 @@ impl Qcow2 {
         let allocation = meta.allocate_contiguous(file, clusters).await?;
         let place = self.geometry.host_start(allocation.first());
         // The copy is made from the disk: what is linked in memory only follows with the next batch.
-        let mut bytes = file.read_padded(old.offset.0, old_bytes as usize).await?.to_vec();
+        let mut bytes = file
+            .read_padded(old.offset.0, old_bytes as usize)
+            .await?
+            .to_vec();
         bytes.resize((clusters * self.geometry.cluster_size()) as usize, 0);
         file.write(place.0, bytes, RequestFlags::empty()).await?;
         self.write_refcounts(&mut meta, request).await?;
@@ -109,7 +110,8 @@ impl Qcow2 {
         file.flush().await?;
         let kept = old.entries.iter().map(|raw| raw.load(Ordering::SeqCst));
         let new = kept.chain(std::iter::repeat(0)).take(needed as usize);
-        self.slices.change_tables(|_| self.l1.store(Arc::new(L1Table::new(place, new))));
+        self.slices
+            .change_tables(|_| self.l1.store(Arc::new(L1Table::new(place, new))));
         for cluster in allocation.clusters() {
             meta.unlinked.remove(&cluster.0);
         }
@@ -127,7 +129,8 @@ impl Qcow2 {
         let file = request.file()?;
         let copies = meta.refcounts.dirty_copies();
         for copy in &copies {
-            file.write(copy.host.0, copy.bytes.clone(), RequestFlags::empty()).await?;
+            file.write(copy.host.0, copy.bytes.clone(), RequestFlags::empty())
+                .await?;
         }
         file.flush().await?;
         if meta.refcounts.publish(file, &copies).await? {
@@ -147,7 +150,9 @@ impl Qcow2 {
         if self.geometry.has_zero_flag() {
             let first = ClusterIndex(aligned.div_ceil(size));
             let end = ClusterIndex(new.div_ceil(size));
-            return self.change_clusters(request, first, end, Change::Unmap).await;
+            return self
+                .change_clusters(request, first, end, Change::Unmap)
+                .await;
         }
         self.write_zero_data(request, aligned, new).await
     }
@@ -160,7 +165,8 @@ impl Qcow2 {
     ) -> Result<()> {
         while at < end {
             let len = (end - at).min(ZERO_STEP);
-            self.write_guest(request, at, IoBuf::zeroes(len as usize)).await?;
+            self.write_guest(request, at, IoBuf::zeroes(len as usize))
+                .await?;
             at += len;
         }
         Ok(())
@@ -180,7 +186,8 @@ impl Qcow2 {
         }
         let first = ClusterIndex(new.div_ceil(size));
         let end = ClusterIndex(old.div_ceil(size));
-        self.change_clusters(request, first, end, Change::Full).await?;
+        self.change_clusters(request, first, end, Change::Full)
+            .await?;
         self.write_back(request).await?;
         self.set_size(request, new).await
     }
@@ -189,7 +196,8 @@ impl Qcow2 {
     pub async fn empty(self: &Arc<Self>, request: &Request) -> Result<()> {
         self.check_writable()?;
         let end = ClusterIndex(self.length().div_ceil(self.geometry.cluster_size()));
-        self.change_clusters(request, ClusterIndex(0), end, Change::Full).await?;
+        self.change_clusters(request, ClusterIndex(0), end, Change::Full)
+            .await?;
         self.write_back(request).await
     }
 
@@ -198,7 +206,9 @@ impl Qcow2 {
         file: &block_core::request::Child,
         header: &crate::layout::Header,
     ) -> Result<L1Table> {
-        let bytes = file.read_padded(header.l1_table_offset.0, header.l1_bytes() as usize).await?;
+        let bytes = file
+            .read_padded(header.l1_table_offset.0, header.l1_bytes() as usize)
+            .await?;
         Ok(L1Table::new(header.l1_table_offset, entry::be64s(&bytes)))
     }
 
@@ -221,7 +231,8 @@ impl Qcow2 {
             self.l1.store(Arc::new(l1));
         });
         self.size.store(meta.header.disk_size(), Ordering::Release);
-        self.names_backing.store(meta.header.backing_file.is_some(), Ordering::Release);
+        self.names_backing
+            .store(meta.header.backing_file.is_some(), Ordering::Release);
         self.writeback.forget_failure();
         self.note_sizes(meta);
         Ok(())

@@ -33,7 +33,7 @@ use crate::{
     },
     counters::Counters,
     image::Qcow2,
-    layout::HostCluster,
+    layout::{HostCluster, L1Entry},
     meta::Meta,
 };
 
@@ -152,9 +152,18 @@ impl Qcow2 {
         meta.batch += 1;
         let l1 = self.l1.load_full();
         let mut slices = Vec::with_capacity(meta.dirty_slices.len());
+        let has_table = |index: u64| {
+            matches!(
+                self.table_of(SliceIndex(index)),
+                Ok(L1Entry { l2: Some(_), .. })
+            )
+        };
+        meta.dirty_slices.retain(|index, _| has_table(*index));
         for (index, slice) in &meta.dirty_slices {
             let index = SliceIndex(*index);
-            let Some(table) = self.table_of(index)?.l2 else { continue };
+            let Some(table) = self.table_of(index)?.l2 else {
+                continue;
+            };
             let version = slice.version();
             let host = self.slice_host(index, table).0;
             slices.push(SliceCopy {
@@ -178,7 +187,10 @@ impl Qcow2 {
     }
 
     async fn write_snapshot(&self, file: &Child, snapshot: &Snapshot) -> Result<()> {
-        let blocks = snapshot.blocks.iter().map(|copy| (copy.host.0, copy.bytes.clone()));
+        let blocks = snapshot
+            .blocks
+            .iter()
+            .map(|copy| (copy.host.0, copy.bytes.clone()));
         write_all(file, blocks).await?;
         let publishes = {
             let meta = self.meta.lock().await;
@@ -196,7 +208,10 @@ impl Qcow2 {
                 self.barrier(file).await?;
             }
         }
-        let slices = snapshot.slices.iter().map(|copy| (copy.host, copy.bytes.clone()));
+        let slices = snapshot
+            .slices
+            .iter()
+            .map(|copy| (copy.host, copy.bytes.clone()));
         let l1 = snapshot
             .l1
             .iter()
@@ -251,7 +266,10 @@ impl Qcow2 {
         self.punch(file, &punches).await;
         let mut meta = self.meta.lock().await;
         let mut result = Ok(());
-        for cluster in ready.iter().flat_map(|run| run.first..run.first + run.count) {
+        for cluster in ready
+            .iter()
+            .flat_map(|run| run.first..run.first + run.count)
+        {
             meta.quarantine.dropped(cluster);
             Counters::add(&self.counters.freed, 1);
             if let Err(error) = meta.drop_reference(file, HostCluster(cluster)).await {

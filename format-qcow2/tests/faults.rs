@@ -28,8 +28,14 @@ fn check(storage: &Storage) -> (u64, u64) {
     let data = storage.state.lock().data.clone();
     let rig = Rig::new();
     rig.block_on(async {
-        let handle = rig.open_storage(&Storage::new(data), "read-only=on").await.unwrap();
-        let report = handle.check(CheckMode::ReadOnly, Progress::new()).await.unwrap();
+        let handle = rig
+            .open_storage(&Storage::new(data), "read-only=on")
+            .await
+            .unwrap();
+        let report = handle
+            .check(CheckMode::ReadOnly, Progress::new())
+            .await
+            .unwrap();
         rig.close(handle).await.unwrap();
         (report.corruptions + report.check_errors, report.leaks)
     })
@@ -42,24 +48,41 @@ fn a_full_disk_fails_the_write_and_loses_nothing() {
     rig.block_on(async {
         let handle = rig.open_storage(&storage, "").await.unwrap();
         for n in 0..8 {
-            handle.write(n * C, cluster(n as u8 + 1), RequestFlags::empty()).await.unwrap();
+            handle
+                .write(n * C, cluster(n as u8 + 1), RequestFlags::empty())
+                .await
+                .unwrap();
         }
         handle.flush().await.unwrap();
         let full = storage.state.lock().data.len() as u64;
         storage.set_fault(Fault::Full(full));
-        let error =
-            handle.write(20 * C, cluster(9), RequestFlags::empty()).await.unwrap_err();
+        let error = handle
+            .write(20 * C, cluster(9), RequestFlags::empty())
+            .await
+            .unwrap_err();
         assert_eq!(error.kind(), ErrorKind::NoSpace);
         // What is there may be overwritten, and freed space be used again before ENOSPC is reported.
-        handle.write(3 * C, cluster(33), RequestFlags::empty()).await.unwrap();
+        handle
+            .write(3 * C, cluster(33), RequestFlags::empty())
+            .await
+            .unwrap();
         handle.discard(5 * C, C).await.unwrap();
-        handle.write(20 * C, cluster(9), RequestFlags::empty()).await.unwrap();
+        handle
+            .write(20 * C, cluster(9), RequestFlags::empty())
+            .await
+            .unwrap();
         assert!(counter(&handle, "reclaims") > 0);
-        let error =
-            handle.write(21 * C, cluster(9), RequestFlags::empty()).await.unwrap_err();
+        let error = handle
+            .write(21 * C, cluster(9), RequestFlags::empty())
+            .await
+            .unwrap_err();
         assert_eq!(error.kind(), ErrorKind::NoSpace);
         for (n, value) in [(0, 1), (3, 33), (5, 0), (7, 8), (20, 9), (21, 0)] {
-            assert_eq!(handle.read(n * C, C as usize).await.unwrap()[..], cluster(value)[..], "{n}");
+            assert_eq!(
+                handle.read(n * C, C as usize).await.unwrap()[..],
+                cluster(value)[..],
+                "{n}"
+            );
         }
         rig.close(handle).await.unwrap();
     });
@@ -72,17 +95,29 @@ fn a_failed_write_leaves_the_old_content_and_a_clean_image() {
     let storage = fresh("cluster_size=65536", 64);
     rig.block_on(async {
         let handle = rig.open_storage(&storage, "").await.unwrap();
-        handle.write(0, cluster(1), RequestFlags::empty()).await.unwrap();
+        handle
+            .write(0, cluster(1), RequestFlags::empty())
+            .await
+            .unwrap();
         storage.set_fault(Fault::Writes);
         for at in [C, 40 * C + 5] {
-            let error = handle.write(at, vec![2; 700], RequestFlags::empty()).await.unwrap_err();
+            let error = handle
+                .write(at, vec![2; 700], RequestFlags::empty())
+                .await
+                .unwrap_err();
             assert_eq!(error.errno(), 5);
         }
         assert!(handle.flush().await.is_err());
         storage.set_fault(Fault::None);
         assert_eq!(handle.read(C, 700).await.unwrap()[..], [0; 700]);
-        assert_eq!(handle.read(0, C as usize).await.unwrap()[..], cluster(1)[..]);
-        handle.write(2 * C, cluster(3), RequestFlags::empty()).await.unwrap();
+        assert_eq!(
+            handle.read(0, C as usize).await.unwrap()[..],
+            cluster(1)[..]
+        );
+        handle
+            .write(2 * C, cluster(3), RequestFlags::empty())
+            .await
+            .unwrap();
         let _ = handle.close().await;
         let _ = rig.graph.close_all().await;
     });
@@ -95,18 +130,30 @@ fn after_a_failed_flush_every_flush_fails_until_the_image_is_reopened() {
     let storage = fresh("cluster_size=65536", 64);
     rig.block_on(async {
         let handle = rig.open_storage(&storage, "").await.unwrap();
-        handle.write(0, cluster(1), RequestFlags::empty()).await.unwrap();
+        handle
+            .write(0, cluster(1), RequestFlags::empty())
+            .await
+            .unwrap();
         handle.flush().await.unwrap();
-        handle.write(C, cluster(2), RequestFlags::empty()).await.unwrap();
+        handle
+            .write(C, cluster(2), RequestFlags::empty())
+            .await
+            .unwrap();
         storage.set_fault(Fault::Flushes);
         assert!(handle.flush().await.is_err());
         storage.set_fault(Fault::None);
-        assert!(handle.flush().await.is_err(), "a lost write isn't retried into success");
+        assert!(
+            handle.flush().await.is_err(),
+            "a lost write isn't retried into success"
+        );
         let node = handle.node();
         rig.graph.reopen(&node, Reopen::default()).await.unwrap();
         let file = node.edges().iter().next().unwrap().child.node().clone();
         let _ = rig.graph.reopen(&file, Reopen::default()).await;
-        assert_eq!(handle.read(0, C as usize).await.unwrap()[..], cluster(1)[..]);
+        assert_eq!(
+            handle.read(0, C as usize).await.unwrap()[..],
+            cluster(1)[..]
+        );
         drop(node);
         let _ = handle.close().await;
         let _ = rig.graph.close_all().await;
@@ -127,7 +174,10 @@ fn with_one_cluster() -> Arc<Storage> {
     let storage = fresh("cluster_size=65536", 64);
     rig.block_on(async {
         let handle = rig.open_storage(&storage, "").await.unwrap();
-        handle.write(0, cluster(1), RequestFlags::empty()).await.unwrap();
+        handle
+            .write(0, cluster(1), RequestFlags::empty())
+            .await
+            .unwrap();
         rig.close(handle).await.unwrap();
     });
     storage
@@ -149,13 +199,23 @@ fn an_impossible_entry_shuts_a_writable_image_and_marks_it_corrupt() {
         }
         assert_eq!(handle.read(0, 512).await.unwrap()[..], [1; 512]);
         rig.close(handle).await.unwrap();
-        assert_eq!(storage.state.lock().data[79], 0, "read-only: nothing is written");
+        assert_eq!(
+            storage.state.lock().data[79],
+            0,
+            "read-only: nothing is written"
+        );
 
         let handle = rig.open_storage(&storage, "").await.unwrap();
-        let error = handle.write(C, cluster(2), RequestFlags::empty()).await.unwrap_err();
+        let error = handle
+            .write(C, cluster(2), RequestFlags::empty())
+            .await
+            .unwrap_err();
         assert_eq!(error.errno(), 5, "{error}");
         assert!(error.to_string().contains("unaligned"), "{error}");
-        assert_eq!(handle.read(0, 512).await.unwrap_err().kind(), ErrorKind::NoMedium);
+        assert_eq!(
+            handle.read(0, 512).await.unwrap_err().kind(),
+            ErrorKind::NoMedium
+        );
         assert_eq!(storage.state.lock().data[79], 2, "the corrupt bit");
         let _ = handle.close().await;
         let _ = rig.graph.close_all().await;
@@ -183,7 +243,10 @@ fn freeing_a_cluster_whose_refcount_is_0_is_caught_when_it_happens() {
         assert_eq!(error.errno(), 5, "{error}");
         assert!(error.to_string().contains("refcount is 0"), "{error}");
         assert!(counter(&handle, "ownership-violations-caught") > 0);
-        let error = handle.write(C, cluster(2), RequestFlags::empty()).await.unwrap_err();
+        let error = handle
+            .write(C, cluster(2), RequestFlags::empty())
+            .await
+            .unwrap_err();
         assert_eq!(error.kind(), ErrorKind::NoMedium);
         assert_eq!(storage.state.lock().data[79], 2, "the corrupt bit");
         let _ = handle.close().await;
@@ -198,7 +261,10 @@ fn with_lazy_refcounts_the_dirty_bit_is_there_from_the_first_allocation_to_the_c
     let crashed = rig.block_on(async {
         let handle = rig.open_storage(&storage, "").await.unwrap();
         assert_eq!(storage.state.lock().data[79], 0);
-        handle.write(0, cluster(1), RequestFlags::empty()).await.unwrap();
+        handle
+            .write(0, cluster(1), RequestFlags::empty())
+            .await
+            .unwrap();
         assert_eq!(storage.state.lock().data[79], 1, "dirty");
         handle.flush().await.unwrap();
         let crashed = storage.state.lock().data.clone();
@@ -220,11 +286,21 @@ fn with_lazy_refcounts_the_dirty_bit_is_there_from_the_first_allocation_to_the_c
     rig.block_on(async {
         let handle = rig.open_storage(&storage, "read-only=on").await.unwrap();
         rig.close(handle).await.unwrap();
-        assert_eq!(storage.state.lock().data[79], 1, "a read-only open does nothing");
+        assert_eq!(
+            storage.state.lock().data[79],
+            1,
+            "a read-only open does nothing"
+        );
         let handle = rig.open_storage(&storage, "").await.unwrap();
         assert_eq!(storage.state.lock().data[79], 0, "repaired");
-        assert_eq!(handle.read(0, C as usize).await.unwrap()[..], cluster(1)[..]);
-        handle.write(C, cluster(2), RequestFlags::empty()).await.unwrap();
+        assert_eq!(
+            handle.read(0, C as usize).await.unwrap()[..],
+            cluster(1)[..]
+        );
+        handle
+            .write(C, cluster(2), RequestFlags::empty())
+            .await
+            .unwrap();
         rig.close(handle).await.unwrap();
     });
     assert_eq!(check(&storage), (0, 0));

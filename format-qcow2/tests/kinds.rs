@@ -17,7 +17,10 @@ struct Lab {
 
 impl Lab {
     fn new() -> Self {
-        Self { rig: Rig::new(), dir: tempfile::tempdir().unwrap() }
+        Self {
+            rig: Rig::new(),
+            dir: tempfile::tempdir().unwrap(),
+        }
     }
 
     fn path(&self, name: &str) -> std::path::PathBuf {
@@ -53,15 +56,24 @@ impl Lab {
                 commands.push(format!("write -z -u {} 64k", at(3)));
             }
             for command in commands {
-                tool("qemu-io", &["-f", "qcow2", "-d", "unmap", "-c", &command, text]);
+                tool(
+                    "qemu-io",
+                    &["-f", "qcow2", "-d", "unmap", "-c", &command, text],
+                );
             }
         }
         path
     }
 
     /// What qemu-img map says of the clusters of the first half: present, zero, data, has an offset.
-    fn map(&self, path: &Path) -> Vec<(bool, bool, bool, bool)> {
-        let text = qemu_img(&["map", "-f", "qcow2", "--output=json", path.to_str().unwrap()]);
+    fn map(path: &Path) -> Vec<(bool, bool, bool, bool)> {
+        let text = qemu_img(&[
+            "map",
+            "-f",
+            "qcow2",
+            "--output=json",
+            path.to_str().unwrap(),
+        ]);
         let extents: Vec<serde_json::Value> = serde_json::from_str(&text).unwrap();
         (0..10u64)
             .map(|cluster| {
@@ -98,8 +110,14 @@ fn compare(lab: &Lab, compat: &str, backing: bool, act: Act) {
         lab.rig.block_on(async {
             let handle = lab.rig.open(&ours, "").await.unwrap();
             match act {
-                Act::Zero => handle.write_zeroes(at, C, RequestFlags::empty()).await.unwrap(),
-                Act::Unmap => handle.write_zeroes(at, C, RequestFlags::MAY_UNMAP).await.unwrap(),
+                Act::Zero => handle
+                    .write_zeroes(at, C, RequestFlags::empty())
+                    .await
+                    .unwrap(),
+                Act::Unmap => handle
+                    .write_zeroes(at, C, RequestFlags::MAY_UNMAP)
+                    .await
+                    .unwrap(),
                 Act::Discard => handle.discard(at, C).await.unwrap(),
             }
             lab.rig.close(handle).await.unwrap();
@@ -109,14 +127,22 @@ fn compare(lab: &Lab, compat: &str, backing: bool, act: Act) {
             Act::Unmap => format!("write -z -u {at} 64k"),
             Act::Discard => format!("discard {at} 64k"),
         };
-        let args = ["-f", "qcow2", "-d", "unmap", "-c", &command, theirs.to_str().unwrap()];
+        let args = [
+            "-f",
+            "qcow2",
+            "-d",
+            "unmap",
+            "-c",
+            &command,
+            theirs.to_str().unwrap(),
+        ];
         tool("qemu-io", &args);
     }
     let what = format!("compat {compat}, backing {backing}, {act:?}");
     assert_clean(&ours);
     let expected = contents(&theirs, lab.dir.path());
     assert_same(&contents(&ours, lab.dir.path()), &expected, &what);
-    assert_eq!(lab.map(&ours), lab.map(&theirs), "{what}");
+    assert_eq!(Lab::map(&ours), Lab::map(&theirs), "{what}");
 }
 
 #[test]
@@ -142,13 +168,19 @@ fn writes_in_part_keep_the_rest_of_every_kind_of_cluster() {
                 let handle = lab.rig.open(&path, "").await.unwrap();
                 for cluster in 0..5u64 {
                     for (at, len) in [(cluster * C + 1000, 3000), ((cluster + 5) * C, 512)] {
-                        handle.write(at, vec![77; len], RequestFlags::empty()).await.unwrap();
+                        handle
+                            .write(at, vec![77; len], RequestFlags::empty())
+                            .await
+                            .unwrap();
                         expected[at as usize..][..len].fill(77);
                     }
                 }
                 // Across all kinds at once.
                 let (at, len) = (5 * C + 60_000, 4 * C as usize);
-                handle.write(at, vec![78; len], RequestFlags::empty()).await.unwrap();
+                handle
+                    .write(at, vec![78; len], RequestFlags::empty())
+                    .await
+                    .unwrap();
                 expected[at as usize..][..len].fill(78);
                 let ours = handle.read(0, expected.len()).await.unwrap();
                 assert_same(&ours, &expected, "read back");
@@ -164,19 +196,33 @@ fn writes_in_part_keep_the_rest_of_every_kind_of_cluster() {
 #[test]
 fn compressed_writes_are_packed_and_read_by_qemu() {
     let lab = Lab::new();
-    for (cluster, bits, compat) in
-        [(65536u64, 16, "1.1"), (512, 16, "0.10"), (4096, 1, "1.1"), (2 << 20, 64, "1.1")]
-    {
+    for (cluster, bits, compat) in [
+        (65536u64, 16, "1.1"),
+        (512, 16, "0.10"),
+        (4096, 1, "1.1"),
+        (2 << 20, 64, "1.1"),
+    ] {
         let path = lab.path("packed.qcow2");
         let size = cluster * 20 + 512;
         let options = format!("cluster_size={cluster},refcount_bits={bits},compat={compat}");
         let name = path.to_str().unwrap();
-        qemu_img(&["create", "-q", "-f", "qcow2", "-o", &options, name, &size.to_string()]);
+        qemu_img(&[
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-o",
+            &options,
+            name,
+            &size.to_string(),
+        ]);
         let mut disk: Vec<u8> = (0..size).map(|at| (at / 100) as u8).collect();
         // One that doesn't compress.
         let mut state = 1u64;
         for byte in &mut disk[cluster as usize * 3..cluster as usize * 4] {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
             *byte = (state >> 40) as u8;
         }
         lab.rig.block_on(async {
@@ -184,12 +230,21 @@ fn compressed_writes_are_packed_and_read_by_qemu() {
             let step = cluster as usize * 3;
             for at in (0..size as usize).step_by(step) {
                 let data = disk[at..(at + step).min(size as usize)].to_vec();
-                handle.write(at as u64, data, RequestFlags::WRITE_COMPRESSED).await.unwrap();
+                handle
+                    .write(at as u64, data, RequestFlags::WRITE_COMPRESSED)
+                    .await
+                    .unwrap();
             }
             let again = disk[..cluster as usize].to_vec();
-            let error =
-                handle.write(0, again, RequestFlags::WRITE_COMPRESSED).await.unwrap_err();
-            assert_eq!(error.errno(), 5, "a cluster is compressed-written only once");
+            let error = handle
+                .write(0, again, RequestFlags::WRITE_COMPRESSED)
+                .await
+                .unwrap_err();
+            assert_eq!(
+                error.errno(),
+                5,
+                "a cluster is compressed-written only once"
+            );
             let ours = handle.read(0, size as usize).await.unwrap();
             assert_same(&ours, &disk, "read back");
             lab.rig.close(handle).await.unwrap();
@@ -203,9 +258,15 @@ fn compressed_writes_are_packed_and_read_by_qemu() {
         // Overwriting, discarding and zeroing drop the references.
         lab.rig.block_on(async {
             let handle = lab.rig.open(&path, "").await.unwrap();
-            handle.write(cluster + 5, vec![1; 10], RequestFlags::empty()).await.unwrap();
+            handle
+                .write(cluster + 5, vec![1; 10], RequestFlags::empty())
+                .await
+                .unwrap();
             handle.discard(4 * cluster, 2 * cluster).await.unwrap();
-            handle.write_zeroes(7 * cluster, cluster, RequestFlags::empty()).await.unwrap();
+            handle
+                .write_zeroes(7 * cluster, cluster, RequestFlags::empty())
+                .await
+                .unwrap();
             lab.rig.close(handle).await.unwrap();
         });
         assert_clean(&path);
@@ -225,7 +286,9 @@ fn a_chain_of_three_made_by_qemu_is_read_alike_and_can_be_written() {
             qemu_img(&["create", "-q", "-f", "qcow2", name, size]);
         } else {
             let base = names[n - 1].to_str().unwrap();
-            qemu_img(&["create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", name, size]);
+            qemu_img(&[
+                "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", name, size,
+            ]);
         }
         let command = format!("write -P {} {}k 300k", n + 1, n * 200 + 30);
         tool("qemu-io", &["-f", "qcow2", "-c", &command, name]);
@@ -236,7 +299,10 @@ fn a_chain_of_three_made_by_qemu_is_read_alike_and_can_be_written() {
         let handle = lab.rig.open(top, "").await.unwrap();
         let ours = handle.read(0, expected.len()).await.unwrap();
         assert_same(&ours, &expected, "as qemu-img reads it");
-        handle.write(1 << 20, vec![8; 5000], RequestFlags::empty()).await.unwrap();
+        handle
+            .write(1 << 20, vec![8; 5000], RequestFlags::empty())
+            .await
+            .unwrap();
         expected[1 << 20..][..5000].fill(8);
         lab.rig.close(handle).await.unwrap();
     });

@@ -3,7 +3,6 @@
 
 mod common;
 
-
 use block_core::{
     BlockHandle, RequestFlags,
     image::{CheckMode, Progress},
@@ -83,12 +82,28 @@ async fn guest(
         let count = rng.random_range(1..=6).min(REGION / unit - start);
         let (at, len) = (task * REGION + start * unit, count * unit);
         let kind = rng.random_range(0..10);
-        let value = if kind < 6 { rng.random_range(1..=255) } else { 0 };
+        let value = if kind < 6 {
+            rng.random_range(1..=255)
+        } else {
+            0
+        };
         let submitted = storage.position();
         let done = match kind {
-            0..6 => handle.write(at as u64, vec![value; len], RequestFlags::empty()).await,
-            6 => handle.write_zeroes(at as u64, len as u64, RequestFlags::empty()).await,
-            7 => handle.write_zeroes(at as u64, len as u64, RequestFlags::MAY_UNMAP).await,
+            0..6 => {
+                handle
+                    .write(at as u64, vec![value; len], RequestFlags::empty())
+                    .await
+            }
+            6 => {
+                handle
+                    .write_zeroes(at as u64, len as u64, RequestFlags::empty())
+                    .await
+            }
+            7 => {
+                handle
+                    .write_zeroes(at as u64, len as u64, RequestFlags::MAY_UNMAP)
+                    .await
+            }
             _ if whole => handle.discard(at as u64, len as u64).await,
             _ => continue,
         };
@@ -97,7 +112,11 @@ async fn guest(
             let mut history = history.lock();
             let completed = history.tick();
             for block in at / 512..(at + len) / 512 {
-                history.blocks[block].push(Version { value, submitted, completed });
+                history.blocks[block].push(Version {
+                    value,
+                    submitted,
+                    completed,
+                });
             }
         }
         if rng.random_bool(0.05) {
@@ -110,10 +129,17 @@ async fn guest(
 
 /// The storage's bytes after a cut: all up to the last flush before `cut`, and any of what came between.
 fn after_cut(start: &[u8], log: &[Event], cut: usize, rng: &mut SmallRng) -> Vec<u8> {
-    let flushed = log[..cut].iter().rposition(|event| matches!(event, Event::Flush)).unwrap_or(0);
+    let flushed = log[..cut]
+        .iter()
+        .rposition(|event| matches!(event, Event::Flush))
+        .unwrap_or(0);
     let mut data = start.to_vec();
-    log[..flushed].iter().for_each(|event| event.apply(&mut data));
-    let keep = *[0.0, 0.2, 0.5, 0.8, 1.0].get(rng.random_range(0..5)).unwrap();
+    log[..flushed]
+        .iter()
+        .for_each(|event| event.apply(&mut data));
+    let keep = *[0.0, 0.2, 0.5, 0.8, 1.0]
+        .get(rng.random_range(0..5))
+        .unwrap();
     for event in &log[flushed..cut] {
         match event {
             // Sectors are written whole, requests aren't.
@@ -135,14 +161,38 @@ fn after_cut(start: &[u8], log: &[Event], cut: usize, rng: &mut SmallRng) -> Vec
     data
 }
 
-fn storm_and_cut(options: &str, open: &str, seed: u64, cuts: usize) -> u64 {
+/// `more`: bytes behind the regions that are written beforehand, so that tables have to grow early.
+fn filled(image: Vec<u8>, at: usize, len: usize) -> Vec<u8> {
+    let rig = Rig::new();
+    let storage = Storage::new(image);
+    rig.block_on(async {
+        let handle = rig.open_storage(&storage, "").await.unwrap();
+        handle
+            .write(at as u64, vec![1; len], RequestFlags::empty())
+            .await
+            .unwrap();
+        rig.close(handle).await.unwrap();
+    });
+    let mut state = storage.state.lock();
+    std::mem::take(&mut state.data)
+}
+
+fn storm_and_cut(options: &str, open: &str, more: usize, seed: u64, cuts: usize) -> u64 {
     let rig = Rig::new();
     let size = TASKS * REGION;
-    let start = image_bytes(options, size as u64);
+    let start = image_bytes(options, (size + more) as u64);
+    let start = if more == 0 {
+        start
+    } else {
+        filled(start, size, more)
+    };
     let storage = Storage::new(start.clone());
     storage.state.lock().keep_log = true;
     storage.set_dawdle(12);
-    let history = Mutex::new(History { blocks: vec![Vec::new(); size / 512], ..History::default() });
+    let history = Mutex::new(History {
+        blocks: vec![Vec::new(); size / 512],
+        ..History::default()
+    });
     let batches = rig.block_on(async {
         let handle = rig.open_storage(&storage, open).await.unwrap();
         join_all((0..TASKS).map(|task| guest(&handle, &storage, &history, task, seed))).await;
@@ -151,17 +201,34 @@ fn storm_and_cut(options: &str, open: &str, seed: u64, cuts: usize) -> u64 {
         batches
     });
     let log = std::mem::take(&mut storage.state.lock().log);
+    let moved = storage.state.lock().data[48..56] != start[48..56];
+    assert_eq!(moved, more > 0, "{options}: the refcount table is replaced during the storm");
     let history = history.into_inner();
     let mut rng = SmallRng::seed_from_u64(seed);
     for n in 0..cuts {
-        let cut = if n == 0 { log.len() } else { rng.random_range(0..=log.len()) };
+        let cut = if n == 0 {
+            log.len()
+        } else {
+            rng.random_range(0..=log.len())
+        };
         let data = after_cut(&start, &log, cut, &mut rng);
         let what = format!("{options}, seed {seed}, cut at {cut} of {}", log.len());
         let rig = Rig::new();
         rig.block_on(async {
-            let handle = rig.open_storage(&Storage::new(data), "read-only=on").await.unwrap();
-            let report = handle.check(CheckMode::ReadOnly, Progress::new()).await.unwrap();
-            assert_eq!(report.corruptions + report.check_errors, 0, "{what}: {:#?}", report.findings);
+            let handle = rig
+                .open_storage(&Storage::new(data), "read-only=on")
+                .await
+                .unwrap();
+            let report = handle
+                .check(CheckMode::ReadOnly, Progress::new())
+                .await
+                .unwrap();
+            assert_eq!(
+                report.corruptions + report.check_errors,
+                0,
+                "{what}: {:#?}",
+                report.findings
+            );
             if n == 0 {
                 assert_eq!(report.leaks, 0, "{what}: closed cleanly");
             }
@@ -185,10 +252,24 @@ fn storm_and_cut(options: &str, open: &str, seed: u64, cuts: usize) -> u64 {
 fn after_a_power_cut_flushed_data_is_there_and_nothing_is_corrupt() {
     let mut batches = 0;
     for seed in 0..6 {
-        batches += storm_and_cut("cluster_size=4096", "", seed, 60);
-        batches += storm_and_cut("cluster_size=4096,compat=0.10", "", 100 + seed, 40);
+        batches += storm_and_cut("cluster_size=4096", "", 0, seed, 60);
+        batches += storm_and_cut("cluster_size=4096,compat=0.10", "", 0, 100 + seed, 40);
         let small = "l2-cache-size=1k,l2-cache-entry-size=512,refcount-cache-size=4k";
-        batches += storm_and_cut("cluster_size=512,refcount_bits=64", small, 200 + seed, 40);
+        batches += storm_and_cut(
+            "cluster_size=512,refcount_bits=64",
+            small,
+            0,
+            200 + seed,
+            40,
+        );
+        // The refcount table is nearly full: it is replaced on the way.
+        batches += storm_and_cut(
+            "cluster_size=512,refcount_bits=64",
+            small,
+            1900 << 10,
+            300 + seed,
+            20,
+        );
     }
     assert!(batches > 50, "{batches}");
 }

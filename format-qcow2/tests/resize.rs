@@ -31,18 +31,31 @@ fn a_grown_disk_reads_zeroes_behind_its_old_end_and_can_be_written_there() {
             ] {
                 let old = disk.len();
                 let at = old - 5000;
-                handle.write(at as u64, vec![7; 5000], RequestFlags::empty()).await.unwrap();
+                handle
+                    .write(at as u64, vec![7; 5000], RequestFlags::empty())
+                    .await
+                    .unwrap();
                 disk[at..].fill(7);
                 let new = old + (3 << 20) + 1024 * step as usize;
-                let how = Truncate { exact: true, preallocation, zero: false };
+                let how = Truncate {
+                    exact: true,
+                    preallocation,
+                    zero: false,
+                };
                 handle.truncate(new as u64, how).await.unwrap();
                 disk.resize(new, 0);
                 let ours = handle.read(0, disk.len()).await.unwrap();
                 assert_same(&ours, &disk, &format!("{options}, {preallocation:?}"));
-                handle.write(old as u64 + 100, vec![9; 70_000], RequestFlags::empty()).await.unwrap();
+                handle
+                    .write(old as u64 + 100, vec![9; 70_000], RequestFlags::empty())
+                    .await
+                    .unwrap();
                 disk[old + 100..][..70_000].fill(9);
             }
-            let error = handle.truncate(1000, Truncate::default()).await.unwrap_err();
+            let error = handle
+                .truncate(1000, Truncate::default())
+                .await
+                .unwrap_err();
             assert!(error.to_string().contains("multiple of 512"), "{error}");
             rig.close(handle).await.unwrap();
         });
@@ -53,14 +66,21 @@ fn a_grown_disk_reads_zeroes_behind_its_old_end_and_can_be_written_there() {
         rig.block_on(async {
             let handle = rig.open(&path, "cache.no-flush=on").await.unwrap();
             let cut = 512 * 700 + 512;
-            handle.write(cut - 512, vec![5; 4096], RequestFlags::empty()).await.unwrap();
+            handle
+                .write(cut - 512, vec![5; 4096], RequestFlags::empty())
+                .await
+                .unwrap();
             disk[cut as usize - 512..][..4096].fill(5);
             handle.truncate(cut, Truncate::default()).await.unwrap();
             disk.truncate(cut as usize);
             handle.truncate(2 << 20, Truncate::default()).await.unwrap();
             disk.resize(2 << 20, 0);
             let ours = handle.read(0, disk.len()).await.unwrap();
-            assert_same(&ours, &disk, &format!("{options}, shrunk and grown ({cluster})"));
+            assert_same(
+                &ours,
+                &disk,
+                &format!("{options}, shrunk and grown ({cluster})"),
+            );
             rig.close(handle).await.unwrap();
         });
         assert_clean(&path);
@@ -84,7 +104,10 @@ fn refcount_and_l2_tables_grow_as_the_image_does() {
             let handle = rig.open(&path, small).await.unwrap();
             for at in (0..disk.len()).step_by(1 << 20) {
                 let data = disk[at..at + (1 << 20)].to_vec();
-                handle.write(at as u64, data, RequestFlags::empty()).await.unwrap();
+                handle
+                    .write(at as u64, data, RequestFlags::empty())
+                    .await
+                    .unwrap();
             }
             assert!(counter(&handle, "evictions") > 0);
             let ours = handle.read(0, disk.len()).await.unwrap();
@@ -101,19 +124,31 @@ fn refcount_and_l2_tables_grow_as_the_image_does() {
 fn an_emptied_overlay_shows_its_backing_file_again() {
     let rig = Rig::new();
     let scratch = tempfile::tempdir().unwrap();
-    let (base, top) = (scratch.path().join("base.qcow2"), scratch.path().join("top.qcow2"));
+    let (base, top) = (
+        scratch.path().join("base.qcow2"),
+        scratch.path().join("top.qcow2"),
+    );
     let (base_name, top_name) = (base.to_str().unwrap(), top.to_str().unwrap());
     for compat in ["0.10", "1.1"] {
         qemu_img(&["create", "-q", "-f", "qcow2", base_name, "4M"]);
-        tool("qemu-io", &["-f", "qcow2", "-c", "write -P 3 0 4M", base_name]);
+        tool(
+            "qemu-io",
+            &["-f", "qcow2", "-c", "write -P 3 0 4M", base_name],
+        );
         let options = format!("compat={compat}");
         qemu_img(&[
             "create", "-q", "-f", "qcow2", "-o", &options, "-b", base_name, "-F", "qcow2", top_name,
         ]);
         rig.block_on(async {
             let handle = rig.open(&top, "").await.unwrap();
-            handle.write(1000, vec![1; 1 << 20], RequestFlags::empty()).await.unwrap();
-            handle.write_zeroes(2 << 20, 1 << 20, RequestFlags::empty()).await.unwrap();
+            handle
+                .write(1000, vec![1; 1 << 20], RequestFlags::empty())
+                .await
+                .unwrap();
+            handle
+                .write_zeroes(2 << 20, 1 << 20, RequestFlags::empty())
+                .await
+                .unwrap();
             handle.make_empty().await.unwrap();
             let disk = handle.read(0, 4 << 20).await.unwrap();
             assert!(disk.iter().all(|byte| *byte == 3));
@@ -128,19 +163,29 @@ fn an_emptied_overlay_shows_its_backing_file_again() {
 fn a_disk_that_grows_over_a_longer_backing_file_reads_zeroes_there_when_asked_to() {
     let rig = Rig::new();
     let scratch = tempfile::tempdir().unwrap();
-    let (base, top) = (scratch.path().join("base.qcow2"), scratch.path().join("top.qcow2"));
+    let (base, top) = (
+        scratch.path().join("base.qcow2"),
+        scratch.path().join("top.qcow2"),
+    );
     let (base_name, top_name) = (base.to_str().unwrap(), top.to_str().unwrap());
     for compat in ["0.10", "1.1"] {
         qemu_img(&["create", "-q", "-f", "qcow2", base_name, "4M"]);
-        tool("qemu-io", &["-f", "qcow2", "-c", "write -P 3 0 4M", base_name]);
+        tool(
+            "qemu-io",
+            &["-f", "qcow2", "-c", "write -P 3 0 4M", base_name],
+        );
         let options = format!("compat={compat}");
         qemu_img(&[
-            "create", "-q", "-f", "qcow2", "-o", &options, "-b", base_name, "-F", "qcow2", top_name,
-            "1000k",
+            "create", "-q", "-f", "qcow2", "-o", &options, "-b", base_name, "-F", "qcow2",
+            top_name, "1000k",
         ]);
         rig.block_on(async {
             let handle = rig.open(&top, "").await.unwrap();
-            let how = Truncate { exact: true, preallocation: Preallocation::Off, zero: true };
+            let how = Truncate {
+                exact: true,
+                preallocation: Preallocation::Off,
+                zero: true,
+            };
             handle.truncate(3 << 20, how).await.unwrap();
             let disk = handle.read(0, 3 << 20).await.unwrap();
             let end = 1000 << 10;

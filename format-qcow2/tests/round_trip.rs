@@ -25,7 +25,16 @@ fn what_this_driver_writes_qemu_reads_and_finds_clean_in_every_geometry() {
         let path = scratch.path().join(format!("{n}.qcow2"));
         let name = path.to_str().unwrap();
         let options = format!("cluster_size={cluster},compat={compat},refcount_bits={bits}");
-        qemu_img(&["create", "-q", "-f", "qcow2", "-o", &options, name, &size.to_string()]);
+        qemu_img(&[
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-o",
+            &options,
+            name,
+            &size.to_string(),
+        ]);
         let mut oracle = Oracle::new(vec![0; size as usize], n as u64, cluster);
         rig.block_on(async {
             let handle = rig.open(&path, "cache.no-flush=on").await.unwrap();
@@ -39,7 +48,13 @@ fn what_this_driver_writes_qemu_reads_and_finds_clean_in_every_geometry() {
         assert_same(&contents(&path, scratch.path()), &oracle.disk, &options);
         // And once more, on what was written before.
         rig.block_on(async {
-            let handle = rig.open(&path, "l2-cache-size=4k,refcount-cache-size=1k,cache.no-flush=on").await.unwrap();
+            let handle = rig
+                .open(
+                    &path,
+                    "l2-cache-size=4k,refcount-cache-size=1k,cache.no-flush=on",
+                )
+                .await
+                .unwrap();
             oracle.verify(&handle).await.unwrap();
             for _ in 0..150 {
                 oracle.step(&handle).await.unwrap();

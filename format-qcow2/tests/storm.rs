@@ -59,15 +59,25 @@ fn storm(gate: bool, safeguards: bool, clusters: u64, seed: u64, commands: u64) 
                         let data = vec![(n % 40 + 1) as u8; CLUSTER as usize];
                         handle.write(at, data, RequestFlags::empty()).await
                     }
-                    3 => handle.write_zeroes(at, CLUSTER, RequestFlags::empty()).await,
-                    4 => handle.write_zeroes(at, CLUSTER, RequestFlags::MAY_UNMAP).await,
+                    3 => {
+                        handle
+                            .write_zeroes(at, CLUSTER, RequestFlags::empty())
+                            .await
+                    }
+                    4 => {
+                        handle
+                            .write_zeroes(at, CLUSTER, RequestFlags::MAY_UNMAP)
+                            .await
+                    }
                     5 | 6 => handle.discard(at, CLUSTER).await,
                     _ => {
                         // A victim is written once and never again: its clusters are recycled ones.
                         let n = clusters + n as u64 % (3 * clusters);
                         let status = handle.block_status(n * CLUSTER, CLUSTER).await;
                         if status.is_ok_and(|status| !status.is_allocated()) {
-                            handle.write(n * CLUSTER, victim(n), RequestFlags::empty()).await
+                            handle
+                                .write(n * CLUSTER, victim(n), RequestFlags::empty())
+                                .await
                         } else {
                             Ok(())
                         }
@@ -102,30 +112,49 @@ fn storm(gate: bool, safeguards: bool, clusters: u64, seed: u64, commands: u64) 
     let scratch = tempfile::tempdir().unwrap();
     let path = scratch.path().join("a.qcow2");
     std::fs::write(&path, &data).unwrap();
-    let theirs = run("qemu-img", &["check", "-f", "qcow2", path.to_str().unwrap()]);
+    let theirs = run(
+        "qemu-img",
+        &["check", "-f", "qcow2", path.to_str().unwrap()],
+    );
     let rig = Rig::new();
     let report = rig.block_on(async {
-        let handle = rig.open_storage(&Storage::new(data), "read-only=on").await.unwrap();
-        let report = handle.check(CheckMode::ReadOnly, Progress::new()).await.unwrap();
+        let handle = rig
+            .open_storage(&Storage::new(data), "read-only=on")
+            .await
+            .unwrap();
+        let report = handle
+            .check(CheckMode::ReadOnly, Progress::new())
+            .await
+            .unwrap();
         rig.close(handle).await.unwrap();
         report
     });
     outcome.corruptions = report.corruptions;
     outcome.leaks = report.leaks;
-    assert_eq!(theirs.status.code() == Some(2), report.corruptions > 0, "qemu-img check agrees");
+    assert_eq!(
+        theirs.status.code() == Some(2),
+        report.corruptions > 0,
+        "qemu-img check agrees"
+    );
     println!("gate {gate}, safeguards {safeguards}, {clusters} clusters, seed {seed}: {outcome:?}");
     outcome
 }
 
 fn runs(gate: bool, safeguards: bool) -> Vec<Outcome> {
-    (0..6).map(|seed| storm(gate, safeguards, [8, 16, 32][seed as usize % 3], seed, 2000)).collect()
+    (0..6)
+        .map(|seed| storm(gate, safeguards, [8, 16, 32][seed as usize % 3], seed, 2000))
+        .collect()
 }
 
 #[test]
 fn with_gate_and_safeguards_nothing_goes_wrong() {
     for outcome in runs(true, true) {
         assert!(!outcome.is_corrupt(), "{outcome:?}");
-        assert_eq!((outcome.errors, outcome.leaks, outcome.violations), (0, 0, 0), "{outcome:?}");
+        assert_eq!(
+            (outcome.errors, outcome.leaks, outcome.violations),
+            (0, 0, 0),
+            "{outcome:?}"
+        );
     }
 }
 
@@ -135,7 +164,10 @@ fn without_the_gate_the_safeguards_keep_every_other_cluster_as_it_was() {
     for outcome in &outcomes {
         assert!(!outcome.is_corrupt(), "{outcome:?}");
     }
-    let caught: u64 = outcomes.iter().map(|outcome| outcome.violations + outcome.deferred).sum();
+    let caught: u64 = outcomes
+        .iter()
+        .map(|outcome| outcome.violations + outcome.deferred)
+        .sum();
     assert!(caught > 0, "{outcomes:?}");
 }
 

@@ -15,7 +15,9 @@ use futures::future::BoxFuture;
 
 use crate::{
     chain::{self, refused},
-    copy::{BUFFER_SIZE, Chunk, CopyError, CopyResult, Engine, MAX_CHUNK, MIN_CHUNK, Plan, Policies},
+    copy::{
+        BUFFER_SIZE, Chunk, CopyError, CopyResult, Engine, MAX_CHUNK, MIN_CHUNK, Plan, Policies,
+    },
     copy_before_write::{BackupState, CopyBeforeWrite, OnCbwError},
     counters::Counters,
     error_policy::OnError,

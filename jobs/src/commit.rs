@@ -127,7 +127,12 @@ pub(crate) async fn set_up(
     } else {
         top
     };
-    let mut claimed = vec![device.clone()];
+    // An intermediate commit leaves the guest's node alone: other jobs may work above it.
+    let mut claimed = if is_active {
+        vec![device.clone()]
+    } else {
+        Vec::new()
+    };
     claimed.extend(layers.iter().cloned());
     claimed.push(base.clone());
     if is_active {
@@ -232,9 +237,7 @@ impl Commit {
 
     fn connect(&mut self, layers: &[Arc<Node>]) -> Result<()> {
         self.driver.start();
-        let handle = self
-            .graph
-            .attach(&self.filter, PermissionSet::NONE, "")?;
+        let handle = self.graph.attach(&self.filter, PermissionSet::NONE, "")?;
         self.inconsistent = chain::mark_inconsistent(&self.graph, layers)?;
         self.transfer = Some(Arc::new(Transfer {
             handle,

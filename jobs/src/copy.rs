@@ -3,12 +3,7 @@
 //! The engine keeps polling what it began while it awaits anything else, never drops a chunk that is in flight, and
 //! never changes the graph. Which chunks there are, and how one is copied, is said by a [`Plan`].
 
-use std::{
-    collections::VecDeque,
-    sync::Arc,
-    task::Poll,
-    time::Duration,
-};
+use std::{collections::VecDeque, sync::Arc, task::Poll, time::Duration};
 
 use block_core::error::{Error, Result};
 use futures::{
@@ -379,7 +374,13 @@ mod tests {
         let mut cursor = Cursor::new(1000, 300);
         let chunks: Vec<Chunk> = std::iter::from_fn(|| cursor.next()).collect();
         assert_eq!(chunks.len(), 4);
-        assert_eq!(chunks[0], Chunk { offset: 0, len: 300 });
+        assert_eq!(
+            chunks[0],
+            Chunk {
+                offset: 0,
+                len: 300
+            }
+        );
         assert_eq!(
             chunks[3],
             Chunk {

@@ -128,7 +128,9 @@ impl CopyBeforeWrite {
         let target = passthrough::target(request)?;
         let cluster = state.to_copy.granularity();
         let start = offset - offset % cluster;
-        let end = (offset + len).next_multiple_of(cluster).min(source.length());
+        let end = (offset + len)
+            .next_multiple_of(cluster)
+            .min(source.length());
         let range = Chunk {
             offset: start,
             len: end.saturating_sub(start),
@@ -142,9 +144,7 @@ impl CopyBeforeWrite {
                 Ok(())
             }
             Err(error) => match state.on_error {
-                OnCbwError::BreakGuestWrite => {
-                    Err(before_write(error.error))
-                }
+                OnCbwError::BreakGuestWrite => Err(before_write(error.error)),
                 OnCbwError::BreakSnapshot => {
                     state.stop();
                     state.broken.lock().get_or_insert(error);

@@ -394,10 +394,14 @@ impl Job {
     /// The job's own; ECANCELED when it was cancelled.
     pub async fn wait(&self) -> Result<()> {
         self.until(|shared| {
-            shared.machine.status().is_over().then(|| match &shared.error {
-                Some(error) => Err(error.duplicate()),
-                None => Ok(()),
-            })
+            shared
+                .machine
+                .status()
+                .is_over()
+                .then(|| match &shared.error {
+                    Some(error) => Err(error.duplicate()),
+                    None => Ok(()),
+                })
         })
         .await
     }

@@ -156,29 +156,30 @@ impl JobManager {
         let mut reserved = self.reserved.lock();
         let taken =
             |id: &str, reserved: &BTreeSet<String>| jobs.contains_key(id) || reserved.contains(id);
-        let id = match &options.id {
-            Some(id) => {
-                if !is_valid_id(id) {
-                    return Err(Error::invalid(format!("Invalid job ID '{id}'"))
+        let id =
+            match &options.id {
+                Some(id) => {
+                    if !is_valid_id(id) {
+                        return Err(Error::invalid(format!("Invalid job ID '{id}'"))
+                            .with_operation(Operation::Job, 0, 0));
+                    }
+                    if taken(id, &reserved) {
+                        return Err(Error::new(
+                            ErrorKind::AlreadyExists,
+                            format!("Job ID '{id}' already in use"),
+                        )
                         .with_operation(Operation::Job, 0, 0));
+                    }
+                    id.clone()
                 }
-                if taken(id, &reserved) {
-                    return Err(Error::new(
-                        ErrorKind::AlreadyExists,
-                        format!("Job ID '{id}' already in use"),
-                    )
-                    .with_operation(Operation::Job, 0, 0));
-                }
-                id.clone()
-            }
-            None if is_valid_id(device) && !taken(device, &reserved) => device.to_owned(),
-            None => loop {
-                let id = format!("job{}", self.next.fetch_add(1, Ordering::Relaxed));
-                if !taken(&id, &reserved) {
-                    break id;
-                }
-            },
-        };
+                None if is_valid_id(device) && !taken(device, &reserved) => device.to_owned(),
+                None => loop {
+                    let id = format!("job{}", self.next.fetch_add(1, Ordering::Relaxed));
+                    if !taken(&id, &reserved) {
+                        break id;
+                    }
+                },
+            };
         reserved.insert(id.clone());
         drop(jobs);
         Ok(Reserved {

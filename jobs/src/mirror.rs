@@ -227,6 +227,7 @@ impl Mirror {
             base.is_some(),
             target.length() < source.length(),
             options.unmap,
+            options.sync == SyncMode::Full,
             counters,
         );
         let between = match &base {

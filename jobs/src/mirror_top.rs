@@ -37,6 +37,9 @@ pub(crate) struct MirrorState {
     /// The target has to grow.
     pub grow: bool,
     pub unmap: bool,
+    /// A clean granule is the same in source and target. Not so when only a part of the disk is copied: what is clean then
+    /// may be something that the target doesn't have.
+    pub clean_is_common: bool,
     pub counters: Arc<Counters>,
     phase: AtomicU8,
     error: Mutex<Option<Error>>,
@@ -58,6 +61,7 @@ impl MirrorState {
         is_commit: bool,
         grow: bool,
         unmap: bool,
+        clean_is_common: bool,
         counters: Arc<Counters>,
     ) -> Arc<Self> {
         Arc::new(Self {
@@ -66,6 +70,7 @@ impl MirrorState {
             is_commit,
             grow,
             unmap,
+            clean_is_common,
             counters,
             phase: AtomicU8::new(SETTING_UP),
             error: Mutex::new(None),
@@ -90,10 +95,7 @@ impl MirrorState {
     }
 
     fn is_working(&self) -> bool {
-        matches!(
-            self.phase.load(Ordering::SeqCst),
-            WORKING | WRITING_THROUGH
-        )
+        matches!(self.phase.load(Ordering::SeqCst), WORKING | WRITING_THROUGH)
     }
 
     /// The last error that a guest's write met at the target.
@@ -108,13 +110,14 @@ impl MirrorState {
         let end = offset + len;
         let mut from = offset - offset % granularity;
         let mut to = end.next_multiple_of(granularity);
+        let is_common = |at: u64| self.clean_is_common && !self.bitmap.is_dirty(at);
         let head_is_whole = offset == from && (end >= from + granularity || end >= length);
-        if !head_is_whole && self.bitmap.is_dirty(offset) {
+        if !head_is_whole && !is_common(offset) {
             from += granularity;
         }
         let last = to - granularity;
         let tail_is_whole = (end == to || end >= length) && offset <= last;
-        if !tail_is_whole && self.bitmap.is_dirty(end - 1) {
+        if !tail_is_whole && !is_common(end - 1) {
             to -= granularity;
         }
         (from, to)
@@ -180,9 +183,7 @@ impl BlockDriver for MirrorTop {
                     used |= Permissions::RESIZE;
                 }
                 let shared = if self.state.is_commit {
-                    Permissions::CONSISTENT_READ
-                        | Permissions::WRITE_UNCHANGED
-                        | Permissions::WRITE
+                    Permissions::CONSISTENT_READ | Permissions::WRITE_UNCHANGED | Permissions::WRITE
                 } else {
                     Permissions::WRITE_UNCHANGED
                 };
@@ -279,9 +280,22 @@ mod tests {
 
     const LENGTH: u64 = 10 * 4096 + 100;
 
-    fn state() -> Arc<MirrorState> {
+    fn state_of(clean_is_common: bool) -> Arc<MirrorState> {
         let bitmap = Arc::new(DirtyBitmap::new(LENGTH, 4096).expect("a power of two"));
-        MirrorState::new(bitmap, true, false, false, true, Arc::default())
+        let counters = Arc::default();
+        MirrorState::new(bitmap, true, false, false, true, clean_is_common, counters)
+    }
+
+    fn state() -> Arc<MirrorState> {
+        state_of(true)
+    }
+
+    #[test]
+    fn when_only_a_part_is_copied_a_partial_write_leaves_its_granule_to_the_job() {
+        let state = state_of(false);
+        let (from, to) = state.common_after(100, 50, LENGTH);
+        assert!(to <= from);
+        assert_eq!(state.common_after(100, 8092, LENGTH), (4096, 8192));
     }
 
     #[test]

@@ -50,7 +50,7 @@ pub(crate) fn filtered(request: &Request) -> Result<&Child> {
 
 /// The target child of the request's node.
 pub(crate) fn target(request: &Request) -> Result<&Child> {
-    request.child(ChildRole::Target).ok_or_else(|| {
-        Error::io("the filter has no target child").with_node(request.node().name())
-    })
+    request
+        .child(ChildRole::Target)
+        .ok_or_else(|| Error::io("the filter has no target child").with_node(request.node().name()))
 }

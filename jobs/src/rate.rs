@@ -29,10 +29,7 @@ impl RateLimit {
             self.paid_until = now;
             return;
         }
-        self.paid_until = self
-            .paid_until
-            .max(now)
-            .saturating_add(price(speed, bytes));
+        self.paid_until = self.paid_until.max(now).saturating_add(price(speed, bytes));
     }
 
     /// `bytes` of what was let through turned out not to be moved.
@@ -75,7 +72,10 @@ mod tests {
             }
             let wanted = speed * 100;
             let slack = wanted / 50 + 2 * chunk + speed / 5;
-            assert!(sent.abs_diff(wanted) <= slack, "{sent} of {wanted} at {speed}");
+            assert!(
+                sent.abs_diff(wanted) <= slack,
+                "{sent} of {wanted} at {speed}"
+            );
         }
     }
 

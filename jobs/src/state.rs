@@ -73,10 +73,7 @@ impl JobStatus {
             (self, next),
             (S::Undefined, S::Created)
                 | (S::Created, S::Running | S::Aborting | S::Null)
-                | (
-                    S::Running,
-                    S::Paused | S::Ready | S::Waiting | S::Aborting
-                )
+                | (S::Running, S::Paused | S::Ready | S::Waiting | S::Aborting)
                 | (S::Paused, S::Running)
                 | (S::Ready, S::Standby | S::Waiting | S::Aborting)
                 | (S::Standby, S::Ready)

@@ -134,7 +134,7 @@ impl Stream {
             Some(base) => chain::layers(&top, base).unwrap_or_default(),
             None => std::iter::once(top.clone()).chain(top.chain()).collect(),
         };
-        claimed.push(options.device.clone());
+        claimed.insert(0, options.device.clone());
         let claims = chain::claim(graph, claimed, JobKind::Stream)?;
         let freeze = graph.freeze_chain(&top, base.as_ref(), JobKind::Stream.name());
         let top_was_read_only = chain::make_writable(graph, &top).await?;
@@ -167,7 +167,11 @@ impl JobDriver for Stream {
         let Some(below) = self.top.backing() else {
             return Ok(());
         };
-        if self.base.as_ref().is_some_and(|base| base.id() == below.id()) {
+        if self
+            .base
+            .as_ref()
+            .is_some_and(|base| base.id() == below.id())
+        {
             return Ok(());
         }
         let handle = self
@@ -263,7 +267,10 @@ impl Prefetch {
     /// Whether layers between decide what is at `at`, and for how many bytes.
     async fn wanted(&self, at: u64, len: u64) -> Result<(bool, u64)> {
         let below = Some(&self.below);
-        let (own, run) = self.handle.is_allocated_above(below, false, at, len).await?;
+        let (own, run) = self
+            .handle
+            .is_allocated_above(below, false, at, len)
+            .await?;
         let len = advance(run, len)?;
         if own {
             return Ok((false, len));
@@ -286,12 +293,15 @@ impl Prefetch {
             let is_write = matches!(
                 error.operation(),
                 Some(
-                    block_core::error::Operation::Write
-                        | block_core::error::Operation::WriteZeroes
+                    block_core::error::Operation::Write | block_core::error::Operation::WriteZeroes
                 )
             );
             CopyError {
-                side: if is_write { IoSide::Write } else { IoSide::Read },
+                side: if is_write {
+                    IoSide::Write
+                } else {
+                    IoSide::Read
+                },
                 error,
             }
         })

@@ -112,11 +112,7 @@ impl Transfer {
     }
 
     /// Copies a chunk; `admitted` is called when it is admitted, before anything is read.
-    pub(crate) async fn copy(
-        &self,
-        chunk: Chunk,
-        admitted: impl FnOnce() + Send,
-    ) -> CopyResult {
+    pub(crate) async fn copy(&self, chunk: Chunk, admitted: impl FnOnce() + Send) -> CopyResult {
         let busy = self.watch.as_ref().is_some_and(|watch| watch.begin(chunk));
         let admission = self.admit(chunk).await;
         admitted();
@@ -127,7 +123,6 @@ impl Transfer {
         copied.beside_guest = busy || wrote;
         Ok(copied)
     }
-
 }
 
 impl Copier {
@@ -138,15 +133,10 @@ impl Copier {
         while at < chunk.end() {
             let mut len = chunk.end() - at;
             if self.only_allocated {
-                let (allocated, run) = chain::is_allocated_above(
-                    source.node(),
-                    self.above.as_ref(),
-                    false,
-                    at,
-                    len,
-                )
-                .await
-                .map_err(CopyError::read)?;
+                let (allocated, run) =
+                    chain::is_allocated_above(source.node(), self.above.as_ref(), false, at, len)
+                        .await
+                        .map_err(CopyError::read)?;
                 len = advance(run, len).map_err(CopyError::read)?;
                 if !allocated {
                     copied.skipped += len;

@@ -32,7 +32,11 @@ async fn mirror(bench: &Bench, sync: SyncMode, copy_mode: CopyMode, seed: u64) {
     job.complete().expect("it is ready");
     job.wait().await.expect("success");
     guest.work(&bench.graph, 50).await;
-    assert_eq!(handle.node().name(), "target", "the guest was switched over");
+    assert_eq!(
+        handle.node().name(),
+        "target",
+        "the guest was switched over"
+    );
     let expected = guest.stop().await;
     let found = handle.read(0, LENGTH as usize).await.expect("readable");
     assert_same(&found, &expected, "the guest's disk");
@@ -45,11 +49,17 @@ async fn mirror(bench: &Bench, sync: SyncMode, copy_mode: CopyMode, seed: u64) {
     );
     let counters = job.counters();
     let moved = counters.bytes_copied + counters.bytes_written_through;
-    assert!(moved > 0 && counters.bytes_while_guest_wrote > 0, "{counters:?}");
+    assert!(
+        moved > 0 && counters.bytes_while_guest_wrote > 0,
+        "{counters:?}"
+    );
     if copy_mode == CopyMode::WriteBlocking {
         assert!(counters.bytes_written_through > 0, "{counters:?}");
     }
-    assert!(bench.manager.jobs().is_empty(), "it was dismissed by itself");
+    assert!(
+        bench.manager.jobs().is_empty(),
+        "it was dismissed by itself"
+    );
 }
 
 #[test]
@@ -151,7 +161,11 @@ fn an_intermediate_commit_beside_a_live_guest_drops_the_layers_and_rewrites_the_
             assert_eq!(header, (Some("base.img".into()), Some("mem".into())));
             let found = handle.read(0, LENGTH as usize).await.expect("readable");
             assert_same(&found, &expected, "the guest's disk");
-            assert_same(&bench.content(&chain[0].node).await, &expected_base, "the base");
+            assert_same(
+                &bench.content(&chain[0].node).await,
+                &expected_base,
+                "the base",
+            );
             assert!(job.counters().bytes_copied > 0);
             assert!(job.counters().bytes_while_guest_wrote > 0);
         });
@@ -261,6 +275,95 @@ async fn backup(bench: &Bench, sync: SyncMode, seed: u64) {
     assert_same(&found, &expected, "the guest's disk");
     assert_same(&bench.content(&target.node).await, &before, "the backup");
     assert_eq!(bench.names(), ["base", "top", "target"]);
+    let counters = job.counters();
+    assert!(counters.bytes_while_guest_wrote > 0, "{counters:?}");
+}
+
+#[test]
+fn a_disk_whose_length_is_no_multiple_of_anything_is_copied_to_its_last_byte() {
+    const ODD: u64 = LENGTH + 3 * 512;
+    run(|bench| async move {
+        let base = bench.layer("base", ODD, None);
+        let mid = bench.layer("mid", ODD, Some(&base));
+        let top = bench.layer("top", ODD, Some(&mid));
+        let mut expected = vec![0; ODD as usize];
+        for (layer, byte) in [(&base, 1), (&mid, 2), (&top, 3)] {
+            let handle = bench.guest_handle(&layer.node);
+            let start = ODD - 4096 * (4 - byte);
+            let data = vec![byte as u8; (ODD - start) as usize];
+            expected[start as usize..].copy_from_slice(&data);
+            let flags = block_core::RequestFlags::empty();
+            handle
+                .write(start, block_core::IoBuf::from(data), flags)
+                .await
+                .expect("a write");
+        }
+        let manager = &bench.manager;
+        for copy_mode in [CopyMode::Background, CopyMode::WriteBlocking] {
+            let target = bench.layer("mirror", ODD, None);
+            let mut options = MirrorOptions::new(&top.node, &target.node);
+            options.copy_mode = copy_mode;
+            let job = manager.mirror(options).await.expect("a mirror");
+            job.wait_ready().await.expect("ready");
+            job.cancel(false).expect("it is ready");
+            job.wait().await.expect("success");
+            assert_same(&bench.content(&target.node).await, &expected, "the mirror");
+            bench.graph.release(&target.node).await.expect("it closes");
+        }
+        let target = bench.layer("backup", ODD, None);
+        let options = BackupOptions::new(&top.node, &target.node);
+        let job = manager.backup(options).await.expect("a backup");
+        job.wait().await.expect("success");
+        assert_same(&bench.content(&target.node).await, &expected, "the backup");
+        let options = StreamOptions::new(&top.node).base(&base.node);
+        let job = manager.stream(options).await.expect("a stream");
+        job.wait().await.expect("success");
+        assert_same(&bench.content(&top.node).await, &expected, "the stream");
+        let job = manager
+            .commit(CommitOptions::new(&top.node))
+            .await
+            .expect("a commit");
+        job.wait_ready().await.expect("ready");
+        job.complete().expect("it is ready");
+        job.wait().await.expect("success");
+        assert_same(&bench.content(&base.node).await, &expected, "the base");
+    });
+}
+
+#[test]
+fn a_guest_that_drops_its_requests_leaves_mirror_and_source_the_same() {
+    use futures::FutureExt;
+    for copy_mode in [CopyMode::Background, CopyMode::WriteBlocking] {
+        run(|bench| async move {
+            let (chain, _) = bench.chain(&["base", "top"]).await;
+            let target = bench.layer("target", LENGTH, None);
+            let handle = bench.guest_handle(&chain[1].node);
+            let mut options = MirrorOptions::new(&chain[1].node, &target.node);
+            options.copy_mode = copy_mode;
+            let job = bench.manager.mirror(options).await.expect("a mirror");
+            for round in 0..400_u64 {
+                let offset = (round * 7919 % (LENGTH / 4096 - 8)) * 4096;
+                let data = block_core::IoBuf::from(vec![round as u8; 20_000]);
+                let flags = block_core::RequestFlags::empty();
+                let mut write = handle.write(offset, data, flags).boxed();
+                let mut discard = handle.discard(offset, 65_536.min(LENGTH - offset)).boxed();
+                for _ in 0..round % 5 {
+                    // Polled a little, then dropped in the middle.
+                    let _ = futures::poll!(&mut write);
+                    let _ = futures::poll!(&mut discard);
+                    bench.sleep(0).await;
+                }
+            }
+            job.wait_ready().await.expect("ready");
+            job.cancel(false).expect("it is ready");
+            job.wait().await.expect("success");
+            handle.flush().await.expect("all has ended");
+            let source = bench.content(&chain[1].node).await;
+            assert_same(&bench.content(&target.node).await, &source, "the mirror");
+            let dropped = chain[1].node.stats().snapshot().dropped;
+            assert!(dropped > 0, "no request was dropped while it was in flight");
+        });
+    }
 }
 
 #[test]

@@ -39,7 +39,10 @@ pub(crate) struct Allocation {
 
 impl Allocation {
     pub fn new(orphans: &Orphans) -> Self {
-        Self { runs: HostRuns::new(), orphans: orphans.clone() }
+        Self {
+            runs: HostRuns::new(),
+            orphans: orphans.clone(),
+        }
     }
 
     fn push(&mut self, first: HostCluster, count: u64) {
@@ -59,12 +62,16 @@ impl Allocation {
 
     /// The first cluster; there always is one in what `allocate` gives.
     pub fn first(&self) -> HostCluster {
-        self.runs.first().map_or(HostCluster(0), |(first, _)| *first)
+        self.runs
+            .first()
+            .map_or(HostCluster(0), |(first, _)| *first)
     }
 
     /// The clusters one by one.
     pub fn clusters(&self) -> impl Iterator<Item = HostCluster> + '_ {
-        self.runs.iter().flat_map(|(first, count)| (first.0..first.0 + count).map(HostCluster))
+        self.runs
+            .iter()
+            .flat_map(|(first, count)| (first.0..first.0 + count).map(HostCluster))
     }
 
     /// They are linked now.
@@ -85,7 +92,9 @@ impl Meta {
     /// Takes back what dropped allocations held. Nothing ever referred to it, so it is free at once.
     pub async fn adopt_orphans(&mut self, file: &Child) -> Result<()> {
         loop {
-            let Some((first, count)) = self.orphans.lock().pop() else { return Ok(()) };
+            let Some((first, count)) = self.orphans.lock().pop() else {
+                return Ok(());
+            };
             for cluster in first.0..first.0 + count {
                 self.unlinked.remove(&cluster);
                 self.drop_reference(file, HostCluster(cluster)).await?;
@@ -171,14 +180,19 @@ impl Meta {
     /// The first free run at or after the hint.
     async fn take_free(&mut self, file: &Child, want: u64) -> Result<HostRun> {
         loop {
-            let Some((first, count)) =
-                self.refcounts.find_free(file, HostCluster(self.hint), want).await?
+            let Some((first, count)) = self
+                .refcounts
+                .find_free(file, HostCluster(self.hint), want)
+                .await?
             else {
                 self.grow_refcount_table(file).await?;
                 continue;
             };
             if first.0 + count > self.cluster_limit() {
-                return Err(Error::new(ErrorKind::NoSpace, "No more host clusters in this format"));
+                return Err(Error::new(
+                    ErrorKind::NoSpace,
+                    "No more host clusters in this format",
+                ));
             }
             let table_index = self.geometry.refcount_table_index(first);
             if self.refcounts.block_offset(table_index).is_none() {
@@ -186,11 +200,13 @@ impl Meta {
                 continue;
             }
             if first.0 == 0 {
-                return Err(Error::corrupt("Preventing invalid allocation of cluster at offset 0"));
+                return Err(Error::corrupt(
+                    "Preventing invalid allocation of cluster at offset 0",
+                ));
             }
             for cluster in first.0..first.0 + count {
                 self.refcounts.increment(file, HostCluster(cluster)).await?;
-                self.unlinked.insert(cluster, ());
+                self.unlinked.insert(cluster);
             }
             self.hint = first.0 + count;
             return Ok((first, count));
@@ -211,7 +227,10 @@ impl Meta {
         }
         let start = first_index << self.geometry.refcount_block_bits();
         if start + blocks + want > self.cluster_limit() {
-            return Err(Error::new(ErrorKind::NoSpace, "No more host clusters in this format"));
+            return Err(Error::new(
+                ErrorKind::NoSpace,
+                "No more host clusters in this format",
+            ));
         }
         self.refcounts.add_blocks(first_index, blocks)?;
         for cluster in start..start + blocks {
@@ -220,7 +239,7 @@ impl Meta {
         let mut allocation = Allocation::new(&self.orphans);
         for cluster in start + blocks..start + blocks + want {
             self.refcounts.increment(file, HostCluster(cluster)).await?;
-            self.unlinked.insert(cluster, ());
+            self.unlinked.insert(cluster);
             allocation.push(HostCluster(cluster), 1);
         }
         Ok(allocation)
@@ -279,7 +298,10 @@ impl Meta {
         allocation: Allocation,
     ) -> Result<(CompressedRun, Allocation)> {
         let run = CompressedRun::new(at, len, self.geometry).ok_or_else(|| {
-            Error::new(ErrorKind::NoSpace, format!("Compressed data can't be stored at {at}"))
+            Error::new(
+                ErrorKind::NoSpace,
+                format!("Compressed data can't be stored at {at}"),
+            )
         })?;
         let end = HostOffset(at.0 + len);
         self.packing = (self.geometry.within(end.0) != 0).then_some(end);

@@ -28,7 +28,11 @@ impl Freed {
     pub fn push(&mut self, cluster: u64, punch: bool) {
         match self.0.last_mut() {
             Some(run) if run.first + run.count == cluster && run.punch == punch => run.count += 1,
-            _ => self.0.push(FreedRun { first: cluster, count: 1, punch }),
+            _ => self.0.push(FreedRun {
+                first: cluster,
+                count: 1,
+                punch,
+            }),
         }
     }
 
@@ -74,7 +78,12 @@ impl Quarantine {
     /// Ends a step: its unlinks were made (in memory), `batch` is the next to write them.
     pub fn close(&mut self, freed: Freed, batch: u64, pins: &Pins) {
         if !freed.is_empty() {
-            self.groups.push_back(Group { runs: freed.0, batch, grace: pins.retire(), deferred: false });
+            self.groups.push_back(Group {
+                runs: freed.0,
+                batch,
+                grace: pins.retire(),
+                deferred: false,
+            });
         }
     }
 
@@ -158,9 +167,17 @@ mod tests {
         drop(pin);
         let (ready, deferred) = quarantine.take_ready(3, &pins);
         assert_eq!(deferred, 0);
-        let run = |first, count| FreedRun { first, count, punch: true };
+        let run = |first, count| FreedRun {
+            first,
+            count,
+            punch: true,
+        };
         assert_eq!(ready, [run(5, 2), run(9, 1)]);
-        assert_eq!(quarantine.pending(5), 1, "still counted until it is dropped");
+        assert_eq!(
+            quarantine.pending(5),
+            1,
+            "still counted until it is dropped"
+        );
         for cluster in [5, 6, 9] {
             quarantine.dropped(cluster);
         }

@@ -70,10 +70,15 @@ impl RefcountStore {
     ) -> Result<Self> {
         let len = u64::from(place.clusters) << geometry.cluster_bits();
         if len > MAX_TABLE_BYTES {
-            return Err(Error::new(ErrorKind::TooBig, "Reference count table too large"));
+            return Err(Error::new(
+                ErrorKind::TooBig,
+                "Reference count table too large",
+            ));
         }
         let bytes = file.read_padded(place.offset.0, len as usize).await?;
-        let table = entry::be64s(&bytes).map(|raw| raw & entry::REFCOUNT_TABLE_MASK).collect();
+        let table = entry::be64s(&bytes)
+            .map(|raw| raw & entry::REFCOUNT_TABLE_MASK)
+            .collect();
         Ok(Self {
             geometry,
             codec: Refcounts::new(geometry.refcount_order()),
@@ -105,12 +110,19 @@ impl RefcountStore {
     }
 
     pub fn is_dirty(&self) -> bool {
-        !self.unpublished.is_empty() || self.blocks.values().any(|block| block.version != block.written)
+        !self.unpublished.is_empty()
+            || self
+                .blocks
+                .values()
+                .any(|block| block.version != block.written)
     }
 
     /// Where the block of a table index is, if there is one.
     pub fn block_offset(&self, table_index: u64) -> Option<HostOffset> {
-        let raw = self.table.get(usize::try_from(table_index).ok()?).copied()?;
+        let raw = self
+            .table
+            .get(usize::try_from(table_index).ok()?)
+            .copied()?;
         (raw != 0).then_some(HostOffset(raw))
     }
 
@@ -120,7 +132,9 @@ impl RefcountStore {
     }
 
     async fn block(&mut self, file: &Child, table_index: u64) -> Result<Option<&mut Block>> {
-        let Some(host) = self.block_offset(table_index) else { return Ok(None) };
+        let Some(host) = self.block_offset(table_index) else {
+            return Ok(None);
+        };
         if !self.geometry.is_aligned(host) {
             return Err(Error::corrupt(format!(
                 "Refblock offset {host} unaligned (reftable index: {table_index:#x})"
@@ -134,14 +148,19 @@ impl RefcountStore {
             }
             let len = self.geometry.cluster_size() as usize;
             let bytes = file.read_padded(host.0, len).await?.to_vec();
-            let block = Block { bytes, version: 0, written: 0, used: clock };
+            let block = Block {
+                bytes,
+                version: 0,
+                written: 0,
+                used: clock,
+            };
             self.blocks.insert(table_index, block);
         }
-        let block = self.blocks.get_mut(&table_index);
-        Ok(block.map(|block| {
-            block.used = clock;
-            block
-        }))
+        let Some(block) = self.blocks.get_mut(&table_index) else {
+            return Ok(None);
+        };
+        block.used = clock;
+        Ok(Some(block))
     }
 
     /// A cluster's refcount.
@@ -159,7 +178,10 @@ impl RefcountStore {
         let index = self.geometry.refcount_block_index(cluster) as usize;
         let table_index = self.geometry.refcount_table_index(cluster);
         let block = self.block(file, table_index).await?.ok_or_else(|| {
-            Error::corrupt(format!("No refcount block for host cluster {:#x}", cluster.0))
+            Error::corrupt(format!(
+                "No refcount block for host cluster {:#x}",
+                cluster.0
+            ))
         })?;
         let new = codec.increment(&mut block.bytes, index, 1)?;
         block.version += 1;
@@ -172,10 +194,15 @@ impl RefcountStore {
         let index = self.geometry.refcount_block_index(cluster) as usize;
         let table_index = self.geometry.refcount_table_index(cluster);
         let none = || {
-            Error::corrupt(format!("Freeing host cluster {:#x}, whose refcount is 0", cluster.0))
+            Error::corrupt(format!(
+                "Freeing host cluster {:#x}, whose refcount is 0",
+                cluster.0
+            ))
         };
         let block = self.block(file, table_index).await?.ok_or_else(none)?;
-        let new = codec.decrement(&mut block.bytes, index, 1).map_err(|_| none())?;
+        let new = codec
+            .decrement(&mut block.bytes, index, 1)
+            .map_err(|_| none())?;
         block.version += 1;
         Ok(new)
     }
@@ -202,7 +229,10 @@ impl RefcountStore {
             if let Some(first) = (start..per_block).find(free) {
                 let end = (first + want).min(per_block);
                 let count = (first..end).take_while(free).count() as u64;
-                return Ok(Some((HostCluster((table_index << block_bits) + first), count)));
+                return Ok(Some((
+                    HostCluster((table_index << block_bits) + first),
+                    count,
+                )));
             }
             at = (table_index + 1) << block_bits;
         }
@@ -214,7 +244,9 @@ impl RefcountStore {
     pub fn add_block(&mut self, table_index: u64) -> Result<HostCluster> {
         let cluster = HostCluster(table_index << self.geometry.refcount_block_bits());
         if cluster.0 == 0 {
-            return Err(Error::corrupt("Preventing invalid allocation of refcount block at offset 0"));
+            return Err(Error::corrupt(
+                "Preventing invalid allocation of refcount block at offset 0",
+            ));
         }
         self.place_block(table_index, cluster)?;
         self.unpublished.insert(table_index);
@@ -228,14 +260,21 @@ impl RefcountStore {
 
     fn place_block(&mut self, table_index: u64, cluster: HostCluster) -> Result<()> {
         let host = self.geometry.host_start(cluster);
-        let slot = usize::try_from(table_index).ok().and_then(|index| self.table.get_mut(index));
+        let slot = usize::try_from(table_index)
+            .ok()
+            .and_then(|index| self.table.get_mut(index));
         match slot {
             Some(slot) if *slot == 0 => *slot = host.0,
             _ => return Err(Error::corrupt("refcount block is there already")),
         }
         self.clock += 1;
         let bytes = vec![0; self.geometry.cluster_size() as usize];
-        let block = Block { bytes, version: 1, written: 0, used: self.clock };
+        let block = Block {
+            bytes,
+            version: 1,
+            written: 0,
+            used: self.clock,
+        };
         self.blocks.insert(table_index, block);
         Ok(())
     }
@@ -247,7 +286,10 @@ impl RefcountStore {
 
     /// The first table index from which on there are no blocks.
     pub fn blocks_end(&self) -> u64 {
-        self.table.iter().rposition(|raw| *raw != 0).map_or(0, |last| last as u64 + 1)
+        self.table
+            .iter()
+            .rposition(|raw| *raw != 0)
+            .map_or(0, |last| last as u64 + 1)
     }
 
     /// Makes `count` new blocks from `table_index` on, packed at the start of the first one's range. The caller counts
@@ -287,13 +329,18 @@ impl RefcountStore {
             (table_clusters, blocks) = (clusters, needed.max(blocks));
         }
         if table_clusters * cluster_size > MAX_TABLE_BYTES {
-            return Err(Error::new(ErrorKind::NoSpace, "Reference count table too large"));
+            return Err(Error::new(
+                ErrorKind::NoSpace,
+                "Reference count table too large",
+            ));
         }
         let start = old_len << self.geometry.refcount_block_bits();
         let mut new_table = self.table.clone();
         new_table.resize((table_clusters * per_cluster) as usize, 0);
         let old_table = std::mem::replace(&mut self.table, new_table);
-        let result = self.write_grown_table(file, start, blocks, table_clusters, switch).await;
+        let result = self
+            .write_grown_table(file, start, blocks, table_clusters, switch)
+            .await;
         if result.is_err() {
             for index in old_len..old_len + blocks {
                 self.blocks.remove(&index);
@@ -304,7 +351,9 @@ impl RefcountStore {
         let new = result?;
         self.place = new;
         let first = self.geometry.host_cluster_of(old.offset).0;
-        Ok((first..first + u64::from(old.clusters)).map(HostCluster).collect())
+        Ok((first..first + u64::from(old.clusters))
+            .map(HostCluster)
+            .collect())
     }
 
     async fn write_grown_table<F>(
@@ -329,14 +378,19 @@ impl RefcountStore {
             let host = self.geometry.host_start(HostCluster(start + n));
             if let Some(block) = self.blocks.get_mut(&(first_index + n)) {
                 let version = block.version;
-                file.write(host.0, block.bytes.clone(), RequestFlags::empty()).await?;
+                file.write(host.0, block.bytes.clone(), RequestFlags::empty())
+                    .await?;
                 block.written = version;
             }
         }
         let mut bytes = Vec::with_capacity(self.table.len() * 8);
         for (index, raw) in self.table.iter().enumerate() {
             // Blocks that were never written stay out of the table on disk until they are.
-            let raw = if self.unpublished.contains(&(index as u64)) { 0 } else { *raw };
+            let raw = if self.unpublished.contains(&(index as u64)) {
+                0
+            } else {
+                *raw
+            };
             bytes.extend_from_slice(&raw.to_be_bytes());
         }
         let offset = self.geometry.host_start(HostCluster(start + blocks));
@@ -386,7 +440,8 @@ impl RefcountStore {
         for index in &ready {
             let raw = self.table.get(*index as usize).copied().unwrap_or(0);
             let at = self.place.offset.0 + index * 8;
-            file.write(at, raw.to_be_bytes().to_vec(), RequestFlags::empty()).await?;
+            file.write(at, raw.to_be_bytes().to_vec(), RequestFlags::empty())
+                .await?;
             self.unpublished.remove(index);
         }
         Ok(!ready.is_empty())

@@ -10,7 +10,7 @@
 //! Nothing here does I/O, and no shard's lock is held across an await.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     hash::{BuildHasherDefault, Hasher},
 };
 
@@ -117,6 +117,8 @@ impl Hasher for NumberHasher {
 
 /// A map with numbers as keys and a repeatable order.
 pub(crate) type NumberMap<V> = HashMap<u64, V, BuildHasherDefault<NumberHasher>>;
+/// A set of numbers with a repeatable order.
+pub(crate) type NumberSet = HashSet<u64, BuildHasherDefault<NumberHasher>>;
 
 /// The slices in memory, found by number.
 #[derive(Debug)]
@@ -130,7 +132,9 @@ pub(crate) struct SliceTable {
 impl SliceTable {
     pub fn new(shards: usize) -> Self {
         Self {
-            shards: (0..shards.max(1)).map(|_| RwLock::new(NumberMap::default())).collect(),
+            shards: (0..shards.max(1))
+                .map(|_| RwLock::new(NumberMap::default()))
+                .collect(),
             count: AtomicUsize::new(0),
             hand: AtomicUsize::new(0),
         }
@@ -245,11 +249,15 @@ mod modelled {
         }
 
         pub fn read(&self) -> impl Deref<Target = T> + '_ {
-            self.0.read().unwrap_or_else(std::sync::PoisonError::into_inner)
+            self.0
+                .read()
+                .unwrap_or_else(std::sync::PoisonError::into_inner)
         }
 
         pub fn write(&self) -> impl DerefMut<Target = T> + '_ {
-            self.0.write().unwrap_or_else(std::sync::PoisonError::into_inner)
+            self.0
+                .write()
+                .unwrap_or_else(std::sync::PoisonError::into_inner)
         }
     }
 }
@@ -305,10 +313,15 @@ mod tests {
     #[test]
     fn what_was_looked_up_lately_goes_last() {
         let table = filled(8);
-        assert_eq!(table.evict(7), 1, "the first round only takes the marks away");
+        assert_eq!(
+            table.evict(7),
+            1,
+            "the first round only takes the marks away"
+        );
         table.evict(4);
-        let left: Vec<u64> =
-            (0..8).filter(|index| table.with(SliceIndex(*index), |_| ()).is_some()).collect();
+        let left: Vec<u64> = (0..8)
+            .filter(|index| table.with(SliceIndex(*index), |_| ()).is_some())
+            .collect();
         table.evict(2);
         assert!(table.count() <= 4 && !left.is_empty());
     }

@@ -93,9 +93,13 @@ impl Qcow2 {
                 return Ok(Some(slice));
             }
             let began = *self.slices.tables_changed.read();
-            let Some(table) = self.table_of(index)?.l2 else { return Ok(None) };
+            let Some(table) = self.table_of(index)?.l2 else {
+                return Ok(None);
+            };
             let len = self.slice_entries() as usize * 8;
-            let bytes = file.read_padded(self.slice_host(index, table).0, len).await?;
+            let bytes = file
+                .read_padded(self.slice_host(index, table).0, len)
+                .await?;
             Counters::add(&self.counters.slice_loads, 1);
             let slice = Slice::new(entry::be64s(&bytes));
             let changed = self.slices.tables_changed.read();
@@ -133,13 +137,19 @@ impl Qcow2 {
         let at = self.l1_of(index);
         let l1 = self.l1.load_full();
         let Some(slot) = l1.entries.get(at as usize) else {
-            return Err(Error::corrupt(format!("no L1 entry {at:#x} for a cluster of the disk")));
+            return Err(Error::corrupt(format!(
+                "no L1 entry {at:#x} for a cluster of the disk"
+            )));
         };
         let allocation = meta.allocate(file, 1).await?;
         let host = self.geometry.host_start(allocation.first());
         let zeroes = block_core::buffer::IoBuf::zeroes(self.geometry.cluster_size() as usize);
-        file.write(host.0, zeroes, block_core::flags::RequestFlags::empty()).await?;
-        let new = L1Entry { l2: Some(host), copied: true };
+        file.write(host.0, zeroes, block_core::flags::RequestFlags::empty())
+            .await?;
+        let new = L1Entry {
+            l2: Some(host),
+            copied: true,
+        };
         slot.store(new.encode(), std::sync::atomic::Ordering::SeqCst);
         self.link_table(meta, at, allocation);
         Ok(())
@@ -184,11 +194,16 @@ impl Qcow2 {
         }
         let allocation = meta.allocate(file, 1).await?;
         let host = self.geometry.host_start(allocation.first());
-        file.write(host.0, bytes, block_core::flags::RequestFlags::empty()).await?;
+        file.write(host.0, bytes, block_core::flags::RequestFlags::empty())
+            .await?;
         let mut freed = crate::alloc::quarantine::Freed::default();
-        meta.unreference(file, self.geometry.host_cluster_of(old), false, &mut freed).await?;
+        meta.unreference(file, self.geometry.host_cluster_of(old), false, &mut freed)
+            .await?;
         let l1 = self.l1.load_full();
-        let new = L1Entry { l2: Some(host), copied: true };
+        let new = L1Entry {
+            l2: Some(host),
+            copied: true,
+        };
         self.slices.change_tables(|table| {
             if let Some(slot) = l1.entries.get(at as usize) {
                 slot.store(new.encode(), std::sync::atomic::Ordering::SeqCst);

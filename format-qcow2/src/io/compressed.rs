@@ -37,11 +37,13 @@ impl Qcow2 {
         let size = self.geometry.cluster_size();
         let end = offset + buf.len() as u64;
         if offset % size != 0 || (end % size != 0 && end != self.length()) {
-            return Err(Error::invalid("Compressed writes take whole clusters").with_field(
-                "offset",
-                offset,
-                format!("a multiple of {size}"),
-            ));
+            return Err(
+                Error::invalid("Compressed writes take whole clusters").with_field(
+                    "offset",
+                    offset,
+                    format!("a multiple of {size}"),
+                ),
+            );
         }
         let mut window = Window::new(WINDOW);
         let mut rest = buf;
@@ -49,7 +51,9 @@ impl Qcow2 {
         while !rest.is_empty() && !window.has_failed() {
             let len = rest.len().min(size as usize);
             let piece = rest.split_to(len);
-            window.push(self.write_compressed_cluster(request, at, piece).boxed()).await;
+            window
+                .push(self.write_compressed_cluster(request, at, piece).boxed())
+                .await;
             at += len as u64;
         }
         window.finish().await
@@ -76,13 +80,16 @@ impl Qcow2 {
             let mut meta = self.lock_meta(file).await?;
             self.check_writable()?;
             self.mark_in_use(&mut meta, file).await?;
-            let slice = self.slice_for_update(&mut meta, file, self.slice_of(cluster)).await?;
+            let slice = self
+                .slice_for_update(&mut meta, file, self.slice_of(cluster))
+                .await?;
             self.check_unallocated(slice.load(self.slice_entry(cluster)), cluster)?;
             let allocated = meta.allocate_bytes(file, packed.len() as u64).await;
             self.note_sizes(&meta);
             allocated?
         };
-        file.write(run.offset.0, packed, RequestFlags::empty()).await?;
+        file.write(run.offset.0, packed, RequestFlags::empty())
+            .await?;
 
         let mut meta = self.lock_meta(file).await?;
         self.check_writable()?;
@@ -103,7 +110,12 @@ impl Qcow2 {
                 }
             }
         }
-        meta.set_entry(index, &slice, at, L2Entry::Compressed(run).encode(self.geometry));
+        meta.set_entry(
+            index,
+            &slice,
+            at,
+            L2Entry::Compressed(run).encode(self.geometry),
+        );
         meta.linked = true;
         Counters::add(&self.counters.allocated, 1);
         allocation.linked();
@@ -113,7 +125,9 @@ impl Qcow2 {
     fn check_unallocated(&self, raw: u64, cluster: ClusterIndex) -> Result<()> {
         match self.decode(raw, cluster)? {
             L2Entry::Unallocated | L2Entry::ZeroPlain => Ok(()),
-            _ => Err(Error::io("Compressed writes need a cluster that isn't allocated yet")),
+            _ => Err(Error::io(
+                "Compressed writes need a cluster that isn't allocated yet",
+            )),
         }
     }
 }

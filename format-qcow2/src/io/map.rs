@@ -21,13 +21,21 @@ use crate::{
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Run {
     /// At `host`, to the byte. `copied`: it may be overwritten there.
-    Data { host: HostOffset, len: u64, copied: bool },
+    Data {
+        host: HostOffset,
+        len: u64,
+        copied: bool,
+    },
     /// Zeroes; `host` is the reservation of the first byte, if there is one.
     Zero { len: u64, host: Option<HostOffset> },
     /// Nothing here.
     Unallocated { len: u64 },
     /// A part of one compressed cluster.
-    Compressed { run: CompressedRun, cluster: ClusterIndex, len: u64 },
+    Compressed {
+        run: CompressedRun,
+        cluster: ClusterIndex,
+        len: u64,
+    },
 }
 
 impl Run {
@@ -82,13 +90,17 @@ impl Qcow2 {
             L2Entry::Normal { host, copied } => Run::Data {
                 host: HostOffset(host.0 + within),
                 len: extent(&|n, next| {
-                    next == L2Entry::Normal { host: HostOffset(host.0 + n * size), copied }
+                    next == L2Entry::Normal {
+                        host: HostOffset(host.0 + n * size),
+                        copied,
+                    }
                 }),
                 copied,
             },
-            L2Entry::ZeroPlain => {
-                Run::Zero { len: extent(&|_, next| next == L2Entry::ZeroPlain), host: None }
-            }
+            L2Entry::ZeroPlain => Run::Zero {
+                len: extent(&|_, next| next == L2Entry::ZeroPlain),
+                host: None,
+            },
             L2Entry::ZeroAllocated { host, .. } => Run::Zero {
                 len: extent(&|n, next| {
                     matches!(next, L2Entry::ZeroAllocated { host: there, .. }
@@ -96,12 +108,14 @@ impl Qcow2 {
                 }),
                 host: Some(HostOffset(host.0 + within)),
             },
-            L2Entry::Unallocated => {
-                Run::Unallocated { len: extent(&|_, next| next == L2Entry::Unallocated) }
-            }
-            L2Entry::Compressed(run) => {
-                Run::Compressed { run, cluster: first, len: (size - within).min(len) }
-            }
+            L2Entry::Unallocated => Run::Unallocated {
+                len: extent(&|_, next| next == L2Entry::Unallocated),
+            },
+            L2Entry::Compressed(run) => Run::Compressed {
+                run,
+                cluster: first,
+                len: (size - within).min(len),
+            },
         })
     }
 
@@ -134,14 +148,17 @@ impl Qcow2 {
         let pin = self.pins.pin();
         let here = len.min(self.left_in_slice(offset));
         let index = self.slice_of(self.cluster_of(offset));
-        let found = self.slices.table.with(index, |slice| self.run_in(slice, offset, here));
+        let found = self
+            .slices
+            .table
+            .with(index, |slice| self.run_in(slice, offset, here));
         let run = match found {
             Some(Ok(run)) => run,
             Some(Err(_)) => return Mapping::NotCached,
             None => match self.table_of(index) {
-                Ok(table) if table.l2.is_none() => {
-                    Run::Unallocated { len: len.min(self.left_in_table(offset)) }
-                }
+                Ok(table) if table.l2.is_none() => Run::Unallocated {
+                    len: len.min(self.left_in_table(offset)),
+                },
                 _ => return Mapping::NotCached,
             },
         };
@@ -150,13 +167,20 @@ impl Qcow2 {
                 if intent == MapIntent::Overwrite && (!copied || len < here || self.claims.any()) {
                     return Mapping::NotCached;
                 }
-                let Some(edge) = edges.index(ChildRole::File) else { return Mapping::NotCached };
+                let Some(edge) = edges.index(ChildRole::File) else {
+                    return Mapping::NotCached;
+                };
                 // What lies beyond the end of the file reads as zeroes; `read` sees to that.
                 let end = edges.get(edge).map_or(0, |edge| edge.child.length());
                 if end < host.0 + len {
                     return Mapping::NotCached;
                 }
-                Mapping::Data { edge, offset: host.0, len, pin: Some(pin) }
+                Mapping::Data {
+                    edge,
+                    offset: host.0,
+                    len,
+                    pin: Some(pin),
+                }
             }
             (_, MapIntent::Overwrite) => Mapping::NotCached,
             (Run::Zero { len, .. }, MapIntent::Read) => Mapping::Zero { len },

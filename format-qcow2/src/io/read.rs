@@ -100,7 +100,10 @@ impl Qcow2 {
         run: CompressedRun,
     ) -> Result<block_core::buffer::Buffer> {
         let size = self.geometry.cluster_size() as usize;
-        let bytes = request.file()?.read_padded(run.offset.0, run.len as usize).await?;
+        let bytes = request
+            .file()?
+            .read_padded(run.offset.0, run.len as usize)
+            .await?;
         offload(request.env(), move || compress::decompress(&bytes, size)).await?
     }
 }

@@ -18,7 +18,10 @@ fn status_of(run: Run) -> DriverStatus {
     match run {
         Run::Data { host, len, .. } => DriverStatus::data_at(len, host.0),
         Run::Zero { len, host: None } => DriverStatus::zero(len),
-        Run::Zero { len, host: Some(host) } => DriverStatus {
+        Run::Zero {
+            len,
+            host: Some(host),
+        } => DriverStatus {
             flags: StatusFlags::ZERO | StatusFlags::OFFSET_VALID,
             len,
             file_offset: host.0,

@@ -4,12 +4,7 @@
 use std::{future::poll_fn, task::Poll};
 
 use block_core::error::Result;
-use futures::{
-    FutureExt, StreamExt,
-    future::BoxFuture,
-    pin_mut,
-    stream::FuturesUnordered,
-};
+use futures::{FutureExt, StreamExt, future::BoxFuture, pin_mut, stream::FuturesUnordered};
 
 /// Pieces in flight.
 pub(crate) struct Window<'a> {
@@ -20,7 +15,11 @@ pub(crate) struct Window<'a> {
 
 impl<'a> Window<'a> {
     pub fn new(limit: usize) -> Self {
-        Self { pieces: FuturesUnordered::new(), limit, result: Ok(()) }
+        Self {
+            pieces: FuturesUnordered::new(),
+            limit,
+            result: Ok(()),
+        }
     }
 
     /// Nothing was begun yet, or all of it has ended.

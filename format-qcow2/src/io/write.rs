@@ -32,11 +32,17 @@ use crate::{
 
 /// The most bytes that one allocation step takes.
 const MAX_STEP: u64 = 8 << 20;
+/// From how many bytes of zeroes around a write on the storage is asked to zero them.
+const LARGE_FILL: u64 = 128 << 10;
 
 /// Where a step of a write goes.
 enum Plan {
     /// The first bytes may be overwritten where they are.
-    InPlace { host: HostOffset, len: u64, pin: Pin },
+    InPlace {
+        host: HostOffset,
+        len: u64,
+        pin: Pin,
+    },
     /// Into clusters that have to be linked afterwards.
     Place(Place),
 }
@@ -73,7 +79,9 @@ impl Qcow2 {
         let file = request.file()?;
         let mut window = Window::new(WINDOW);
         while !buf.is_empty() && !window.has_failed() {
-            let len = (buf.len() as u64).min(self.left_in_slice(offset)).min(MAX_STEP);
+            let len = (buf.len() as u64)
+                .min(self.left_in_slice(offset))
+                .min(MAX_STEP);
             let located = async {
                 self.make_room(request).await?;
                 self.locate(file, offset, len).await
@@ -86,9 +94,16 @@ impl Qcow2 {
                 }
             };
             let (step, in_place) = match run {
-                Run::Data { host, len, copied: true } => (len, Some(host)),
+                Run::Data {
+                    host,
+                    len,
+                    copied: true,
+                } => (len, Some(host)),
                 // Let the plan find out how far it reaches.
-                _ => match window.alongside(self.until_overwritable(file, offset, len)).await {
+                _ => match window
+                    .alongside(self.until_overwritable(file, offset, len))
+                    .await
+                {
                     Ok(step) => (step, None),
                     Err(error) => {
                         window.finish().await?;
@@ -132,7 +147,9 @@ impl Qcow2 {
         len: u64,
     ) -> Result<u64> {
         let index = self.slice_of(self.cluster_of(offset));
-        let Some(slice) = self.slice(file, index).await? else { return Ok(len) };
+        let Some(slice) = self.slice(file, index).await? else {
+            return Ok(len);
+        };
         let mut done = 0;
         while done < len {
             let run = self.run_in(&slice, offset + done, len - done)?;
@@ -179,10 +196,14 @@ impl Qcow2 {
         buf: &IoBuf,
     ) -> Result<u64> {
         let file = request.file()?;
-        let len = (buf.len() as u64).min(self.left_in_slice(offset)).min(MAX_STEP);
+        let len = (buf.len() as u64)
+            .min(self.left_in_slice(offset))
+            .min(MAX_STEP);
         self.make_room(request).await?;
-        let (_claim, waited) =
-            self.claims.claim(self.cluster_of(offset), self.cluster_of(offset + len - 1)).await;
+        let (_claim, waited) = self
+            .claims
+            .claim(self.cluster_of(offset), self.cluster_of(offset + len - 1))
+            .await;
         Counters::add(&self.counters.claim_waits, u64::from(waited));
         let plan = {
             let mut meta = self.lock_meta(file).await?;
@@ -193,13 +214,15 @@ impl Qcow2 {
         };
         match plan {
             Plan::InPlace { host, len, pin } => {
-                file.write(host.0, buf.slice(..len as usize), RequestFlags::empty()).await?;
+                file.write(host.0, buf.slice(..len as usize), RequestFlags::empty())
+                    .await?;
                 drop(pin);
                 Ok(len)
             }
             Plan::Place(place) => {
                 let len = place.len;
-                self.fill(request, &place, offset, buf.slice(..len as usize)).await?;
+                self.fill(request, &place, offset, buf.slice(..len as usize))
+                    .await?;
                 let linked = self.link(request, place).await?;
                 Ok(if linked { len } else { 0 })
             }
@@ -218,9 +241,16 @@ impl Qcow2 {
         let size = self.geometry.cluster_size();
         let first = self.cluster_of(offset);
         self.mark_in_use(meta, file).await?;
-        let slice = self.slice_for_update(meta, file, self.slice_of(first)).await?;
+        let slice = self
+            .slice_for_update(meta, file, self.slice_of(first))
+            .await?;
         let pin = self.pins.pin();
-        if let Run::Data { host, len, copied: true } = self.run_in(&slice, offset, len)? {
+        if let Run::Data {
+            host,
+            len,
+            copied: true,
+        } = self.run_in(&slice, offset, len)?
+        {
             return Ok(Plan::InPlace { host, len, pin });
         }
         let at = self.slice_entry(first);
@@ -236,7 +266,11 @@ impl Qcow2 {
                 }
                 (L2Entry::ZeroAllocated { host, copied: true }, Some(start))
                     if host.0 == start.0 + n as u64 * size => {}
-                (L2Entry::ZeroAllocated { copied: true, .. } | L2Entry::Normal { copied: true, .. }, _) => {
+                (
+                    L2Entry::ZeroAllocated { copied: true, .. }
+                    | L2Entry::Normal { copied: true, .. },
+                    _,
+                ) => {
                     break;
                 }
                 (_, Some(_)) => break,
@@ -254,7 +288,13 @@ impl Qcow2 {
             }
         };
         let end = (old.len() as u64 * size - self.geometry.within(offset)).min(len);
-        Ok(Plan::Place(Place { first, old, target, len: end, pin }))
+        Ok(Plan::Place(Place {
+            first,
+            old,
+            target,
+            len: end,
+            pin,
+        }))
     }
 
     /// Writes the data, with what surrounds it in the first and the last cluster, to its place.
@@ -284,17 +324,42 @@ impl Qcow2 {
                 all = self.old_view(request, place, 0, 0, head_len).await?;
             }
             if tail_len > 0 {
-                tail = self.old_view(request, place, last, size - tail_len, tail_len).await?;
+                tail = self
+                    .old_view(request, place, last, size - tail_len, tail_len)
+                    .await?;
             }
         }
-        let copied = u64::from(head_len > 0) + u64::from(tail_len > 0 && (last > 0 || head_len == 0));
+        let copied =
+            u64::from(head_len > 0) + u64::from(tail_len > 0 && (last > 0 || head_len == 0));
         Counters::add(&self.counters.copies_on_write, copied);
+        // In large clusters the storage zeroes faster than zeroes can be written.
+        let surrounded_by_zeroes =
+            head_len + tail_len >= LARGE_FILL && all.is_zero() && tail.is_zero();
+        let data_range = head_len as usize..(head_len + place.len) as usize;
         all.append(data);
         all.append(tail);
         match &place.target {
             Target::Reserved(first) => {
                 let host = self.geometry.host_start(*first);
                 file.write(host.0, all, RequestFlags::empty()).await
+            }
+            Target::New(allocation) if surrounded_by_zeroes && allocation.runs().len() == 1 => {
+                let host = self.geometry.host_start(allocation.first());
+                let zeroes = RequestFlags::MAY_UNMAP | RequestFlags::NO_FALLBACK;
+                match file.write_zeroes(host.0, stop - start, zeroes).await {
+                    Ok(()) => {
+                        file.write(
+                            host.0 + head_len,
+                            all.slice(data_range),
+                            RequestFlags::empty(),
+                        )
+                        .await
+                    }
+                    Err(error) if error.kind() == ErrorKind::NotSupported => {
+                        file.write(host.0, all, RequestFlags::empty()).await
+                    }
+                    Err(error) => Err(error),
+                }
             }
             Target::New(allocation) => {
                 let mut window = Window::new(WINDOW);
@@ -304,7 +369,9 @@ impl Qcow2 {
                     if all.is_empty() && window.is_idle() {
                         return file.write(host.0, piece, RequestFlags::empty()).await;
                     }
-                    window.push(file.write(host.0, piece, RequestFlags::empty()).boxed()).await;
+                    window
+                        .push(file.write(host.0, piece, RequestFlags::empty()).boxed())
+                        .await;
                 }
                 window.finish().await
             }
@@ -312,7 +379,10 @@ impl Qcow2 {
     }
 
     fn is_compressed(&self, raw: u64) -> bool {
-        matches!(L2Entry::decode(raw, self.geometry), Ok(L2Entry::Compressed(_)))
+        matches!(
+            L2Entry::decode(raw, self.geometry),
+            Ok(L2Entry::Compressed(_))
+        )
     }
 
     /// What a part of a guest cluster held when the plan was made.
@@ -359,15 +429,15 @@ impl Qcow2 {
         let index = self.slice_of(place.first);
         let slice = self.slice_for_update(&mut meta, file, index).await?;
         let at = self.slice_entry(place.first);
-        if self.settings.safeguards && !self.still_planned(&slice, at, &place.old) {
+        if self.settings.safeguards && !still_planned(&slice, at, &place.old) {
             Counters::add(&self.counters.ownership_violations, 1);
             return Ok(false);
         }
         let hosts: SmallVec<[HostCluster; 8]> = match &place.target {
             Target::New(allocation) => allocation.clusters().collect(),
-            Target::Reserved(first) => {
-                (0..place.old.len() as u64).map(|n| HostCluster(first.0 + n)).collect()
-            }
+            Target::Reserved(first) => (0..place.old.len() as u64)
+                .map(|n| HostCluster(first.0 + n))
+                .collect(),
         };
         if self.settings.safeguards {
             self.check_owned(&mut meta, request, &place, &hosts).await?;
@@ -378,7 +448,9 @@ impl Qcow2 {
             let raw = slice.load(at + n);
             let cluster = ClusterIndex(place.first.0 + n as u64);
             if matches!(place.target, Target::New(_)) {
-                result = self.unlink(&mut meta, request, raw, cluster, false, &mut freed).await;
+                result = self
+                    .unlink(&mut meta, request, raw, cluster, false, &mut freed)
+                    .await;
                 if result.is_err() {
                     break;
                 }
@@ -406,10 +478,6 @@ impl Qcow2 {
         result.map(|()| true)
     }
 
-    fn still_planned(&self, slice: &Slice, at: usize, old: &[u64]) -> bool {
-        old.iter().enumerate().all(|(n, raw)| slice.load(at + n) == *raw)
-    }
-
     /// Refuses to link what isn't this write's own any more.
     async fn check_owned(
         &self,
@@ -423,7 +491,7 @@ impl Qcow2 {
         for host in hosts {
             let references = meta.refcounts.get(file, *host).await?;
             let waiting = meta.quarantine.pending(host.0);
-            if references <= waiting || new && !meta.unlinked.contains_key(&host.0) {
+            if references <= waiting || new && !meta.unlinked.contains(&host.0) {
                 Counters::add(&self.counters.ownership_violations, 1);
                 return Err(Error::corrupt(format!(
                     "Linking host cluster at offset {}, which isn't owned by the write (refcount {references})",
@@ -455,7 +523,9 @@ impl Qcow2 {
             L2Entry::Compressed(run) => run.clusters(self.geometry),
         };
         for host in first..=last {
-            let noted = meta.unreference(file, HostCluster(host), punch, freed).await;
+            let noted = meta
+                .unreference(file, HostCluster(host), punch, freed)
+                .await;
             if noted.is_err() {
                 Counters::add(&self.counters.ownership_violations, 1);
             }
@@ -463,6 +533,13 @@ impl Qcow2 {
         }
         Ok(())
     }
+}
+
+/// Whether a slice's entries from `at` on are still the ones that a plan was made with.
+fn still_planned(slice: &Slice, at: usize, old: &[u64]) -> bool {
+    old.iter()
+        .enumerate()
+        .all(|(n, raw)| slice.load(at + n) == *raw)
 }
 
 fn kept() -> Error {

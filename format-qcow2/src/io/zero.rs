@@ -74,17 +74,23 @@ impl Qcow2 {
         let first = offset / size;
         let mut last = end / size;
         if offset % size != 0 {
-            self.check_partial(request, ClusterIndex(first), offset, end).await?;
+            self.check_partial(request, ClusterIndex(first), offset, end)
+                .await?;
         }
         if end % size != 0 {
             if end < self.length() && (offset % size == 0 || first != last) {
-                self.check_partial(request, ClusterIndex(last), offset, end).await?;
+                self.check_partial(request, ClusterIndex(last), offset, end)
+                    .await?;
             }
             last += 1;
         }
-        let change =
-            if flags.contains(RequestFlags::MAY_UNMAP) { Change::Unmap } else { Change::Zero };
-        self.change_clusters(request, ClusterIndex(first), ClusterIndex(last), change).await
+        let change = if flags.contains(RequestFlags::MAY_UNMAP) {
+            Change::Unmap
+        } else {
+            Change::Zero
+        };
+        self.change_clusters(request, ClusterIndex(first), ClusterIndex(last), change)
+            .await
     }
 
     /// A cluster that is zeroed in part: allowed when its rest reads as zeroes already and no space is in use for data.
@@ -106,7 +112,11 @@ impl Qcow2 {
             }
             _ => false,
         };
-        if zero { Ok(()) } else { Err(Error::from_kind(ErrorKind::NotSupported)) }
+        if zero {
+            Ok(())
+        } else {
+            Err(Error::from_kind(ErrorKind::NotSupported))
+        }
     }
 
     /// Tells that a range isn't needed. Clusters that it covers in part stay as they are.
@@ -124,8 +134,18 @@ impl Qcow2 {
         let size = self.geometry.cluster_size();
         let end = offset + len;
         let first = offset.div_ceil(size);
-        let last = if end >= self.length() { end.div_ceil(size) } else { end / size };
-        self.change_clusters(request, ClusterIndex(first), ClusterIndex(last), Change::Discard).await
+        let last = if end >= self.length() {
+            end.div_ceil(size)
+        } else {
+            end / size
+        };
+        self.change_clusters(
+            request,
+            ClusterIndex(first),
+            ClusterIndex(last),
+            Change::Discard,
+        )
+        .await
     }
 
     /// Changes the clusters from `first` up to, but not including, `end`.
@@ -150,14 +170,17 @@ impl Qcow2 {
                 );
                 continue;
             }
-            let stop = (at.0 + (self.left_in_slice(offset) >> self.geometry.cluster_bits())).min(end.0);
+            let stop =
+                (at.0 + (self.left_in_slice(offset) >> self.geometry.cluster_bits())).min(end.0);
             self.make_room(request).await?;
             // Read it before the lock is taken, as far as that is possible.
             self.slice(file, index).await?;
             let late = {
                 let mut meta = self.lock_meta(file).await?;
                 self.check_writable()?;
-                let changed = self.change_slice(&mut meta, request, at, stop, change, backing).await;
+                let changed = self
+                    .change_slice(&mut meta, request, at, stop, change, backing)
+                    .await;
                 self.note_sizes(&meta);
                 changed?
             };
@@ -194,9 +217,12 @@ impl Qcow2 {
             let raw = slice.load(at);
             let changes = async {
                 let entry = self.decode(raw, cluster)?;
-                let Some(new) = changed(entry, change, zero_flag, backing) else { return Ok(None) };
+                let Some(new) = changed(entry, change, zero_flag, backing) else {
+                    return Ok(None);
+                };
                 if !matches!(new, L2Entry::ZeroAllocated { .. }) {
-                    self.unlink(meta, request, raw, cluster, punch, &mut freed).await?;
+                    self.unlink(meta, request, raw, cluster, punch, &mut freed)
+                        .await?;
                 }
                 Ok(Some(new))
             };
@@ -214,7 +240,12 @@ impl Qcow2 {
             meta.quarantine.close(freed, batch, &self.pins);
             Vec::new()
         } else {
-            freed.runs().iter().filter(|run| run.punch).map(|run| (run.first, run.count)).collect()
+            freed
+                .runs()
+                .iter()
+                .filter(|run| run.punch)
+                .map(|run| (run.first, run.count))
+                .collect()
         };
         result.map(|()| late)
     }
@@ -222,7 +253,9 @@ impl Qcow2 {
 
 /// Whether the backing chain reads as zeroes from `start` to `end`.
 pub(crate) async fn backing_is_zero(request: &Request, start: u64, end: u64) -> Result<bool> {
-    let Some(backing) = request.backing() else { return Ok(true) };
+    let Some(backing) = request.backing() else {
+        return Ok(true);
+    };
     let end = end.min(backing.length());
     let mut at = start;
     while at < end {
@@ -243,10 +276,18 @@ mod tests {
     use super::*;
     use crate::layout::{CompressedRun, HostOffset};
 
-    const NORMAL: L2Entry = L2Entry::Normal { host: HostOffset(0x50000), copied: true };
-    const RESERVED: L2Entry = L2Entry::ZeroAllocated { host: HostOffset(0x50000), copied: true };
-    const PACKED: L2Entry =
-        L2Entry::Compressed(CompressedRun { offset: HostOffset(0x50000), len: 512 });
+    const NORMAL: L2Entry = L2Entry::Normal {
+        host: HostOffset(0x50000),
+        copied: true,
+    };
+    const RESERVED: L2Entry = L2Entry::ZeroAllocated {
+        host: HostOffset(0x50000),
+        copied: true,
+    };
+    const PACKED: L2Entry = L2Entry::Compressed(CompressedRun {
+        offset: HostOffset(0x50000),
+        len: 512,
+    });
 
     #[test]
     fn entries_change_as_the_table_of_the_digest_says() {

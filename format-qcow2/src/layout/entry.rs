@@ -37,7 +37,10 @@ impl fmt::Display for EntryProblem {
             Self::Unaligned(offset) => write!(f, "offset {offset} unaligned"),
             Self::ZeroInVersion2 => f.write_str("Zero cluster entry found in pre-v3 image"),
             Self::CompressedOffset(offset) => {
-                write!(f, "compressed cluster offset {offset} beyond the format's limit")
+                write!(
+                    f,
+                    "compressed cluster offset {offset} beyond the format's limit"
+                )
             }
         }
     }
@@ -54,7 +57,10 @@ pub struct L1Entry {
 
 impl L1Entry {
     /// Nothing under this entry.
-    pub const UNALLOCATED: Self = Self { l2: None, copied: false };
+    pub const UNALLOCATED: Self = Self {
+        l2: None,
+        copied: false,
+    };
 
     /// Reads an entry. Reserved bits are left to `check`.
     pub fn decode(raw: u64, geometry: Geometry) -> Result<Self, EntryProblem> {
@@ -65,7 +71,10 @@ impl L1Entry {
         if !geometry.is_aligned(offset) {
             return Err(EntryProblem::Unaligned(offset));
         }
-        Ok(Self { l2: Some(offset), copied: raw & COPIED != 0 })
+        Ok(Self {
+            l2: Some(offset),
+            copied: raw & COPIED != 0,
+        })
     }
 
     /// The entry's bits.
@@ -125,7 +134,11 @@ impl CompressedRun {
     /// The first host offset at which no compressed cluster may begin.
     pub const fn offset_limit(geometry: Geometry) -> u64 {
         let limit = 1 << Self::offset_bits(geometry);
-        if limit < MAX_HOST_OFFSET { limit } else { MAX_HOST_OFFSET }
+        if limit < MAX_HOST_OFFSET {
+            limit
+        } else {
+            MAX_HOST_OFFSET
+        }
     }
 
     /// A run of `len` bytes at `offset`; `len` is rounded up as far as the entry's unit asks. `None` when the format
@@ -138,13 +151,19 @@ impl CompressedRun {
         if sectors >= 1 << (geometry.cluster_bits() - 8) {
             return None;
         }
-        Some(Self { offset, len: (sectors + 1) * SECTOR - offset.0 % SECTOR })
+        Some(Self {
+            offset,
+            len: (sectors + 1) * SECTOR - offset.0 % SECTOR,
+        })
     }
 
     /// The host clusters that the run touches, first and last: each holds one reference for it.
     pub const fn clusters(self, geometry: Geometry) -> (u64, u64) {
         let bits = geometry.cluster_bits();
-        (self.offset.0 >> bits, (self.offset.0 + self.len - 1) >> bits)
+        (
+            self.offset.0 >> bits,
+            (self.offset.0 + self.len - 1) >> bits,
+        )
     }
 
     fn decode(raw: u64, geometry: Geometry) -> Result<Self, EntryProblem> {
@@ -154,7 +173,10 @@ impl CompressedRun {
             return Err(EntryProblem::CompressedOffset(offset));
         }
         let sectors = (raw & (COMPRESSED - 1)) >> x;
-        Ok(Self { offset, len: (sectors + 1) * SECTOR - offset.0 % SECTOR })
+        Ok(Self {
+            offset,
+            len: (sectors + 1) * SECTOR - offset.0 % SECTOR,
+        })
     }
 
     const fn encode(self, geometry: Geometry) -> u64 {
@@ -241,10 +263,16 @@ mod tests {
     #[test]
     fn the_compressed_entry_of_the_specification_decodes() {
         let entry = L2Entry::decode(0x4040_0000_0005_01da, geometry()).unwrap();
-        let run = CompressedRun { offset: HostOffset(0x501da), len: 550 };
+        let run = CompressedRun {
+            offset: HostOffset(0x501da),
+            len: 550,
+        };
         assert_eq!(entry, L2Entry::Compressed(run));
         assert_eq!(entry.encode(geometry()), 0x4040_0000_0005_01da);
-        assert_eq!(CompressedRun::new(HostOffset(0x501da), 500, geometry()), Some(run));
+        assert_eq!(
+            CompressedRun::new(HostOffset(0x501da), 500, geometry()),
+            Some(run)
+        );
     }
 
     #[test]
@@ -284,7 +312,10 @@ mod tests {
             for offset in [size, size + 511, size * 7 - 1] {
                 for len in [1, 2, 511, 512, size - 1] {
                     let run = CompressedRun::new(HostOffset(offset), len, geometry).unwrap();
-                    assert!(run.len >= len && run.len < len + 512, "{bits} {offset} {len}");
+                    assert!(
+                        run.len >= len && run.len < len + 512,
+                        "{bits} {offset} {len}"
+                    );
                     let entry = L2Entry::Compressed(run);
                     assert_eq!(L2Entry::decode(entry.encode(geometry), geometry), Ok(entry));
                 }

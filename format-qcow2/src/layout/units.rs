@@ -60,7 +60,11 @@ impl Geometry {
         {
             return None;
         }
-        Some(Self { cluster_bits, refcount_order, zero_flag: version >= 3 })
+        Some(Self {
+            cluster_bits,
+            refcount_order,
+            zero_flag: version >= 3,
+        })
     }
 
     /// log2 of the cluster size.
@@ -90,7 +94,11 @@ impl Geometry {
 
     /// The largest refcount that can be stored.
     pub const fn refcount_max(self) -> u64 {
-        if self.refcount_order == 6 { u64::MAX } else { (1 << self.refcount_bits()) - 1 }
+        if self.refcount_order == 6 {
+            u64::MAX
+        } else {
+            (1 << self.refcount_bits()) - 1
+        }
     }
 
     /// Refcounts in one refcount block.

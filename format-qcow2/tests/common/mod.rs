@@ -47,7 +47,12 @@ impl Rig {
             .with(FileFactory::new())
             .with(storages.clone())
             .with(factory);
-        Self { env, graph, registry: Arc::new(registry), storages }
+        Self {
+            env,
+            graph,
+            registry: Arc::new(registry),
+            storages,
+        }
     }
 
     /// Opens the image in a storage in memory.
@@ -60,13 +65,18 @@ impl Rig {
         let text = format!("driver=qcow2,file.driver=memory,file.name=a,{options}");
         let node = self
             .registry
-            .open(&self.graph, Options::from_dotted(&text)?, OpenOptions::default())
+            .open(
+                &self.graph,
+                Options::from_dotted(&text)?,
+                OpenOptions::default(),
+            )
             .await?;
         let mut used = Permissions::CONSISTENT_READ;
         if !node.driver().is_read_only() {
             used |= Permissions::WRITE | Permissions::RESIZE;
         }
-        self.graph.attach(&node, PermissionSet::new(used, Permissions::all()), "test")
+        self.graph
+            .attach(&node, PermissionSet::new(used, Permissions::all()), "test")
     }
 
     pub fn block_on<T>(&self, future: impl Future<Output = T>) -> T {
@@ -74,16 +84,23 @@ impl Rig {
     }
 
     pub async fn open(&self, path: &Path, options: &str) -> Result<BlockHandle> {
-        let how = OpenOptions { implicit: ImplicitOpens::Permit, ..OpenOptions::default() };
+        let how = OpenOptions {
+            implicit: ImplicitOpens::Permit,
+            ..OpenOptions::default()
+        };
         let options = Options::from_dotted(options)?;
         let read_only = options.get_str("read-only") == Some("on");
         let name = path.to_str().unwrap();
-        let node = self.registry.open_file(&self.graph, name, Some("qcow2"), options, how).await?;
+        let node = self
+            .registry
+            .open_file(&self.graph, name, Some("qcow2"), options, how)
+            .await?;
         let mut used = Permissions::CONSISTENT_READ;
         if !read_only {
             used |= Permissions::WRITE | Permissions::RESIZE;
         }
-        self.graph.attach(&node, PermissionSet::new(used, Permissions::all()), "test")
+        self.graph
+            .attach(&node, PermissionSet::new(used, Permissions::all()), "test")
     }
 
     pub async fn close(&self, handle: BlockHandle) -> Result<()> {
@@ -105,7 +122,10 @@ pub fn tool(name: &str, args: &[&str]) -> String {
 }
 
 pub fn run(name: &str, args: &[&str]) -> Output {
-    Command::new(name).args(args).output().unwrap_or_else(|error| panic!("{name}: {error}"))
+    Command::new(name)
+        .args(args)
+        .output()
+        .unwrap_or_else(|error| panic!("{name}: {error}"))
 }
 
 pub fn qemu_img(args: &[&str]) -> String {
@@ -114,7 +134,10 @@ pub fn qemu_img(args: &[&str]) -> String {
 
 /// `qemu-img check` finds nothing at all.
 pub fn assert_clean(path: &Path) {
-    let output = run("qemu-img", &["check", "-f", "qcow2", path.to_str().unwrap()]);
+    let output = run(
+        "qemu-img",
+        &["check", "-f", "qcow2", path.to_str().unwrap()],
+    );
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{}: {text}", path.display());
 }
@@ -141,7 +164,10 @@ pub fn assert_same(ours: &[u8], theirs: &[u8], what: &str) {
         return;
     }
     if let Some(at) = ours.iter().zip(theirs).position(|(a, b)| a != b) {
-        panic!("{what}: byte {at:#x} is {:#x}, expected {:#x}", ours[at], theirs[at]);
+        panic!(
+            "{what}: byte {at:#x} is {:#x}, expected {:#x}",
+            ours[at], theirs[at]
+        );
     }
 }
 
@@ -166,13 +192,20 @@ pub struct Oracle {
 
 impl Oracle {
     pub fn new(disk: Vec<u8>, seed: u64, cluster: u64) -> Self {
-        Self { disk, rng: SmallRng::seed_from_u64(seed), discards_zero: true, cluster }
+        Self {
+            disk,
+            rng: SmallRng::seed_from_u64(seed),
+            discards_zero: true,
+            cluster,
+        }
     }
 
     fn range(&mut self, align: u64, most: u64) -> (u64, u64) {
         let size = self.disk.len() as u64 / align;
         let start = self.rng.random_range(0..size);
-        let len = self.rng.random_range(1..=most.div_ceil(align).min(size - start));
+        let len = self
+            .rng
+            .random_range(1..=most.div_ceil(align).min(size - start));
         (start * align, len * align)
     }
 
@@ -184,7 +217,9 @@ impl Oracle {
                 let align = if self.rng.random() { 512 } else { 1 };
                 let (at, len) = self.range(align, most_data);
                 let data = pattern(&mut self.rng, len as usize);
-                handle.write(at, data.clone(), RequestFlags::empty()).await?;
+                handle
+                    .write(at, data.clone(), RequestFlags::empty())
+                    .await?;
                 self.disk[at as usize..][..len as usize].copy_from_slice(&data);
             }
             45..60 => {
@@ -223,7 +258,11 @@ impl Oracle {
         for at in (0..self.disk.len()).step_by(step) {
             let len = step.min(self.disk.len() - at);
             let data = handle.read(at as u64, len).await?;
-            assert_same(&data, &self.disk[at..at + len], &format!("read back from {at:#x}"));
+            assert_same(
+                &data,
+                &self.disk[at..at + len],
+                &format!("read back from {at:#x}"),
+            );
         }
         Ok(())
     }
@@ -234,12 +273,25 @@ pub fn image_bytes(options: &str, size: u64) -> Vec<u8> {
     let scratch = tempfile::tempdir().unwrap();
     let path = scratch.path().join("a.qcow2");
     let name = path.to_str().unwrap();
-    qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, name, &size.to_string()]);
+    qemu_img(&[
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-o",
+        options,
+        name,
+        &size.to_string(),
+    ]);
     std::fs::read(path).unwrap()
 }
 
 /// A counter of a node's driver.
 pub fn counter(handle: &BlockHandle, name: &str) -> u64 {
     let counters = handle.node().driver().counters();
-    counters.iter().find(|(key, _)| *key == name).unwrap_or_else(|| panic!("{name}")).1
+    counters
+        .iter()
+        .find(|(key, _)| *key == name)
+        .unwrap_or_else(|| panic!("{name}"))
+        .1
 }

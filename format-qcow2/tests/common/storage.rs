@@ -112,7 +112,9 @@ impl Storage {
         if most == 0 {
             return;
         }
-        let n = self.random.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed);
+        let n = self
+            .random
+            .fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed);
         let mut left = (n ^ (n >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 40;
         left %= most + 1;
         poll_fn(|context| {
@@ -244,6 +246,9 @@ impl DriverFactory for StorageFactory {
         let name = options.take_str("name")?.unwrap_or_default();
         let storage = self.0.lock().get(&name).cloned();
         let storage = storage.ok_or_else(|| Error::new(ErrorKind::NotFound, name))?;
-        Ok(Opened { driver: Arc::new(StorageDriver(storage)), edges: Vec::new() })
+        Ok(Opened {
+            driver: Arc::new(StorageDriver(storage)),
+            edges: Vec::new(),
+        })
     }
 }

@@ -1,6 +1,6 @@
 //! Guest I/O: content, allocation, parents, CIDs, concurrency.
 
-use std::{future::Future, sync::Arc};
+use std::sync::Arc;
 
 use block_core::{
     ErrorKind, OpenOptions, RequestFlags,
@@ -225,39 +225,6 @@ fn a_read_only_image_takes_no_writes_and_keeps_its_bytes() {
 }
 
 #[test]
-fn concurrent_writes_to_one_grain_allocate_it_once() {
-    let world = World::new();
-    world.create("a.vmdk", "size=64M");
-    let handle = world.open("a.vmdk");
-    const PARTS: u64 = 64;
-    for grain in 0..8_u64 {
-        // Every writer has a part of the grain to itself, and all arrive at once.
-        let writes = (0..PARTS).map(|part| {
-            let len = GRAIN / PARTS;
-            let offset = grain * GRAIN + part * len;
-            handle.write(
-                offset,
-                vec![part as u8 + 1; len as usize],
-                RequestFlags::empty(),
-            )
-        });
-        for result in block_on(futures::future::join_all(writes)) {
-            result.unwrap();
-        }
-        let content = read(&handle, grain * GRAIN, GRAIN as usize);
-        for (index, byte) in content.iter().enumerate() {
-            assert_eq!(
-                u64::from(*byte),
-                index as u64 / (GRAIN / PARTS) + 1,
-                "byte {index}"
-            );
-        }
-    }
-    assert_eq!(counter(&handle, "grains-allocated"), 8);
-    assert!(counter(&handle, "claim-waits") > 0, "nothing was contended");
-}
-
-#[test]
 fn threads_that_write_side_by_side_disturb_nobody() {
     let world = World::new();
     world.create("base.vmdk", "size=64M");
@@ -392,42 +359,6 @@ fn a_storm_leaves_other_grains_alone_even_without_the_gate() {
         contended += storm(&World::with_graph(graph)).0;
     }
     assert!(contended > 0, "no grain was contended");
-}
-
-#[test]
-fn a_dropped_write_leaves_no_claim_and_never_lands_on_a_newer_one() {
-    let world = World::new();
-    world.create("base.vmdk", "size=16M");
-    let base = world.open("base.vmdk");
-    write(&base, 0, vec![0xbb; 4 << 20]);
-    block_on(base.close()).unwrap();
-    world.create("a.vmdk", "size=16M,backing_file=base.vmdk");
-    let handle = world.open("a.vmdk");
-    let mut dropped = 0;
-    for grain in 0..60_u64 {
-        let offset = grain * GRAIN;
-        let mut old =
-            Box::pin(handle.write(offset + 100, vec![1; GRAIN as usize], RequestFlags::empty()));
-        let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
-        let mut ended = false;
-        for _ in 0..grain % 6 {
-            ended = ended || old.as_mut().poll(&mut cx).is_ready();
-            if !ended {
-                std::thread::sleep(std::time::Duration::from_micros(200));
-            }
-        }
-        dropped += u64::from(!ended && grain % 6 > 0);
-        drop(old);
-        write(&handle, offset, vec![2; GRAIN as usize]);
-        assert_eq!(
-            read(&handle, offset, GRAIN as usize),
-            vec![2; GRAIN as usize]
-        );
-    }
-    assert!(dropped > 0, "every write had ended before it was dropped");
-    block_on(handle.flush()).unwrap();
-    let report = block_on(handle.check(CheckMode::ReadOnly, Progress::new())).unwrap();
-    assert!(report.findings.is_empty(), "{:?}", report.findings);
 }
 
 #[test]

@@ -1,6 +1,6 @@
-//! Power cuts, failing storage, and a table cache that is too small.
+//! Power cuts, slow and failing storage, and a table cache that is too small.
 
-use std::sync::Arc;
+use std::{future::Future, sync::Arc};
 
 use block_core::{
     BlockHandle, Graph, NodeSpec, OpenOptions, Options, PermissionSet, Permissions, Registry,
@@ -114,6 +114,68 @@ fn after_a_power_cut_every_sector_is_old_or_new_and_what_was_flushed_is_there() 
         cuts > 50 && during_flush > 10,
         "only {cuts} power cuts, {during_flush} in a flush"
     );
+}
+
+#[test]
+fn concurrent_writes_to_one_grain_allocate_it_once() {
+    let disk = Disk::new(fresh("size=64M"));
+    disk.lock().yielding = true;
+    let handle = open(&disk);
+    const PARTS: u64 = 64;
+    for grain in 0..8_u64 {
+        // Every writer has a part of the grain to itself, and all arrive at once.
+        let writes = (0..PARTS).map(|part| {
+            let len = GRAIN / PARTS;
+            let offset = grain * GRAIN + part * len;
+            handle.write(
+                offset,
+                vec![part as u8 + 1; len as usize],
+                RequestFlags::empty(),
+            )
+        });
+        for result in block_on(futures::future::join_all(writes)) {
+            result.unwrap();
+        }
+        let content = read(&handle, grain * GRAIN, GRAIN as usize);
+        for (index, byte) in content.iter().enumerate() {
+            assert_eq!(
+                u64::from(*byte),
+                index as u64 / (GRAIN / PARTS) + 1,
+                "byte {index}"
+            );
+        }
+    }
+    assert_eq!(counter(&handle, "grains-allocated"), 8);
+    assert!(counter(&handle, "claim-waits") > 0, "nothing was contended");
+}
+
+#[test]
+fn a_dropped_write_leaves_no_claim_and_never_lands_on_a_newer_one() {
+    let disk = Disk::new(fresh("size=16M"));
+    disk.lock().yielding = true;
+    let handle = open(&disk);
+    let mut dropped = 0;
+    for grain in 0..60_u64 {
+        let offset = grain * GRAIN;
+        let mut old =
+            Box::pin(handle.write(offset + 100, vec![1; GRAIN as usize], RequestFlags::empty()));
+        let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
+        let mut ended = false;
+        for _ in 0..grain % 6 {
+            ended = ended || old.as_mut().poll(&mut cx).is_ready();
+        }
+        dropped += u64::from(!ended && grain % 6 > 0);
+        drop(old);
+        write(&handle, offset, vec![2; GRAIN as usize]);
+        assert_eq!(
+            read(&handle, offset, GRAIN as usize),
+            vec![2; GRAIN as usize]
+        );
+    }
+    assert!(dropped > 0, "every write had ended before it was dropped");
+    block_on(handle.flush()).unwrap();
+    let report = block_on(handle.check(CheckMode::ReadOnly, Progress::new())).unwrap();
+    assert!(report.findings.is_empty(), "{:?}", report.findings);
 }
 
 #[test]

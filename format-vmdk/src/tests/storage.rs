@@ -1,6 +1,6 @@
 //! Storage that loses power: what was written since the last completed flush is there, or not, sector by sector.
 
-use std::{any::Any, sync::Arc};
+use std::{any::Any, sync::Arc, task::Poll};
 
 use async_trait::async_trait;
 use block_core::{
@@ -21,6 +21,8 @@ pub(super) struct Disk {
     pub flushes: u64,
     /// Fails every write from now on.
     pub broken: bool,
+    /// Writes let others go first.
+    pub yielding: bool,
     /// With it, power is cut at random moments between two writes, and what is found then kept in `cuts`.
     pub cutting: Option<Numbers>,
     pub cuts: Vec<Vec<u8>>,
@@ -77,6 +79,18 @@ impl Disk {
     }
 }
 
+async fn yield_once() {
+    let mut yielded = false;
+    futures::future::poll_fn(|cx| {
+        if std::mem::replace(&mut yielded, true) {
+            return Poll::Ready(());
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
+}
+
 #[async_trait]
 impl BlockDriver for Storage {
     fn name(&self) -> &'static str {
@@ -118,6 +132,9 @@ impl BlockDriver for Storage {
         buf: IoBuf,
         _flags: RequestFlags,
     ) -> Result<()> {
+        if self.0.lock().yielding {
+            yield_once().await;
+        }
         let mut disk = self.0.lock();
         if disk.broken {
             return Err(Error::io("broken"));

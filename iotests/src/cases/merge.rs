@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use block_core::{RequestFlags, driver::Capabilities};
+use block_core::{ErrorKind, RequestFlags, driver::Capabilities};
 
 use super::image::{BASE, ClusterKind, Image, Setup, owner};
 use crate::{
@@ -35,7 +35,14 @@ pub(super) fn cases() -> Vec<Case> {
         "race-write-in-place-while-cluster-moves",
         "a write in place that is in flight while another request moves its cluster is neither lost \
          nor lands in the cluster's next owner",
-        moved,
+        |scene| moved(scene, ClusterKind::Data),
+    ));
+    cases.push(Case::new(
+        Group::Race,
+        "race-allocating-write-meets-compressed-write",
+        "a plain write that is allocating a cluster and a compressed write of the same cluster don't \
+         leave a mixture of both mappings",
+        |scene| moved(scene, ClusterKind::Unallocated),
     ));
     cases
 }
@@ -105,8 +112,8 @@ async fn slow_copy(scene: Arc<Scene>) -> CaseResult {
     Ok(Verdict::Passed)
 }
 
-/// A whole compressed write moves a cluster that has its place already.
-async fn moved(scene: Arc<Scene>) -> CaseResult {
+/// A whole compressed write moves a cluster that has its place already, or is about to get one.
+async fn moved(scene: Arc<Scene>, kind: ClusterKind) -> CaseResult {
     let Some(image) = Image::new(&scene, Setup::default()).await? else {
         return Ok(Verdict::NotCovered("the driver can't write".into()));
     };
@@ -114,13 +121,13 @@ async fn moved(scene: Arc<Scene>) -> CaseResult {
         return Ok(verdict);
     }
     let (target, cluster) = (image.target(), image.cluster);
-    if let Err(verdict) = image.prepare(ClusterKind::Data, target).await? {
+    if let Err(verdict) = image.prepare(kind, target).await? {
         return Ok(verdict);
     }
     let needle = Stamp::needle(owner::PARKED);
     let hold = image.disk.hold(Choose::writes().containing(&needle), Stage::Before);
     let guest = image.guest.signing(owner::PARKED);
-    let in_place = scene.start(async move {
+    let plain = scene.start(async move {
         guest.write(target + 512, 1024, RequestFlags::empty()).await
     });
     scene.rest().await;
@@ -138,10 +145,11 @@ async fn moved(scene: Arc<Scene>) -> CaseResult {
     scene.rest().await;
     let parked = hold.arrivals();
     hold.release();
-    ended(in_place).await?;
+    ended(plain).await?;
+    let mut refused = false;
     match mover.await {
-        // A driver may refuse to store an allocated cluster compressed.
-        Ok(Err(error)) if error.kind() == block_core::ErrorKind::NotSupported => {}
+        // A driver may refuse to store a cluster compressed that is allocated already, as qemu's does.
+        Ok(Err(error)) if REFUSALS.contains(&error.kind()) => refused = true,
         Ok(result) => result?,
         Err(_) => {}
     }
@@ -149,9 +157,19 @@ async fn moved(scene: Arc<Scene>) -> CaseResult {
     if ended(recycler).await? {
         image.guest.oracle().protect(fresh, cluster);
     }
+    if refused && scene.strict() && !image.holds(target + 512, owner::PARKED).await? {
+        return Err("the write was lost to a compressed one that was refused".into());
+    }
     image.finish().await?;
     if scene.strict() && parked == 0 {
-        return Ok(Verdict::Inconclusive("no write in place was in flight".into()));
+        return Ok(Verdict::Inconclusive("no plain write was in flight".into()));
+    }
+    if refused && scene.strict() && kind == ClusterKind::Data {
+        return Ok(Verdict::NotCovered("the driver never moves an allocated cluster".into()));
     }
     Ok(Verdict::Passed)
 }
+
+/// How a driver says that it doesn't store an allocated cluster compressed.
+const REFUSALS: [ErrorKind; 3] =
+    [ErrorKind::NotSupported, ErrorKind::InvalidInput, ErrorKind::Io];

@@ -58,10 +58,7 @@ impl Guest {
     pub async fn work(&self, graph: &Arc<Graph>, more: u64) {
         let until = self.operations.load(Ordering::SeqCst) + more;
         while self.operations.load(Ordering::SeqCst) < until {
-            graph
-                .env()
-                .sleep(std::time::Duration::from_millis(1))
-                .await;
+            graph.env().sleep(std::time::Duration::from_millis(1)).await;
             assert!(!self.stop.load(Ordering::SeqCst), "a worker gave up");
         }
     }
@@ -147,11 +144,7 @@ impl Worker {
             }
             8 if self.random.random_bool(0.1) => self.handle.flush().await.map_err(fail)?,
             _ => {
-                let data = self
-                    .handle
-                    .read(offset, len as usize)
-                    .await
-                    .map_err(fail)?;
+                let data = self.handle.read(offset, len as usize).await.map_err(fail)?;
                 let expected =
                     self.oracle.lock()[offset as usize..(offset + len) as usize].to_vec();
                 if let Some(at) = data.iter().zip(&expected).position(|(a, b)| a != b) {

@@ -122,7 +122,9 @@ impl Mem {
 
     /// Lets others run for a random while.
     async fn linger(&self) {
-        let random = self.random.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed);
+        let random = self
+            .random
+            .fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed);
         let mut left = (random >> 61) as u32;
         futures::future::poll_fn(move |cx| {
             if left == 0 {
@@ -339,7 +341,8 @@ impl BlockDriver for Mem {
             if len == CLUSTER && flags.contains(RequestFlags::MAY_UNMAP) {
                 self.unmap(at / CLUSTER, Some(Mapped::Zero));
             } else {
-                self.write_piece(&request, at, vec![0; len as usize]).await?;
+                self.write_piece(&request, at, vec![0; len as usize])
+                    .await?;
             }
         }
         Ok(())
@@ -361,7 +364,12 @@ impl BlockDriver for Mem {
         Ok(())
     }
 
-    async fn truncate(self: Arc<Self>, _request: Request, length: u64, how: Truncate) -> Result<()> {
+    async fn truncate(
+        self: Arc<Self>,
+        _request: Request,
+        length: u64,
+        how: Truncate,
+    ) -> Result<()> {
         let mut state = self.state.lock();
         if how.zero {
             for cluster in state.length.div_ceil(CLUSTER)..length.div_ceil(CLUSTER) {

@@ -8,8 +8,7 @@ pub mod mem;
 use std::{sync::Arc, time::Duration};
 
 use block_core::{
-    BlockHandle, ChildRole, Graph, IoBuf, Node, NodeSpec, PermissionSet, Permissions,
-    RequestFlags,
+    BlockHandle, ChildRole, Graph, IoBuf, Node, NodeSpec, PermissionSet, Permissions, RequestFlags,
 };
 use env_tokio::EnvTokio;
 use jobs::JobManager;

@@ -1,17 +1,17 @@
 //! `blk create`, `info`, `check`, …: the commands of `qemu-img`, one file each.
 
 mod args;
-//mod bench;
+mod bench;
 mod check;
-//mod commit;
+mod commit;
 mod compare;
 mod convert;
 mod create;
 mod create_options;
 mod info;
 mod map;
-//mod measure;
-//mod rebase;
+mod measure;
+mod rebase;
 mod resize;
 
 use crate::common::{
@@ -38,16 +38,16 @@ pub struct Command {
 
 /// All commands.
 pub const COMMANDS: &[Command] = &[
-    //bench::COMMAND,
+    bench::COMMAND,
     check::COMMAND,
-    //commit::COMMAND,
+    commit::COMMAND,
     compare::COMMAND,
     convert::COMMAND,
     create::COMMAND,
     info::COMMAND,
     map::COMMAND,
-    //measure::COMMAND,
-    //rebase::COMMAND,
+    measure::COMMAND,
+    rebase::COMMAND,
     resize::COMMAND,
 ];
 

@@ -27,6 +27,8 @@ use crate::common::{
 /// How to copy.
 #[derive(Debug, Clone, Copy)]
 pub struct Settings {
+    /// Whose warnings they are.
+    pub program: &'static str,
     pub quiet: bool,
     pub compress: bool,
     pub copy_range: bool,
@@ -50,12 +52,15 @@ pub struct Engine {
     pace: Option<Mutex<Pace>>,
     copy_range: AtomicBool,
     stop: AtomicBool,
+    /// The longest piece of data, in bytes.
+    chunk: u64,
 }
 
 impl Engine {
     pub fn new(plan: Plan, target: Arc<Target>, settings: Settings, meter: Meter) -> Self {
         Self {
             sources: plan.sources(),
+            chunk: plan.chunk(),
             plan: Mutex::new(plan),
             target,
             meter,
@@ -103,14 +108,9 @@ impl Engine {
     }
 
     async fn work(&self, env: &Arc<dyn Environment>) -> Result<(), Failure> {
-        let chunk = if self.settings.compress {
-            self.target.cluster.max(CHUNK / self.target.cluster.max(1) * self.target.cluster)
-        } else {
-            CHUNK
-        };
-        let mut buffer = Buffer::try_new(chunk as usize)?;
+        let mut buffer = Buffer::try_new(self.chunk as usize)?;
         while !self.stop.load(Ordering::SeqCst) {
-            let piece = self.plan.lock().await.next(chunk).await?;
+            let piece = self.plan.lock().await.next().await?;
             let Some(piece) = piece else { break };
             if let Some(pace) = &self.pace
                 && piece.kind == Kind::Data
@@ -191,7 +191,8 @@ impl Engine {
     /// Reads sector by sector, with zeroes for those that can't be read.
     async fn salvage(&self, source: &BlockHandle, piece: Piece) -> Result<Buffer, Failure> {
         const SECTOR: usize = 512;
-        let mut whole = Buffer::try_new(piece.len as usize)?;
+        let mut whole = Buffer::try_new(self.chunk as usize)?;
+        whole.resize(piece.len as usize);
         for (index, sector) in whole.chunks_mut(SECTOR).enumerate() {
             let offset = piece.source_offset + (index * SECTOR) as u64;
             match source.read(offset, sector.len()).await {
@@ -199,7 +200,8 @@ impl Engine {
                 Err(error) => {
                     if !self.settings.quiet {
                         complain!(
-                            "blk: warning: error while reading offset {offset}: {}",
+                            "{}: warning: error while reading offset {offset}: {}",
+                            self.settings.program,
                             error.reason()
                         );
                     }
@@ -228,7 +230,7 @@ impl Engine {
                     }
                     continue;
                 }
-                let flags = if self.settings.compress {
+                let flags = if self.settings.compress && self.is_whole(at, len as u64) {
                     RequestFlags::WRITE_COMPRESSED
                 } else {
                     RequestFlags::empty()
@@ -245,8 +247,14 @@ impl Engine {
         match data.try_into_buffer() {
             Ok(buffer) => Ok(buffer),
             // A driver still holds a part: it keeps all of it.
-            Err(_) => Ok(Buffer::try_new(piece.len.max(CHUNK) as usize)?),
+            Err(_) => Ok(Buffer::try_new(self.chunk as usize)?),
         }
+    }
+
+    /// Whether a range is a whole cluster, or all that there is of the last one.
+    fn is_whole(&self, offset: u64, len: u64) -> bool {
+        let cluster = self.target.cluster;
+        offset % cluster == 0 && (len == cluster || offset + len == self.target.handle.length())
     }
 
     /// Cuts a chunk into runs of zeroes and of data.

@@ -122,6 +122,7 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     meter.set_total(length);
     session.signals.show(&meter);
     let settings = Settings {
+        program: session.program.name(),
         quiet: parsed.has("quiet"),
         compress: request.compress,
         copy_range: parsed.has("copy-range-offloading"),
@@ -135,7 +136,8 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
         .iter()
         .map(|handle| Source::new(handle.clone(), target.has_backing && sources.len() == 1))
         .collect();
-    let plan = Plan::new(sources, settings.salvage);
+    let unit = if request.compress { target.cluster } else { 1 };
+    let plan = Plan::new(sources, settings.salvage, settings.sparse.is_some(), unit);
     let target = Arc::new(target);
     Engine::new(plan, target.clone(), settings, meter.clone()).run(session).await?;
     for source in opened {

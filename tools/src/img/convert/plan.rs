@@ -6,7 +6,7 @@ use block_core::{BlockHandle, Node, RequestFlags};
 
 use crate::common::failure::Failure;
 
-/// The longest piece of data, in bytes.
+/// The longest piece of data that is no compressed cluster, in bytes.
 pub const CHUNK: u64 = 2 << 20;
 /// The longest piece of zeroes or nothing, in bytes: the progress bar should move.
 const LARGE: u64 = 1 << 30;
@@ -59,6 +59,10 @@ pub struct Piece {
 pub struct Plan {
     sources: Arc<Vec<Source>>,
     salvage: bool,
+    /// Zeroes are not written as data.
+    sparse: bool,
+    /// Pieces end at multiples of this in the target, where the sources allow it.
+    unit: u64,
     source: usize,
     /// Where in the source, in bytes.
     at: u64,
@@ -70,10 +74,13 @@ pub struct Plan {
 }
 
 impl Plan {
-    pub fn new(sources: Vec<Source>, salvage: bool) -> Self {
+    /// A plan for `sources`, one after the other. A `unit` other than 1 is the target's cluster size.
+    pub fn new(sources: Vec<Source>, salvage: bool, sparse: bool, unit: u64) -> Self {
         Self {
             sources: Arc::new(sources),
             salvage,
+            sparse,
+            unit: unit.max(1),
             source: 0,
             at: 0,
             start: 0,
@@ -87,8 +94,13 @@ impl Plan {
         self.sources.clone()
     }
 
-    /// The next piece; pieces of data end at multiples of `chunk` in the target. `None` at the end.
-    pub async fn next(&mut self, chunk: u64) -> Result<Option<Piece>, Failure> {
+    /// The longest piece of data, in bytes.
+    pub fn chunk(&self) -> u64 {
+        (CHUNK / self.unit * self.unit).max(self.unit)
+    }
+
+    /// The next piece. `None` at the end.
+    pub async fn next(&mut self) -> Result<Option<Piece>, Failure> {
         loop {
             let Some(source) = self.sources.get(self.source) else {
                 return Ok(None);
@@ -101,7 +113,7 @@ impl Plan {
             self.at = 0;
             self.current = None;
         }
-        let (kind, end) = match self.current {
+        let (mut kind, mut end) = match self.current {
             Some((kind, end)) if end > self.at => (kind, end),
             _ => {
                 let found = self.look().await?;
@@ -110,8 +122,21 @@ impl Plan {
             }
         };
         let offset = self.start + self.at;
+        let length = self.sources[self.source].length;
+        if self.unit > 1 && end < length {
+            // A unit that is only in part zero, or below, is read as a whole.
+            let past = (self.start + end) % self.unit;
+            if kind != Kind::Data && end - past > self.at {
+                end -= past;
+            } else if past > 0 {
+                kind = Kind::Data;
+                end = length.min(end - past + self.unit);
+            }
+        }
+        let chunk = self.chunk();
         let most = match kind {
             Kind::Data => chunk - offset % chunk,
+            Kind::Zero if !self.sparse => chunk - offset % chunk,
             Kind::Zero | Kind::Below => LARGE,
         };
         let len = (end - self.at).min(most);

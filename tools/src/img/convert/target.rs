@@ -73,7 +73,6 @@ impl Target {
         }
         let access = Access {
             write: true,
-            resize: request.exists,
             cache: request.cache,
             ..Access::default()
         };
@@ -88,12 +87,7 @@ impl Target {
         if request.compress && !capabilities.contains(Capabilities::COMPRESSED) {
             return Err(no_compression());
         }
-        let mut existing = handle.length();
-        if existing < length && capabilities.contains(Capabilities::GROW) {
-            handle.truncate(length, block_core::driver::Truncate::default()).await?;
-            existing = handle.length();
-        }
-        if existing < length {
+        if handle.length() < length {
             return Err(Failure::new("output file is smaller than input file"));
         }
         let has_backing = node.backing().is_some();

@@ -1,0 +1,82 @@
+//! Which host clusters hold metadata, so that no data and no new table is ever written over it, whatever damaged refcounts or
+//! entries say. Only what the header, the L1 table and the refcount table point to is known here; it is kept in memory
+//! and costs a look for each allocation, each slice that is read, and each write that the core doesn't map itself.
+
+use block_core::error::{Error, Result};
+use parking_lot::RwLock;
+
+use crate::{
+    cache::{refcounts::RefcountStore, slice::NumberSet},
+    image::L1Table,
+    layout::{Geometry, Header, L1Entry},
+};
+
+/// See the file's header.
+#[derive(Debug, Default)]
+pub(crate) struct MetadataMap(RwLock<NumberSet>);
+
+impl MetadataMap {
+    /// Forgets everything, and notes what an image's tables point to.
+    pub fn rebuild(&self, header: &Header, l1: &L1Table, refcounts: &RefcountStore) {
+        let geometry = header.geometry();
+        let mut clusters = NumberSet::default();
+        clusters.insert(0);
+        clusters.extend(range(geometry, l1.offset.0, l1.entries.len() as u64 * 8));
+        let place = refcounts.place();
+        clusters.extend(range(
+            geometry,
+            place.offset.0,
+            u64::from(place.clusters) << geometry.cluster_bits(),
+        ));
+        for index in 0..l1.entries.len() as u64 {
+            if let Ok(L1Entry { l2: Some(host), .. }) = L1Entry::decode(l1.load(index), geometry) {
+                clusters.insert(geometry.host_cluster_of(host).0);
+            }
+        }
+        for index in 0..refcounts.table_len() {
+            if let Some(host) = refcounts.block_offset(index) {
+                clusters.insert(geometry.host_cluster_of(host).0);
+            }
+        }
+        *self.0.write() = clusters;
+    }
+
+    /// Notes clusters that hold metadata from now on.
+    pub fn add(&self, clusters: impl IntoIterator<Item = u64>) {
+        self.0.write().extend(clusters);
+    }
+
+    /// Clusters hold metadata no more.
+    pub fn remove(&self, clusters: impl IntoIterator<Item = u64>) {
+        let mut map = self.0.write();
+        for cluster in clusters {
+            map.remove(&cluster);
+        }
+    }
+
+    /// Whether any of the clusters holds metadata.
+    pub fn overlaps(&self, clusters: impl IntoIterator<Item = u64>) -> bool {
+        let map = self.0.read();
+        clusters.into_iter().any(|cluster| map.contains(&cluster))
+    }
+
+    /// Refuses to write to clusters if any of them holds metadata.
+    ///
+    /// # Errors
+    /// `Corrupt`.
+    pub fn check(&self, first: u64, count: u64, geometry: Geometry) -> Result<()> {
+        if self.overlaps(first..first + count) {
+            return Err(Error::corrupt(format!(
+                "Preventing invalid write on metadata (host offset {:#x}, {count} clusters)",
+                first << geometry.cluster_bits()
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// The clusters that a range of the file touches.
+fn range(geometry: Geometry, offset: u64, len: u64) -> std::ops::Range<u64> {
+    let bits = geometry.cluster_bits();
+    offset >> bits..(offset + len).div_ceil(geometry.cluster_size())
+}
