@@ -26,6 +26,7 @@ doc:
 # All interleavings of the shipped gate and pins, in small cases
 loom:
     RUSTFLAGS="--cfg loom" LOOM_MAX_PREEMPTIONS=2 CARGO_TARGET_DIR=target/loom cargo test --release -p block-core --test loom_tracked --test loom_pins
+    RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom cargo test --release -p format-qcow2 --lib -- loom
 
 # Undefined behaviour in the buffers (needs a nightly with the miri component)
 miri:

@@ -53,6 +53,7 @@ impl Meta {
         header: Header,
         refcounts: RefcountStore,
         orphans: Orphans,
+        metadata: Arc<MetadataMap>,
         safeguards: bool,
     ) -> Self {
         Self {
@@ -69,6 +70,7 @@ impl Meta {
             batch: 1,
             durable: 0,
             orphans,
+            metadata,
             safeguards,
         }
     }

@@ -30,6 +30,7 @@ use crate::{
     layout::{Geometry, Header, header},
     measure,
     meta::Meta,
+    overlap::MetadataMap,
     writeback::Writeback,
 };
 
@@ -186,6 +187,8 @@ async fn open_image(
     }
     let refcounts = load_refcounts(&child, &header, settings.refcount_blocks).await?;
     let l1 = Qcow2::read_l1(&child, &header).await?;
+    let metadata = Arc::new(MetadataMap::new(safeguards));
+    metadata.rebuild(&header, &l1, &refcounts);
     let image = Qcow2 {
         geometry: header.geometry(),
         settings,
@@ -195,6 +198,7 @@ async fn open_image(
         names_backing: AtomicBool::new(header.backing_file.is_some()),
         shut: AtomicBool::new(false),
         l1: ArcSwap::from_pointee(l1),
+        metadata: metadata.clone(),
         slices: SliceCache::new(),
         claims: Claims::default(),
         pins: if safeguards {
@@ -206,6 +210,7 @@ async fn open_image(
             header.clone(),
             refcounts,
             Orphans::default(),
+            metadata.clone(),
             safeguards,
         )),
         writeback: Writeback::default(),

@@ -12,10 +12,21 @@ use crate::{
 };
 
 /// See the file's header.
-#[derive(Debug, Default)]
-pub(crate) struct MetadataMap(RwLock<NumberSet>);
+#[derive(Debug)]
+pub(crate) struct MetadataMap {
+    clusters: RwLock<NumberSet>,
+    /// Off in tests only.
+    enabled: bool,
+}
 
 impl MetadataMap {
+    pub fn new(enabled: bool) -> Self {
+        Self {
+            clusters: RwLock::default(),
+            enabled,
+        }
+    }
+
     /// Forgets everything, and notes what an image's tables point to.
     pub fn rebuild(&self, header: &Header, l1: &L1Table, refcounts: &RefcountStore) {
         let geometry = header.geometry();
@@ -38,17 +49,21 @@ impl MetadataMap {
                 clusters.insert(geometry.host_cluster_of(host).0);
             }
         }
-        *self.0.write() = clusters;
+        if self.enabled {
+            *self.clusters.write() = clusters;
+        }
     }
 
     /// Notes clusters that hold metadata from now on.
     pub fn add(&self, clusters: impl IntoIterator<Item = u64>) {
-        self.0.write().extend(clusters);
+        if self.enabled {
+            self.clusters.write().extend(clusters);
+        }
     }
 
     /// Clusters hold metadata no more.
     pub fn remove(&self, clusters: impl IntoIterator<Item = u64>) {
-        let mut map = self.0.write();
+        let mut map = self.clusters.write();
         for cluster in clusters {
             map.remove(&cluster);
         }
@@ -56,8 +71,23 @@ impl MetadataMap {
 
     /// Whether any of the clusters holds metadata.
     pub fn overlaps(&self, clusters: impl IntoIterator<Item = u64>) -> bool {
-        let map = self.0.read();
+        let map = self.clusters.read();
         clusters.into_iter().any(|cluster| map.contains(&cluster))
+    }
+
+    /// Refuses to take the file from cluster `start` on for free if there is metadata in it.
+    ///
+    /// # Errors
+    /// `Corrupt`.
+    pub fn check_from(&self, start: u64, geometry: Geometry) -> Result<()> {
+        let found = self
+            .clusters
+            .read()
+            .iter()
+            .copied()
+            .filter(|cluster| *cluster >= start)
+            .min();
+        found.map_or(Ok(()), |cluster| self.check(cluster, 1, geometry))
     }
 
     /// Refuses to write to clusters if any of them holds metadata.

@@ -114,11 +114,13 @@ impl Qcow2 {
             .change_tables(|_| self.l1.store(Arc::new(L1Table::new(place, new))));
         for cluster in allocation.clusters() {
             meta.unlinked.remove(&cluster.0);
+            self.metadata.add([cluster.0]);
         }
         allocation.linked();
         // The header no longer points to the old table, durably.
         let first = self.geometry.host_cluster_of(old.offset).0;
         for cluster in first..first + self.geometry.clusters_for(old_bytes) {
+            self.metadata.remove([cluster]);
             meta.drop_reference(file, HostCluster(cluster)).await?;
         }
         Ok(())
@@ -224,7 +226,15 @@ impl Qcow2 {
         let batch = meta.batch;
         meta.orphans.lock().clear();
         let orphans = meta.orphans.clone();
-        *meta = Meta::new(header, refcounts, orphans, self.settings.safeguards);
+        self.metadata.rebuild(&header, &l1, &refcounts);
+        let metadata = self.metadata.clone();
+        *meta = Meta::new(
+            header,
+            refcounts,
+            orphans,
+            metadata,
+            self.settings.safeguards,
+        );
         (meta.batch, meta.durable) = (batch, durable);
         self.slices.change_tables(|table| {
             table.clear();

@@ -255,6 +255,52 @@ fn freeing_a_cluster_whose_refcount_is_0_is_caught_when_it_happens() {
 }
 
 #[test]
+fn data_is_never_written_over_metadata_that_an_entry_points_to() {
+    for act in ["write", "discard", "zero then write"] {
+        let storage = with_one_cluster();
+        let before = {
+            let data = &mut storage.state.lock().data;
+            let be = |at: usize| u64::from_be_bytes(data[at..at + 8].try_into().unwrap());
+            let l1 = be(40) | 1 << 63;
+            let at = l2_offset(data) + 8;
+            data[at..at + 8].copy_from_slice(&l1.to_be_bytes());
+            data.clone()
+        };
+        let rig = Rig::new();
+        rig.block_on(async {
+            let handle = rig.open_storage(&storage, "").await.unwrap();
+            handle.read(0, 512).await.unwrap();
+            let result = match act {
+                "write" => handle.write(C, vec![2; 512], RequestFlags::empty()).await,
+                "discard" => handle.discard(C, C).await,
+                _ => {
+                    handle
+                        .write_zeroes(C, C, RequestFlags::empty())
+                        .await
+                        .unwrap();
+                    handle.write(C, vec![2; 512], RequestFlags::empty()).await
+                }
+            };
+            let error = result.unwrap_err();
+            assert_eq!(error.errno(), 5, "{act}: {error}");
+            assert!(
+                error.to_string().contains("overlap") || error.to_string().contains("metadata")
+            );
+            let _ = handle.close().await;
+            let _ = rig.graph.close_all().await;
+        });
+        let after = storage.state.lock().data.clone();
+        let l1 = u64::from_be_bytes(before[40..48].try_into().unwrap()) as usize;
+        assert_eq!(
+            after[l1..l1 + 512],
+            before[l1..l1 + 512],
+            "{act}: the L1 table"
+        );
+        assert_eq!(after[79], 2, "{act}: the corrupt bit");
+    }
+}
+
+#[test]
 fn with_lazy_refcounts_the_dirty_bit_is_there_from_the_first_allocation_to_the_close() {
     let rig = Rig::new();
     let storage = fresh("lazy_refcounts=on", 64);

@@ -202,7 +202,11 @@ fn storm_and_cut(options: &str, open: &str, more: usize, seed: u64, cuts: usize)
     });
     let log = std::mem::take(&mut storage.state.lock().log);
     let moved = storage.state.lock().data[48..56] != start[48..56];
-    assert_eq!(moved, more > 0, "{options}: the refcount table is replaced during the storm");
+    assert_eq!(
+        moved,
+        more > 0,
+        "{options}: the refcount table is replaced during the storm"
+    );
     let history = history.into_inner();
     let mut rng = SmallRng::seed_from_u64(seed);
     for n in 0..cuts {

@@ -22,7 +22,10 @@ fn features_that_are_not_supported_yet_are_refused_by_name() {
         for open in ["", "read-only=on"] {
             let error = rig.block_on(rig.open(&path, open)).unwrap_err();
             let text = error.to_string();
-            assert!(text.contains(feature) && text.contains(name), "{options}: {text}");
+            assert!(
+                text.contains(feature) && text.contains(name),
+                "{options}: {text}"
+            );
             assert_eq!(error.errno(), 95, "{text}");
         }
         std::fs::remove_file(&path).unwrap();
@@ -35,8 +38,10 @@ fn snapshots_and_bitmaps_can_be_read_beside_but_not_written_beside() {
     let scratch = tempfile::tempdir().unwrap();
     let path = scratch.path().join("a.qcow2");
     let name = path.to_str().unwrap();
-    let features: [(&[&str], &str); 2] =
-        [(&["snapshot", "-c", "one", name], "snapshot"), (&["bitmap", "--add", name, "one"], "bitmap")];
+    let features: [(&[&str], &str); 2] = [
+        (&["snapshot", "-c", "one", name], "snapshot"),
+        (&["bitmap", "--add", name, "one"], "bitmap"),
+    ];
     for (command, feature) in features {
         qemu_img(&["create", "-q", "-f", "qcow2", name, "1M"]);
         tool("qemu-io", &["-f", "qcow2", "-c", "write -P 7 0 1M", name]);
@@ -60,19 +65,35 @@ fn options_that_make_no_sense_are_refused_by_name() {
     let rig = Rig::new();
     let scratch = tempfile::tempdir().unwrap();
     let path = scratch.path().join("a.qcow2");
-    qemu_img(&["create", "-q", "-f", "qcow2", "-o", "compat=0.10", path.to_str().unwrap(), "1M"]);
+    qemu_img(&[
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-o",
+        "compat=0.10",
+        path.to_str().unwrap(),
+        "1M",
+    ]);
     for (options, message) in [
         ("bogus=1", "Invalid parameter 'bogus'"),
         ("l2-cache-entry-size=1000", "power of two"),
         ("l2-cache-entry-size=128k", "power of two"),
-        ("cache-size=1M,l2-cache-size=2M", "l2-cache-size may not exceed cache-size"),
+        (
+            "cache-size=1M,l2-cache-size=2M",
+            "l2-cache-size may not exceed cache-size",
+        ),
         ("lazy-refcounts=on", "Lazy refcounts require"),
         ("discard-no-unref=on", "not supported"),
     ] {
         let error = rig.block_on(rig.open(&path, options)).unwrap_err();
         assert!(error.to_string().contains(message), "{options}: {error}");
     }
-    for options in ["cache-size=1M", "l2-cache-size=64k,l2-cache-entry-size=512", "lazy-refcounts=off"] {
+    for options in [
+        "cache-size=1M",
+        "l2-cache-size=64k,l2-cache-entry-size=512",
+        "lazy-refcounts=off",
+    ] {
         rig.block_on(async {
             let handle = rig.open(&path, options).await.unwrap();
             rig.close(handle).await.unwrap();

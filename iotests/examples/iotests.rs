@@ -11,8 +11,12 @@ use format_vmdk::VmdkFactory;
 use iotests::cli::Suite;
 
 fn main() -> ExitCode {
-    let registry =
-        Registry::new().with(RawFactory).with(Qcow2Factory::default()).with(VmdkFactory);
-    let bare = registry.clone().with(Qcow2Factory::without_safeguards_for_tests());
+    let registry = Registry::new()
+        .with(RawFactory)
+        .with(Qcow2Factory::default())
+        .with(VmdkFactory);
+    let bare = registry
+        .clone()
+        .with(Qcow2Factory::without_safeguards_for_tests());
     Suite::new(&registry).with_bare(&bare).main()
 }

@@ -304,7 +304,11 @@ pub fn run(
             registry,
             LabOptions {
                 seed,
-                order: if seed == 0 { Order::Fifo } else { Order::Random },
+                order: if seed == 0 {
+                    Order::Fifo
+                } else {
+                    Order::Random
+                },
                 gate: case.gate,
                 alignment: case.alignment,
             },

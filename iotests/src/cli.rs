@@ -16,7 +16,10 @@ use crate::{
 };
 
 #[derive(Parser)]
-#[command(name = "iotests", about = "Conformance, race and cancellation tests for block drivers")]
+#[command(
+    name = "iotests",
+    about = "Conformance, race and cancellation tests for block drivers"
+)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
@@ -214,7 +217,10 @@ impl Suite {
             .into_iter()
             .map(|name| {
                 if !all.iter().any(|known| known == name) {
-                    return Err(format!("Unknown format '{name}' (known: {})", all.join(", ")));
+                    return Err(format!(
+                        "Unknown format '{name}' (known: {})",
+                        all.join(", ")
+                    ));
                 }
                 format_under_test(name, options)
             })
@@ -233,7 +239,11 @@ impl Suite {
                 let result = self.run_case(&format, &case, seeds);
                 if output == Output::Human {
                     let line = format!("{:<11} {:<70}", result.format, result.case);
-                    println!("{line} {:<12} {}", result.verdict.word(), result.verdict.detail());
+                    println!(
+                        "{line} {:<12} {}",
+                        result.verdict.word(),
+                        result.verdict.detail()
+                    );
                     if result.verdict.is_failed() {
                         println!("            again: {}", result.again);
                     }
@@ -295,25 +305,24 @@ impl Suite {
             println!("gate safeguards region  runs corrupt  waits  deferred  caught  verdict");
         }
         let on = |yes: bool| if yes { "on" } else { "off" };
-        let cells =
-            race::matrix(&self.registry, self.bare.as_ref(), format, what, |cell| {
-                if output == Output::Human {
-                    let verdict = cell.verdict();
-                    println!(
-                        "{:<4} {:<10} {:>6} {:>5} {:>7} {:>6} {:>9} {:>7}  {} {}",
-                        on(cell.gate),
-                        on(cell.safeguards),
-                        cell.region,
-                        cell.runs.len(),
-                        cell.corrupt_runs(),
-                        cell.total("gate-waits"),
-                        cell.total("frees-deferred-by-pins"),
-                        cell.total("ownership-violations-caught"),
-                        verdict.word(),
-                        verdict.detail()
-                    );
-                }
-            });
+        let cells = race::matrix(&self.registry, self.bare.as_ref(), format, what, |cell| {
+            if output == Output::Human {
+                let verdict = cell.verdict();
+                println!(
+                    "{:<4} {:<10} {:>6} {:>5} {:>7} {:>6} {:>9} {:>7}  {} {}",
+                    on(cell.gate),
+                    on(cell.safeguards),
+                    cell.region,
+                    cell.runs.len(),
+                    cell.corrupt_runs(),
+                    cell.total("gate-waits"),
+                    cell.total("frees-deferred-by-pins"),
+                    cell.total("ownership-violations-caught"),
+                    verdict.word(),
+                    verdict.detail()
+                );
+            }
+        });
         if output == Output::Json
             && let Err(text) = print_json(&cells)
         {
@@ -359,7 +368,10 @@ fn select(selection: &Selection) -> Result<Vec<Case>, String> {
     for group in &groups {
         if *group != "all" && !Group::ALL.iter().any(|known| known.name() == *group) {
             let known: Vec<&str> = Group::ALL.iter().map(|group| group.name()).collect();
-            return Err(format!("Unknown group '{group}' (known: {})", known.join(", ")));
+            return Err(format!(
+                "Unknown group '{group}' (known: {})",
+                known.join(", ")
+            ));
         }
     }
     let filter = selection.filter.as_deref().unwrap_or_default();
@@ -382,7 +394,8 @@ fn format_under_test(name: &str, options: &str) -> Result<FormatUnderTest, Strin
 
 fn parse_seeds(text: &str) -> Result<std::ops::Range<u64>, String> {
     let number = |text: &str| {
-        text.parse::<u64>().map_err(|_| format!("--seed: '{text}' is no number"))
+        text.parse::<u64>()
+            .map_err(|_| format!("--seed: '{text}' is no number"))
     };
     match text.split_once("..") {
         Some((from, to)) => Ok(number(from)?..number(to)?),

@@ -86,7 +86,11 @@ pub fn run(program: &str, arguments: &[&str], input: &str) -> io::Result<Option<
 /// # Errors
 /// Those of starting it.
 pub fn check_file(format: &str, path: &Path) -> io::Result<Option<Said>> {
-    run("qemu-img", &["check", "-f", format, &path.to_string_lossy()], "")
+    run(
+        "qemu-img",
+        &["check", "-f", format, &path.to_string_lossy()],
+        "",
+    )
 }
 
 /// Whether the installed `qemu-img check` finds these bytes clean: `Ok(None)` when it isn't installed, or knows no

@@ -79,10 +79,17 @@ impl Lab {
         let (seen, watched) = (disks.clone(), Arc::downgrade(&graph));
         env.add_witness(move || {
             let mut lines = seen.describe();
-            for node in watched.upgrade().map(|graph| graph.nodes()).unwrap_or_default() {
+            for node in watched
+                .upgrade()
+                .map(|graph| graph.nodes())
+                .unwrap_or_default()
+            {
                 let in_flight = node.tracker().in_flight();
                 if in_flight > 0 {
-                    lines.push(format!("node '{}': {in_flight} tracked requests", node.name()));
+                    lines.push(format!(
+                        "node '{}': {in_flight} tracked requests",
+                        node.name()
+                    ));
                 }
             }
             lines
@@ -118,12 +125,17 @@ impl Lab {
             options.set("backing_file", file);
             options.set("backing_fmt", backing_format);
         }
-        self.registry.create(&self.graph, format, name, options).await
+        self.registry
+            .create(&self.graph, format, name, options)
+            .await
     }
 
     fn records_backing(&self, format: &str) -> bool {
         self.registry.get(format).is_ok_and(|factory| {
-            factory.create_options().iter().any(|option| option.name == "backing_file")
+            factory
+                .create_options()
+                .iter()
+                .any(|option| option.name == "backing_file")
         })
     }
 
@@ -149,12 +161,16 @@ impl Lab {
             implicit: ImplicitOpens::Permit,
             ..OpenOptions::default()
         };
-        self.registry.open_file(&self.graph, name, Some(format), options, how).await
+        self.registry
+            .open_file(&self.graph, name, Some(format), options, how)
+            .await
     }
 
     /// A producer's handle.
     pub fn attach(&self, node: &Arc<Node>, name: &str) -> Result<Arc<BlockHandle>> {
-        self.graph.attach(node, all_permissions(), name).map(Arc::new)
+        self.graph
+            .attach(node, all_permissions(), name)
+            .map(Arc::new)
     }
 }
 

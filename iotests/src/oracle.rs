@@ -27,7 +27,10 @@ pub enum AfterDiscard {
 enum Value {
     /// What was there before anything was asked.
     Initial,
-    Stamp { owner: u32, seq: u64 },
+    Stamp {
+        owner: u32,
+        seq: u64,
+    },
     Zero,
     /// What is there may become zeroes, or what it was at the beginning.
     Discarded,
@@ -279,11 +282,9 @@ impl Oracle {
                 Value::Initial => allowed.push(initial),
                 Value::Zero => allowed.push(Seen::Zero),
                 Value::Discarded => allowed.extend([Seen::Zero, initial]),
-                Value::Stamp { owner, seq } => allowed.push(Seen::Stamp(Stamp {
-                    owner,
-                    seq,
-                    sector,
-                })),
+                Value::Stamp { owner, seq } => {
+                    allowed.push(Seen::Stamp(Stamp { owner, seq, sector }))
+                }
             }
         }
         allowed

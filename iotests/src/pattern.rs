@@ -96,7 +96,10 @@ impl Seen {
             sector: number(16),
         };
         let expected = stamp.bytes();
-        if sector.chunks(STAMP).all(|chunk| *chunk == expected[..chunk.len()]) {
+        if sector
+            .chunks(STAMP)
+            .all(|chunk| *chunk == expected[..chunk.len()])
+        {
             Self::Stamp(stamp)
         } else {
             garbage()

@@ -50,7 +50,9 @@ impl BlockDriver for Relay {
 
     fn limits(&self, edges: &Edges) -> Limits {
         let limits = Limits::default();
-        edges.child(ChildRole::Filtered).map_or(limits, |child| limits.merge(child.limits()))
+        edges
+            .child(ChildRole::Filtered)
+            .map_or(limits, |child| limits.merge(child.limits()))
     }
 
     async fn read(self: Arc<Self>, request: Request, offset: u64, buf: IoBufMut) -> Result<()> {
@@ -74,7 +76,10 @@ impl BlockDriver for Relay {
         len: u64,
         flags: RequestFlags,
     ) -> Result<()> {
-        Self::child(&request).await?.write_zeroes(offset, len, flags).await
+        Self::child(&request)
+            .await?
+            .write_zeroes(offset, len, flags)
+            .await
     }
 
     async fn discard(self: Arc<Self>, request: Request, offset: u64, len: u64) -> Result<()> {

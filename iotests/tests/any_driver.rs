@@ -29,8 +29,15 @@ fn a_third_partys_driver_is_clean_after_every_storm_behind_the_gate() {
     for region in [8, 16, 32] {
         for seed in 1..9 {
             let report = storm(&third_party(), &format(), &StormConfig::new(seed, region));
-            assert!(report.is_clean(), "region {region}, seed {seed}: {}", report.summary());
-            assert!(report.counter("gate-waits") > 0, "nobody waited: inconclusive");
+            assert!(
+                report.is_clean(),
+                "region {region}, seed {seed}: {}",
+                report.summary()
+            );
+            assert!(
+                report.counter("gate-waits") > 0,
+                "nobody waited: inconclusive"
+            );
         }
     }
 }
@@ -103,6 +110,9 @@ fn every_case_about_the_gate_fails_when_there_is_none() {
         }
         let name = case.name.clone();
         let verdict = run(&third_party(), &format(), &case.without_gate(), 0, None).verdict;
-        assert!(matches!(verdict, Verdict::Failed(_) | Verdict::NotCovered(_)), "{name}: {verdict:?}");
+        assert!(
+            matches!(verdict, Verdict::Failed(_) | Verdict::NotCovered(_)),
+            "{name}: {verdict:?}"
+        );
     }
 }

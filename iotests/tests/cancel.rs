@@ -10,8 +10,9 @@ use iotests::{
 
 fn sweep(seed: u64) {
     let registry = Registry::new().with(Qcow2Factory::default());
-    let format =
-        FormatUnderTest::new("qcow2").with("cluster_size", "4k").with_safeguards();
+    let format = FormatUnderTest::new("qcow2")
+        .with("cluster_size", "4k")
+        .with_safeguards();
     let mut dropped = 0;
     let mut failures = Vec::new();
     for case in cases::all() {

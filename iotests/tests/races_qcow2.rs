@@ -12,7 +12,9 @@ fn registry() -> Registry {
 }
 
 fn format(cluster: &str) -> FormatUnderTest {
-    FormatUnderTest::new("qcow2").with("cluster_size", cluster).with_safeguards()
+    FormatUnderTest::new("qcow2")
+        .with("cluster_size", cluster)
+        .with_safeguards()
 }
 
 #[test]
@@ -27,5 +29,10 @@ fn qcow2_passes_the_race_cases_with_large_clusters() {
 
 #[test]
 fn qcow2_version_2_passes_the_race_cases() {
-    expect_passed(&registry(), &format("4k").with("compat", "0.10"), &cases::all(), 2);
+    expect_passed(
+        &registry(),
+        &format("4k").with("compat", "0.10"),
+        &cases::all(),
+        2,
+    );
 }

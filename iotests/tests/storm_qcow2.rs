@@ -19,7 +19,9 @@ fn without_safeguards() -> Registry {
 }
 
 fn format() -> FormatUnderTest {
-    FormatUnderTest::new("qcow2").with("cluster_size", "4k").with_safeguards()
+    FormatUnderTest::new("qcow2")
+        .with("cluster_size", "4k")
+        .with_safeguards()
 }
 
 fn runs(registry: &Registry, gate: bool, safeguards: bool, expect: Expect) -> Vec<Cell> {
@@ -78,6 +80,12 @@ fn safeguards_alone_never_let_another_range_be_touched_and_count_what_they_caugh
 #[test]
 fn without_gate_and_safeguards_corruption_is_detected_in_8_of_8_runs() {
     for cell in runs(&without_safeguards(), false, false, Expect::Corrupt) {
-        assert_eq!(cell.corrupt_runs(), 8, "region {}: {:?}", cell.region, cell.verdict());
+        assert_eq!(
+            cell.corrupt_runs(),
+            8,
+            "region {}: {:?}",
+            cell.region,
+            cell.verdict()
+        );
     }
 }

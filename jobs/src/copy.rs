@@ -243,7 +243,7 @@ impl Engine {
             self.speed = speed;
         }
         if self.not_before > now {
-            return Some(self.not_before - now);
+            return Some(self.not_before.saturating_sub(now));
         }
         self.rate.delay(now, speed)
     }

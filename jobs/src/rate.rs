@@ -20,7 +20,7 @@ impl RateLimit {
             return None;
         }
         let ahead = self.paid_until.saturating_sub(now);
-        (ahead >= SLICE).then(|| ahead - SLICE + Duration::from_millis(1))
+        (ahead >= SLICE).then(|| ahead.saturating_sub(SLICE) + Duration::from_millis(1))
     }
 
     /// `bytes` are let through at `now`.
@@ -61,7 +61,7 @@ mod tests {
             let mut now = Duration::from_secs(5);
             let start = now;
             let mut sent = 0_u64;
-            while now - start < Duration::from_secs(100) {
+            while now.saturating_sub(start) < Duration::from_secs(100) {
                 match limit.delay(now, speed) {
                     Some(wait) => now += wait,
                     None => {

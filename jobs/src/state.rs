@@ -69,19 +69,19 @@ impl JobStatus {
     /// Whether a job may go from here to `next`.
     pub const fn may_become(self, next: Self) -> bool {
         use JobStatus as S;
-        matches!(
-            (self, next),
-            (S::Undefined, S::Created)
-                | (S::Created, S::Running | S::Aborting | S::Null)
-                | (S::Running, S::Paused | S::Ready | S::Waiting | S::Aborting)
-                | (S::Paused, S::Running)
-                | (S::Ready, S::Standby | S::Waiting | S::Aborting)
-                | (S::Standby, S::Ready)
-                | (S::Waiting, S::Pending | S::Aborting)
-                | (S::Pending, S::Aborting | S::Concluded)
-                | (S::Aborting, S::Aborting | S::Concluded)
-                | (S::Concluded, S::Null)
-        )
+        match self {
+            S::Undefined => matches!(next, S::Created),
+            S::Created => matches!(next, S::Running | S::Aborting | S::Null),
+            S::Running => matches!(next, S::Paused | S::Ready | S::Waiting | S::Aborting),
+            S::Paused => matches!(next, S::Running),
+            S::Ready => matches!(next, S::Standby | S::Waiting | S::Aborting),
+            S::Standby => matches!(next, S::Ready),
+            S::Waiting => matches!(next, S::Pending | S::Aborting),
+            S::Pending => matches!(next, S::Aborting | S::Concluded),
+            S::Aborting => matches!(next, S::Aborting | S::Concluded),
+            S::Concluded => matches!(next, S::Null),
+            S::Null => false,
+        }
     }
 
     /// Whether a job in this state takes `verb`.

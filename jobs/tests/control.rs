@@ -142,7 +142,7 @@ fn a_node_that_a_job_works_on_is_busy_for_other_jobs_and_its_chain_is_frozen() {
                 .manager
                 .stream(StreamOptions::new(&chain[3].node))
                 .await,
-            "Node 'D' is busy: block device is in use by block job: commit",
+            "Node 'C' is busy: block device is in use by block job: commit",
         );
         refused(
             bench.graph.set_backing(&chain[1].node, None).await,

@@ -264,9 +264,13 @@ async fn backup(bench: &Bench, sync: SyncMode, seed: u64) {
     let handle = bench.guest_handle(&chain[1].node);
     let mut options = BackupOptions::new(&chain[1].node, &target.node);
     options.sync = sync;
+    // Slow at first, so that the guest is there before the job.
+    options.job.speed = 64 << 10;
     let job = bench.manager.backup(options).await.expect("a backup");
     let before = content.clone();
     let guest = Guest::start(&bench.graph, &handle, content, seed);
+    guest.work(&bench.graph, 50).await;
+    job.set_speed(0).expect("it runs");
     job.wait().await.expect("success");
     guest.work(&bench.graph, 20).await;
     let expected = guest.stop().await;
@@ -354,14 +358,14 @@ fn a_guest_that_drops_its_requests_leaves_mirror_and_source_the_same() {
                     bench.sleep(0).await;
                 }
             }
+            let dropped = handle.node().stats().snapshot().dropped;
+            assert!(dropped > 0, "no request was dropped while it was in flight");
             job.wait_ready().await.expect("ready");
             job.cancel(false).expect("it is ready");
             job.wait().await.expect("success");
             handle.flush().await.expect("all has ended");
             let source = bench.content(&chain[1].node).await;
             assert_same(&bench.content(&target.node).await, &source, "the mirror");
-            let dropped = chain[1].node.stats().snapshot().dropped;
-            assert!(dropped > 0, "no request was dropped while it was in flight");
         });
     }
 }
@@ -387,7 +391,7 @@ fn a_backup_slower_than_the_guest_saves_what_the_guest_overwrites() {
         let target = bench.layer("target", LENGTH, None);
         let handle = bench.guest_handle(&chain[1].node);
         let mut options = BackupOptions::new(&chain[1].node, &target.node);
-        options.job.speed = 1 << 20;
+        options.job.speed = 64 << 10;
         let job = bench.manager.backup(options).await.expect("a backup");
         let before = content.clone();
         let guest = Guest::start(&bench.graph, &handle, content, 9);
@@ -398,6 +402,33 @@ fn a_backup_slower_than_the_guest_saves_what_the_guest_overwrites() {
         assert_same(&bench.content(&target.node).await, &before, "the backup");
         assert!(job.counters().bytes_copied_before_write > 0);
     });
+}
+
+#[test]
+fn writes_to_one_cluster_that_come_together_save_its_old_content_once() {
+    // One copy unit of the backup, half of it shared by the guest's workers.
+    const HOT: u64 = 8 * common::mem::CLUSTER;
+    for seed in 0..40 {
+        run(|bench| async move {
+            let (chain, content) = bench.chain(&["base", "top"]).await;
+            let target = bench.layer("target", LENGTH, None);
+            let handle = bench.guest_handle(&chain[1].node);
+            let mut options = BackupOptions::new(&chain[1].node, &target.node);
+            options.sync = SyncMode::None;
+            let job = bench.manager.backup(options).await.expect("a backup");
+            let before = content.clone();
+            let guest = Guest::start_in(&bench.graph, &handle, content, seed, HOT);
+            guest.work(&bench.graph, 60).await;
+            guest.stop().await;
+            job.cancel(true).expect("it runs");
+            job.wait().await.expect_err("cancelled");
+            let found = bench.content(&target.node).await;
+            let hot = HOT as usize;
+            assert_same(&found[..hot], &before[..hot], "what was overwritten");
+            let saved = job.counters().bytes_copied_before_write;
+            assert!(saved > 0 && saved <= HOT, "{saved}");
+        });
+    }
 }
 
 #[test]

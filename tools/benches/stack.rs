@@ -8,7 +8,7 @@ use block_core::{
     BlockHandle, Buffer, Environment, Graph, IoBuf, OpenOptions, Options, PermissionSet,
     Permissions, Registry, RequestFlags,
 };
-use criterion::{Criterion, criterion_group, criterion_main};
+use criterion::{Criterion, criterion_main};
 use env_tokio::EnvTokio;
 use serde_json::json;
 
@@ -36,7 +36,10 @@ fn stack() -> Stack {
     let name = path.to_string_lossy().into_owned();
     let handle = env.block_on(async {
         let size = Options::new().with("size", DISK);
-        registry.create(&graph, "qcow2", &name, size).await.expect("an image");
+        registry
+            .create(&graph, "qcow2", &name, size)
+            .await
+            .expect("an image");
         let options = json!({
             "driver": "qcow2",
             "file": {
@@ -45,7 +48,10 @@ fn stack() -> Stack {
             },
         });
         let options = Options::from_json(&options.to_string()).expect("options");
-        let node = registry.open(&graph, options, OpenOptions::default()).await.expect("a node");
+        let node = registry
+            .open(&graph, options, OpenOptions::default())
+            .await
+            .expect("a node");
         let set = PermissionSet::new(
             Permissions::CONSISTENT_READ | Permissions::WRITE,
             Permissions::all(),
@@ -54,7 +60,10 @@ fn stack() -> Stack {
         let mut at = 0;
         while at < DISK {
             let data = vec![7u8; 1 << 20];
-            handle.write(at, data, RequestFlags::empty()).await.expect("a write");
+            handle
+                .write(at, data, RequestFlags::empty())
+                .await
+                .expect("a write");
             at += 1 << 20;
         }
         handle.flush().await.expect("a flush");
@@ -62,8 +71,17 @@ fn stack() -> Stack {
     });
     let bare = directory.path().join("bare.raw");
     std::fs::write(&bare, vec![7u8; DISK as usize]).expect("a plain file");
-    let file = std::fs::OpenOptions::new().read(true).write(true).open(&bare).expect("the file");
-    Stack { env, handle, file, _directory: directory }
+    let file = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(&bare)
+        .expect("the file");
+    Stack {
+        env,
+        handle,
+        file,
+        _directory: directory,
+    }
 }
 
 fn next(at: &mut u64) -> u64 {
@@ -78,7 +96,10 @@ fn bench(criterion: &mut Criterion) {
     group.bench_function("read: bare pread", |bencher| {
         let mut buffer = vec![0u8; BLOCK];
         bencher.iter(|| {
-            stack.file.read_exact_at(&mut buffer, next(&mut at)).expect("a read");
+            stack
+                .file
+                .read_exact_at(&mut buffer, next(&mut at))
+                .expect("a read");
             black_box(&buffer);
         });
     });
@@ -96,18 +117,27 @@ fn bench(criterion: &mut Criterion) {
     group.bench_function("overwrite: bare pwrite", |bencher| {
         let buffer = vec![9u8; BLOCK];
         bencher.iter(|| {
-            stack.file.write_all_at(&buffer, next(&mut at)).expect("a write");
+            stack
+                .file
+                .write_all_at(&buffer, next(&mut at))
+                .expect("a write");
         });
     });
     group.bench_function("overwrite: qcow2 on raw on file", |bencher| {
         let data = IoBuf::from(Buffer::from(vec![9u8; BLOCK]));
         bencher.iter(|| {
-            let write = stack.handle.write(next(&mut at), data.clone(), RequestFlags::empty());
+            let write = stack
+                .handle
+                .write(next(&mut at), data.clone(), RequestFlags::empty());
             futures::executor::block_on(write).expect("a write");
         });
     });
     group.finish();
 }
 
-criterion_group!(benches, bench);
-criterion_main!(benches);
+mod groups {
+    #![allow(missing_docs, reason = "made by a macro")]
+    criterion::criterion_group!(benches, super::bench);
+}
+
+criterion_main!(groups::benches);

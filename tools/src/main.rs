@@ -8,6 +8,8 @@
 
 mod common;
 mod img;
+mod io;
+mod live;
 
 use std::process::ExitCode;
 
@@ -29,6 +31,9 @@ fn main() -> ExitCode {
 }
 
 fn dispatch(program: Program, args: &[String]) -> u8 {
+    if program == Program::QemuIo {
+        return io::run(program, args);
+    }
     let (name, argv0) = (program.name(), program.argv0());
     let usage = |message: String| {
         complain!("{message}");
@@ -59,6 +64,12 @@ fn dispatch(program: Program, args: &[String]) -> u8 {
                 let option = short.chars().nth(1).unwrap_or('-');
                 return usage(format!("{argv0}: invalid option -- '{option}'"));
             }
+            "io" if program == Program::Blk => {
+                return io::run(program, &rest.cloned().collect::<Vec<_>>());
+            }
+            "live" if program == Program::Blk => {
+                return live::run(program, &rest.cloned().collect::<Vec<_>>());
+            }
             command => {
                 let args: Vec<String> = rest.cloned().collect();
                 return img::run(program, command, &args)
@@ -78,6 +89,18 @@ fn help(program: Program) {
     for command in img::COMMANDS {
         let about = command.about.split(". ").next().unwrap_or_default();
         say!("  {:10} {}", command.name, about.trim_end_matches('.'));
+    }
+    if program == Program::Blk {
+        say!(
+            "  {:10} {}",
+            "io",
+            "Reads and writes an image command by command, as qemu-io does"
+        );
+        say!(
+            "  {:10} {}",
+            "live",
+            "Guest I/O and four jobs on a live chain, every byte verified"
+        );
     }
     say!(
         "\nOptions:\n  -h, --help     print this help and exit\n  -V, --version  print the version and exit\n\n\

@@ -196,7 +196,10 @@ impl Meta {
             }
             let table_index = self.geometry.refcount_table_index(first);
             if self.refcounts.block_offset(table_index).is_none() {
+                let place = table_index << self.geometry.refcount_block_bits();
+                self.metadata.check(place, 1, self.geometry)?;
                 self.refcounts.add_block(table_index)?;
+                self.metadata.add([place]);
                 continue;
             }
             if first.0 == 0 {
@@ -204,6 +207,7 @@ impl Meta {
                     "Preventing invalid allocation of cluster at offset 0",
                 ));
             }
+            self.metadata.check(first.0, count, self.geometry)?;
             for cluster in first.0..first.0 + count {
                 self.refcounts.increment(file, HostCluster(cluster)).await?;
                 self.unlinked.insert(cluster);
@@ -232,7 +236,9 @@ impl Meta {
                 "No more host clusters in this format",
             ));
         }
+        self.metadata.check(start, blocks + want, self.geometry)?;
         self.refcounts.add_blocks(first_index, blocks)?;
+        self.metadata.add(start..start + blocks);
         for cluster in start..start + blocks {
             self.refcounts.increment(file, HostCluster(cluster)).await?;
         }
@@ -273,6 +279,7 @@ impl Meta {
                 if self.refcounts.block_offset(described).is_some()
                     && self.refcounts.get(file, next).await? == 0
                 {
+                    self.metadata.check(next.0, 1, self.geometry)?;
                     self.refcounts.increment(file, cluster).await?;
                     allocation.push(cluster, 1);
                     self.refcounts.increment(file, next).await?;
@@ -310,6 +317,8 @@ impl Meta {
 
     /// A larger refcount table; see [`crate::cache::refcounts::RefcountStore::grow_table`].
     async fn grow_refcount_table(&mut self, file: &Child) -> Result<()> {
+        let start = self.refcounts.table_covers();
+        self.metadata.check_from(start, self.geometry)?;
         let old = self
             .refcounts
             .grow_table(file, |place| {
@@ -321,8 +330,11 @@ impl Meta {
         let place = self.refcounts.place();
         self.header.refcount_table_offset = place.offset;
         self.header.refcount_table_clusters = place.clusters;
+        let end = self.geometry.host_cluster_of(place.offset).0 + u64::from(place.clusters);
+        self.metadata.add(start..end);
         // The header on disk no longer refers to the old table.
         for cluster in old {
+            self.metadata.remove([cluster.0]);
             self.drop_reference(file, cluster).await?;
         }
         Ok(())

@@ -36,6 +36,8 @@ pub(crate) struct Slice {
     written: AtomicU64,
     /// It was looked up since the eviction's hand passed last.
     referenced: AtomicBool,
+    /// Some entry pointed to metadata when it was read: it isn't written by without a closer look.
+    suspect: bool,
 }
 
 impl Slice {
@@ -45,7 +47,17 @@ impl Slice {
             version: AtomicU64::new(0),
             written: AtomicU64::new(0),
             referenced: AtomicBool::new(true),
+            suspect: false,
         }
+    }
+
+    pub fn with_suspicion(self, suspect: bool) -> Self {
+        Self { suspect, ..self }
+    }
+
+    /// Whether some entry pointed to metadata when it was read.
+    pub fn is_suspect(&self) -> bool {
+        self.suspect
     }
 
     /// An entry's raw bits. A pin taken before keeps what it points to.

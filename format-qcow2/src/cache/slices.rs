@@ -20,7 +20,7 @@ use super::slice::{NumberMap, Slice, SliceIndex, SliceTable};
 use crate::{
     counters::Counters,
     image::Qcow2,
-    layout::{L1Entry, entry},
+    layout::{L1Entry, L2Entry, entry},
 };
 
 const SHARDS: usize = 64;
@@ -101,12 +101,25 @@ impl Qcow2 {
                 .read_padded(self.slice_host(index, table).0, len)
                 .await?;
             Counters::add(&self.counters.slice_loads, 1);
-            let slice = Slice::new(entry::be64s(&bytes));
+            let suspect = !self.is_read_only() && self.points_to_metadata(&bytes);
+            let slice = Slice::new(entry::be64s(&bytes)).with_suspicion(suspect);
             let changed = self.slices.tables_changed.read();
             if *changed == began {
                 return Ok(Some(self.slices.table.insert(index, slice)));
             }
         }
+    }
+
+    /// Whether any entry of a slice says that data is where metadata is known to be.
+    fn points_to_metadata(&self, bytes: &[u8]) -> bool {
+        let hosts =
+            entry::be64s(bytes).filter_map(|raw| match L2Entry::decode(raw, self.geometry) {
+                Ok(L2Entry::Normal { host, .. } | L2Entry::ZeroAllocated { host, .. }) => {
+                    Some(self.geometry.host_cluster_of(host).0)
+                }
+                _ => None,
+            });
+        self.metadata.overlaps(hosts)
     }
 
     /// The slice of a guest cluster that is going to be changed, in an L2 table that may be changed in place: a shared one is
@@ -163,6 +176,7 @@ impl Qcow2 {
     ) {
         for cluster in allocation.clusters() {
             meta.unlinked.remove(&cluster.0);
+            self.metadata.add([cluster.0]);
         }
         Counters::add(&self.counters.allocated, allocation.count());
         allocation.linked();
@@ -217,6 +231,7 @@ impl Qcow2 {
                 }
             }
         });
+        self.metadata.remove([self.geometry.host_cluster_of(old).0]);
         self.link_table(meta, at, allocation);
         let batch = meta.batch;
         meta.quarantine.close(freed, batch, &self.pins);

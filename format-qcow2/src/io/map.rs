@@ -148,10 +148,12 @@ impl Qcow2 {
         let pin = self.pins.pin();
         let here = len.min(self.left_in_slice(offset));
         let index = self.slice_of(self.cluster_of(offset));
-        let found = self
-            .slices
-            .table
-            .with(index, |slice| self.run_in(slice, offset, here));
+        let found = self.slices.table.with(index, |slice| {
+            if slice.is_suspect() && intent == MapIntent::Overwrite {
+                return Err(Error::corrupt(""));
+            }
+            self.run_in(slice, offset, here)
+        });
         let run = match found {
             Some(Ok(run)) => run,
             Some(Err(_)) => return Mapping::NotCached,

@@ -115,7 +115,9 @@ impl Qcow2 {
             let whole = buf.is_empty() && window.is_idle();
             match in_place {
                 Some(host) => {
+                    let allowed = self.check_target(host, step);
                     let write = async move {
+                        allowed?;
                         let result = file.write(host.0, piece, RequestFlags::empty()).await;
                         drop(pin);
                         result
@@ -251,6 +253,7 @@ impl Qcow2 {
             copied: true,
         } = self.run_in(&slice, offset, len)?
         {
+            self.check_target(host, len)?;
             return Ok(Plan::InPlace { host, len, pin });
         }
         let at = self.slice_entry(first);
@@ -279,7 +282,10 @@ impl Qcow2 {
             old.push(raw);
         }
         let target = match reserved {
-            Some(host) => Target::Reserved(self.geometry.host_cluster_of(host)),
+            Some(host) => {
+                self.check_target(host, old.len() as u64 * size)?;
+                Target::Reserved(self.geometry.host_cluster_of(host))
+            }
             None => {
                 let allocation = meta.allocate(file, old.len() as u64).await?;
                 Counters::add(&self.counters.allocated, allocation.count());
@@ -295,6 +301,14 @@ impl Qcow2 {
             len: end,
             pin,
         }))
+    }
+
+    /// Refuses to write guest data to where metadata is.
+    fn check_target(&self, host: HostOffset, len: u64) -> Result<()> {
+        let bits = self.geometry.cluster_bits();
+        let first = host.0 >> bits;
+        let last = (host.0 + len - 1) >> bits;
+        self.metadata.check(first, last - first + 1, self.geometry)
     }
 
     /// Writes the data, with what surrounds it in the first and the last cluster, to its place.
@@ -522,6 +536,8 @@ impl Qcow2 {
             }
             L2Entry::Compressed(run) => run.clusters(self.geometry),
         };
+        self.metadata
+            .check(first, last - first + 1, self.geometry)?;
         for host in first..=last {
             let noted = meta
                 .unreference(file, HostCluster(host), punch, freed)

@@ -54,7 +54,10 @@ async fn survives(scene: Arc<Scene>, fua: bool) -> CaseResult {
     };
     for (seq, at) in [0, 3, 7, 8, 15].into_iter().enumerate() {
         let offset = at * cluster;
-        fixture.handle.write(offset, stamped(1, seq as u64, offset, cluster), flags).await?;
+        fixture
+            .handle
+            .write(offset, stamped(1, seq as u64, offset, cluster), flags)
+            .await?;
     }
     if !fua {
         fixture.handle.flush().await?;
@@ -71,7 +74,12 @@ async fn survives(scene: Arc<Scene>, fua: bool) -> CaseResult {
         let fixture = Fixture::open(&scene, cluster, size).await?;
         let found = fixture.handle.read(0, size as usize).await?;
         same(&found, &expected, 0, "after the power cut")?;
-        if fixture.node.driver().capabilities().contains(Capabilities::CHECK) {
+        if fixture
+            .node
+            .driver()
+            .capabilities()
+            .contains(Capabilities::CHECK)
+        {
             let progress = block_core::image::Progress::new();
             let mode = block_core::image::CheckMode::ReadOnly;
             let report = fixture.handle.check(mode, progress).await?;
@@ -88,7 +96,12 @@ async fn survives(scene: Arc<Scene>, fua: bool) -> CaseResult {
 async fn grow(scene: Arc<Scene>) -> CaseResult {
     let fixture = Fixture::new(&scene, 4).await?;
     let (old, cluster) = (fixture.size, fixture.cluster);
-    if !fixture.node.driver().capabilities().contains(Capabilities::TRUNCATE) {
+    if !fixture
+        .node
+        .driver()
+        .capabilities()
+        .contains(Capabilities::TRUNCATE)
+    {
         return Ok(Verdict::NotCovered("the driver has no truncate".into()));
     }
     let data = stamped(1, 1, 0, old);
@@ -107,7 +120,12 @@ async fn grow(scene: Arc<Scene>) -> CaseResult {
             return Err(format!("round {round}: length {}", fixture.node.length()).into());
         }
         let bytes = fixture.handle.read(0, new as usize).await?;
-        same(&bytes[..old as usize], &stamped(1, 1, 0, old), 0, "the old part")?;
+        same(
+            &bytes[..old as usize],
+            &stamped(1, 1, 0, old),
+            0,
+            "the old part",
+        )?;
         for (at, sector) in bytes[old as usize..].chunks(512).enumerate() {
             let expected = round == 1 && at as u64 * 512 >= new - old - cluster;
             if (Seen::of(sector) == Seen::Zero) == expected {
@@ -116,7 +134,10 @@ async fn grow(scene: Arc<Scene>) -> CaseResult {
         }
         if round == 0 {
             let data = stamped(1, 2, new - cluster, cluster);
-            fixture.handle.write(new - cluster, data, RequestFlags::empty()).await?;
+            fixture
+                .handle
+                .write(new - cluster, data, RequestFlags::empty())
+                .await?;
             fixture.check(&scene).await?;
             fixture = fixture.reopen(&scene).await?;
         }

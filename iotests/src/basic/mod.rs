@@ -37,17 +37,24 @@ impl Fixture {
     async fn new(scene: &Scene, clusters: u64) -> Result<Self, Failure> {
         let lab = &scene.lab;
         let format = &scene.format;
-        lab.create(&format.name, "probe", 1 << 20, &format.create, None).await?;
-        let node = lab.open(&format.name, "probe", None, &Options::new()).await?;
+        lab.create(&format.name, "probe", 1 << 20, &format.create, None)
+            .await?;
+        let node = lab
+            .open(&format.name, "probe", None, &Options::new())
+            .await?;
         let cluster = cluster_size(&lab.attach(&node, "probe")?).await?;
         lab.graph.release(&node).await?;
         let size = clusters * cluster;
-        lab.create(&format.name, FILE, size, &format.create, None).await?;
+        lab.create(&format.name, FILE, size, &format.create, None)
+            .await?;
         Self::open(scene, cluster, size).await
     }
 
     async fn open(scene: &Scene, cluster: u64, size: u64) -> Result<Self, Failure> {
-        let node = scene.lab.open(&scene.format.name, FILE, None, &Options::new()).await?;
+        let node = scene
+            .lab
+            .open(&scene.format.name, FILE, None, &Options::new())
+            .await?;
         let handle = scene.lab.attach(&node, "guest")?;
         Ok(Self {
             node,
@@ -76,12 +83,23 @@ impl Fixture {
     /// The driver's own check, and the installed qemu-img's on what is in the storage.
     async fn check(&self, scene: &Scene) -> Result<(), Failure> {
         use block_core::image::{CheckMode, Progress};
-        if self.node.driver().capabilities().contains(block_core::Capabilities::CHECK) {
+        if self
+            .node
+            .driver()
+            .capabilities()
+            .contains(block_core::Capabilities::CHECK)
+        {
             self.handle.flush().await?;
-            let report = self.handle.check(CheckMode::ReadOnly, Progress::new()).await?;
+            let report = self
+                .handle
+                .check(CheckMode::ReadOnly, Progress::new())
+                .await?;
             if !report.is_clean() {
-                let found: Vec<String> =
-                    report.findings.iter().map(|finding| finding.message.clone()).collect();
+                let found: Vec<String> = report
+                    .findings
+                    .iter()
+                    .map(|finding| finding.message.clone())
+                    .collect();
                 return Err(Failure(format!("check isn't clean: {}", found.join("; "))));
             }
         }
@@ -97,7 +115,11 @@ fn same(found: &[u8], expected: &[u8], from: u64, what: &str) -> Result<(), Fail
     let differs = found.iter().zip(expected).position(|(a, b)| a != b);
     match differs {
         None if found.len() == expected.len() => Ok(()),
-        None => Err(Failure(format!("{what}: {} bytes, not {}", found.len(), expected.len()))),
+        None => Err(Failure(format!(
+            "{what}: {} bytes, not {}",
+            found.len(),
+            expected.len()
+        ))),
         Some(at) => Err(Failure(format!(
             "{what}: at {:#x} there is {:#04x}, not {:#04x}",
             from + at as u64,

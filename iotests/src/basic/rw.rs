@@ -63,7 +63,12 @@ pub(super) fn cases() -> Vec<Case> {
 
 async fn new_image(scene: Arc<Scene>) -> CaseResult {
     let fixture = Fixture::new(&scene, 16).await?;
-    if !fixture.node.driver().capabilities().contains(Capabilities::ZERO_INIT) {
+    if !fixture
+        .node
+        .driver()
+        .capabilities()
+        .contains(Capabilities::ZERO_INIT)
+    {
         return Ok(Verdict::NotCovered("the driver has no zero_init".into()));
     }
     let bytes = fixture.handle.read(0, fixture.size as usize).await?;
@@ -74,15 +79,13 @@ async fn new_image(scene: Arc<Scene>) -> CaseResult {
 
 fn bytes_of(scene: &Scene, len: usize) -> Vec<u8> {
     let seed = scene.lab.env.below(1 << 32) as u32 | 1;
-    (0..len as u32).map(|at| (at.wrapping_mul(seed) >> 11) as u8 | 1).collect()
+    (0..len as u32)
+        .map(|at| (at.wrapping_mul(seed) >> 11) as u8 | 1)
+        .collect()
 }
 
 /// One random request, and what the model makes of it.
-async fn one_request(
-    scene: &Scene,
-    fixture: &Fixture,
-    model: &mut [u8],
-) -> Result<(), Failure> {
+async fn one_request(scene: &Scene, fixture: &Fixture, model: &mut [u8]) -> Result<(), Failure> {
     let env = &scene.lab.env;
     let capabilities = fixture.node.driver().capabilities();
     let size = fixture.size;
@@ -114,7 +117,9 @@ async fn one_request(
             let now = handle.read(offset, len as usize).await?;
             for (at, (old, new)) in model[range].iter_mut().zip(now.iter()).enumerate() {
                 if *new != 0 && *new != *old {
-                    return Err(format!("discard made new data at {:#x}", offset + at as u64).into());
+                    return Err(
+                        format!("discard made new data at {:#x}", offset + at as u64).into(),
+                    );
                 }
                 *old = *new;
             }
@@ -160,7 +165,9 @@ async fn edges(scene: Arc<Scene>) -> CaseResult {
     let cluster = fixture.cluster;
     let mut model = vec![0; size];
     let near = |edge: u64| {
-        [0u64, 1, 511, 512, 513].into_iter().flat_map(move |d| [edge + d, edge.saturating_sub(d)])
+        [0u64, 1, 511, 512, 513]
+            .into_iter()
+            .flat_map(move |d| [edge + d, edge.saturating_sub(d)])
     };
     for start in near(2 * cluster) {
         for end in near(3 * cluster).chain(near(start + 600)) {
@@ -169,11 +176,19 @@ async fn edges(scene: Arc<Scene>) -> CaseResult {
             }
             let data = bytes_of(&scene, (end - start) as usize);
             model[start as usize..end as usize].copy_from_slice(&data);
-            fixture.handle.write(start, data, RequestFlags::empty()).await?;
+            fixture
+                .handle
+                .write(start, data, RequestFlags::empty())
+                .await?;
             let from = start.saturating_sub(600);
             let to = (end + 600).min(size as u64);
             let found = fixture.handle.read(from, (to - from) as usize).await?;
-            same(&found, &model[from as usize..to as usize], from, "around a write")?;
+            same(
+                &found,
+                &model[from as usize..to as usize],
+                from,
+                "around a write",
+            )?;
         }
     }
     let found = fixture.handle.read(0, size).await?;
@@ -190,7 +205,11 @@ async fn past_the_end(scene: Arc<Scene>) -> CaseResult {
     let none = RequestFlags::empty();
     let data = bytes_of(&scene, size as usize);
     handle.write(0, data.clone(), none).await?;
-    let grows = fixture.node.driver().capabilities().contains(Capabilities::GROW);
+    let grows = fixture
+        .node
+        .driver()
+        .capabilities()
+        .contains(Capabilities::GROW);
     if !grows {
         for (offset, len) in [(size, 512), (size - 512, 1024), (u64::MAX - 511, 512)] {
             let results = [
@@ -228,14 +247,19 @@ async fn past_the_end(scene: Arc<Scene>) -> CaseResult {
 async fn read_only(scene: Arc<Scene>) -> CaseResult {
     let fixture = Fixture::new(&scene, 4).await?;
     let data = bytes_of(&scene, fixture.size as usize);
-    fixture.handle.write(0, data.clone(), RequestFlags::empty()).await?;
+    fixture
+        .handle
+        .write(0, data.clone(), RequestFlags::empty())
+        .await?;
     fixture.close(&scene).await?;
     let lab = &scene.lab;
     let before = lab.disk(FILE)?.content().to_bytes();
     let options = Options::new().with("read-only", true);
     let format = Some(scene.format.name.as_str());
-    let node =
-        lab.registry.open_file(&lab.graph, FILE, format, options, OpenOptions::default()).await?;
+    let node = lab
+        .registry
+        .open_file(&lab.graph, FILE, format, options, OpenOptions::default())
+        .await?;
     let writer = PermissionSet::new(
         Permissions::CONSISTENT_READ | Permissions::WRITE,
         Permissions::all(),
@@ -257,6 +281,11 @@ async fn read_only(scene: Arc<Scene>) -> CaseResult {
     same(&found, &data, 0, "read-only")?;
     drop(handle);
     lab.graph.release(&node).await?;
-    same(&lab.disk(FILE)?.content().to_bytes(), &before, 0, "the storage")?;
+    same(
+        &lab.disk(FILE)?.content().to_bytes(),
+        &before,
+        0,
+        "the storage",
+    )?;
     Ok(Verdict::Passed)
 }

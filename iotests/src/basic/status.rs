@@ -19,7 +19,10 @@ pub(super) fn cases() -> Vec<Case> {
             Case::new(
                 Group::Status,
                 format!("status-of-{}-cluster", kind.name()),
-                format!("block status tells a {} cluster, and its neighbours, for what they are", kind.name()),
+                format!(
+                    "block status tells a {} cluster, and its neighbours, for what they are",
+                    kind.name()
+                ),
                 move |scene| status(scene, kind),
             )
         })
@@ -41,7 +44,9 @@ pub(super) fn cases() -> Vec<Case> {
 
 async fn status(scene: Arc<Scene>, kind: ClusterKind) -> CaseResult {
     let Some(image) = Image::new(&scene, Image::setup_for(kind)).await? else {
-        return Ok(Verdict::NotCovered("the driver has no backing files".into()));
+        return Ok(Verdict::NotCovered(
+            "the driver has no backing files".into(),
+        ));
     };
     let (target, cluster) = (image.target(), image.cluster);
     if let Err(verdict) = image.prepare(kind, target).await? {
@@ -49,7 +54,11 @@ async fn status(scene: Arc<Scene>, kind: ClusterKind) -> CaseResult {
     }
     let handle = image.guest.handle();
     let status = handle.block_status(target, cluster).await?;
-    let format = image.node.driver().capabilities().contains(Capabilities::BACKING)
+    let format = image
+        .node
+        .driver()
+        .capabilities()
+        .contains(Capabilities::BACKING)
         || handle.info().await?.cluster_size.is_some();
     if status.len == 0 || status.len > cluster {
         return Err(format!("{} bytes of status for one cluster", status.len).into());
@@ -69,7 +78,9 @@ async fn status(scene: Arc<Scene>, kind: ClusterKind) -> CaseResult {
     for neighbour in [target - cluster, target + cluster] {
         let status = handle.block_status(neighbour, cluster).await?;
         if !status.is_data() || status.len != cluster {
-            return Err(format!("its neighbour: {:?} for {} bytes", status.flags, status.len).into());
+            return Err(
+                format!("its neighbour: {:?} for {} bytes", status.flags, status.len).into(),
+            );
         }
     }
     image.finish().await?;
@@ -82,10 +93,14 @@ async fn zeroed(scene: Arc<Scene>) -> CaseResult {
     let none = RequestFlags::empty();
     for at in 0..4 {
         let offset = at * cluster;
-        handle.write(offset, stamped(1, at, offset, cluster), none).await?;
+        handle
+            .write(offset, stamped(1, at, offset, cluster), none)
+            .await?;
     }
     handle.write_zeroes(0, cluster, none).await?;
-    handle.write_zeroes(cluster, cluster, RequestFlags::MAY_UNMAP).await?;
+    handle
+        .write_zeroes(cluster, cluster, RequestFlags::MAY_UNMAP)
+        .await?;
     handle.discard(2 * cluster, cluster).await?;
     let capabilities = fixture.node.driver().capabilities();
     let mut zero = Vec::new();
@@ -110,7 +125,9 @@ async fn zeroed(scene: Arc<Scene>) -> CaseResult {
     }
     fixture.check(&scene).await?;
     if zero.is_empty() {
-        return Ok(Verdict::NotCovered("the driver zeroes nothing itself".into()));
+        return Ok(Verdict::NotCovered(
+            "the driver zeroes nothing itself".into(),
+        ));
     }
     Ok(Verdict::Passed)
 }
@@ -120,7 +137,9 @@ async fn walk(scene: Arc<Scene>) -> CaseResult {
     let (cluster, handle) = (fixture.cluster, &fixture.handle);
     for at in [1, 2, 5, 9, 15] {
         let offset = at * cluster + 512;
-        handle.write(offset, stamped(1, at, offset, 1024), RequestFlags::empty()).await?;
+        handle
+            .write(offset, stamped(1, at, offset, 1024), RequestFlags::empty())
+            .await?;
     }
     let mut at = 0;
     let mut steps = 0;

@@ -16,14 +16,18 @@ use crate::{
 pub(super) fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for kind in ClusterKind::ALL {
-        let name =
-            format!("race-dropped-write-to-{}-cluster-never-covers-newer-write", kind.name());
+        let name = format!(
+            "race-dropped-write-to-{}-cluster-never-covers-newer-write",
+            kind.name()
+        );
         let proves = format!(
             "a write to a {} cluster whose future was dropped never lands over a newer write that was \
              acknowledged",
             kind.name()
         );
-        cases.push(Case::new(Group::Race, name, proves, move |scene| dropped(scene, kind)));
+        cases.push(Case::new(Group::Race, name, proves, move |scene| {
+            dropped(scene, kind)
+        }));
     }
     cases.push(Case::new(
         Group::Race,
@@ -36,14 +40,18 @@ pub(super) fn cases() -> Vec<Case> {
 
 async fn dropped(scene: Arc<Scene>, kind: ClusterKind) -> CaseResult {
     let Some(image) = Image::new(&scene, Image::setup_for(kind)).await? else {
-        return Ok(Verdict::NotCovered("the driver has no backing files".into()));
+        return Ok(Verdict::NotCovered(
+            "the driver has no backing files".into(),
+        ));
     };
     let target = image.target();
     if let Err(verdict) = image.prepare(kind, target).await? {
         return Ok(verdict);
     }
     let needle = Stamp::needle(owner::PARKED);
-    let hold = image.disk.hold(Choose::writes().containing(&needle), Stage::Before);
+    let hold = image
+        .disk
+        .hold(Choose::writes().containing(&needle), Stage::Before);
     let guest = image.guest.signing(owner::PARKED);
     let (old, abort) =
         abortable(async move { guest.write(target + 512, 1024, RequestFlags::empty()).await });
@@ -61,9 +69,8 @@ async fn dropped(scene: Arc<Scene>, kind: ClusterKind) -> CaseResult {
     }
     let waits = image.gate_waits();
     let guest = image.job.signing(owner::LATER);
-    let newer = scene.start(async move {
-        guest.write(target + 512, 512, RequestFlags::empty()).await
-    });
+    let newer =
+        scene.start(async move { guest.write(target + 512, 512, RequestFlags::empty()).await });
     scene.rest().await;
     if scene.strict() && (newer.is_done() || image.gate_waits() != waits + 1) {
         return Err("the newer write didn't wait for the dropped one".into());
@@ -75,7 +82,9 @@ async fn dropped(scene: Arc<Scene>, kind: ClusterKind) -> CaseResult {
     let dropped = image.node.stats().snapshot().dropped;
     image.finish().await?;
     if scene.strict() && dropped == 0 {
-        return Ok(Verdict::Inconclusive("no request was dropped at the driver".into()));
+        return Ok(Verdict::Inconclusive(
+            "no request was dropped at the driver".into(),
+        ));
     }
     Ok(Verdict::Passed)
 }
@@ -89,7 +98,9 @@ async fn waited_for(scene: Arc<Scene>) -> CaseResult {
         return Ok(verdict);
     }
     let needle = Stamp::needle(owner::PARKED);
-    let hold = image.disk.hold(Choose::writes().containing(&needle), Stage::Before);
+    let hold = image
+        .disk
+        .hold(Choose::writes().containing(&needle), Stage::Before);
     let guest = image.guest.signing(owner::PARKED);
     let (old, abort) =
         abortable(async move { guest.write(target, 512, RequestFlags::empty()).await });

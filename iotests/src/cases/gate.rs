@@ -52,8 +52,7 @@ impl Arrival {
     }
 
     fn leaves_zeroes(self, image: &Image) -> bool {
-        self != Self::Discard
-            || crate::lab::after_discard(&image.node) == AfterDiscard::Zeroes
+        self != Self::Discard || crate::lab::after_discard(&image.node) == AfterDiscard::Zeroes
     }
 }
 
@@ -109,7 +108,9 @@ async fn parked_write(
     producer: Producer,
 ) -> CaseResult {
     let Some(image) = Image::new(&scene, Image::setup_for(kind)).await? else {
-        return Ok(Verdict::NotCovered("the driver has no backing files".into()));
+        return Ok(Verdict::NotCovered(
+            "the driver has no backing files".into(),
+        ));
     };
     if let Err(verdict) = image.needs(arrival.needs()) {
         return Ok(verdict);
@@ -119,15 +120,16 @@ async fn parked_write(
     if let Err(verdict) = image.prepare(kind, target).await? {
         return Ok(verdict);
     }
-    let hold =
-        image.disk.hold(Choose::writes().containing(&Stamp::needle(owner::PARKED)), Stage::Before);
+    let hold = image.disk.hold(
+        Choose::writes().containing(&Stamp::needle(owner::PARKED)),
+        Stage::Before,
+    );
     let waits = image.gate_waits();
 
     // Sectors 1 and 2 of the cluster: what surrounds them has to be kept or copied.
     let guest = image.guest.signing(owner::PARKED);
-    let write = scene.start(async move {
-        guest.write(target + 512, 1024, RequestFlags::empty()).await
-    });
+    let write =
+        scene.start(async move { guest.write(target + 512, 1024, RequestFlags::empty()).await });
     scene.rest().await;
     if scene.strict() && hold.waiting().len() != 1 {
         return Err(format!("{} data writes reached the storage", hold.waiting().len()).into());
@@ -154,9 +156,8 @@ async fn parked_write(
 
     // What comes later on the same cluster waits for what waits.
     let guest = image.job.signing(owner::LATER);
-    let later = scene.start(async move {
-        guest.write(target + 2048, 512, RequestFlags::empty()).await
-    });
+    let later =
+        scene.start(async move { guest.write(target + 2048, 512, RequestFlags::empty()).await });
     // What has nothing to do with it doesn't wait.
     let (guest, fresh) = (image.guest.signing(owner::NEW), image.fresh());
     let elsewhere =

@@ -10,9 +10,9 @@ use block_core::{
 use super::image::{BASE, ClusterKind, Image, Setup, owner};
 use crate::{
     case::{Case, CaseResult, Failure, Group, Scene, Verdict, ended},
-    pattern::{Stamp, stamped},
+    pattern::Stamp,
     relay::Relay,
-    storage::{Choose, Stage},
+    storage::{Choose, Disk, Stage},
 };
 
 /// What happens while a discard waits at the gate.
@@ -48,7 +48,9 @@ pub(super) fn cases() -> Vec<Case> {
             "the backing file is changed while discards wait at the gate, with I/O going on",
         ),
     ] {
-        cases.push(Case::new(Group::Race, name, proves, move |scene| change(scene, happening)));
+        cases.push(Case::new(Group::Race, name, proves, move |scene| {
+            change(scene, happening)
+        }));
     }
     cases.push(Case::new(
         Group::Race,
@@ -70,12 +72,13 @@ pub(super) fn cases() -> Vec<Case> {
 macro_rules! park {
     ($scene:expr, $image:expr) => {{
         let needle = Stamp::needle(owner::PARKED);
-        let hold = $image.disk.hold(Choose::writes().containing(&needle), Stage::Before);
+        let hold = $image
+            .disk
+            .hold(Choose::writes().containing(&needle), Stage::Before);
         let (target, cluster) = ($image.target(), $image.cluster);
         let guest = $image.guest.signing(owner::PARKED);
-        let write = $scene.start(async move {
-            guest.write(target + 512, 1024, RequestFlags::empty()).await
-        });
+        let write = $scene
+            .start(async move { guest.write(target + 512, 1024, RequestFlags::empty()).await });
         $scene.rest().await;
         let job = $image.job.clone();
         let discard = $scene.start(async move { job.discard(target, cluster).await });
@@ -95,7 +98,11 @@ macro_rules! park {
 /// Does the happening, as whoever changes the graph.
 async fn happen(scene: Arc<Scene>, image: HappeningAt, what: Happening) -> Result<(), Failure> {
     let graph = &scene.lab.graph;
-    let HappeningAt { node, first, second } = image;
+    let HappeningAt {
+        node,
+        first,
+        second,
+    } = image;
     match what {
         Happening::Drain => {
             let outer = graph.drain(&node).await;
@@ -132,7 +139,9 @@ async fn change(scene: Arc<Scene>, what: Happening) -> CaseResult {
         backing: what == Happening::ChangeBacking,
     };
     let Some(image) = Image::new(&scene, setup).await? else {
-        return Ok(Verdict::NotCovered("the driver has no backing files".into()));
+        return Ok(Verdict::NotCovered(
+            "the driver has no backing files".into(),
+        ));
     };
     if let Err(verdict) = image.needs(Capabilities::DISCARD) {
         return Ok(verdict);
@@ -160,7 +169,7 @@ async fn change(scene: Arc<Scene>, what: Happening) -> CaseResult {
             at.first = Some(relay("first")?);
             at.second = Some(relay("second")?);
         }
-        Happening::ChangeBacking => at.first = Some(second_base(&scene, image.node.length()).await?),
+        Happening::ChangeBacking => at.first = Some(second_base(&scene).await?),
     }
 
     let (hold, write, discard) = park!(scene, image);
@@ -169,7 +178,9 @@ async fn change(scene: Arc<Scene>, what: Happening) -> CaseResult {
     // A new request of a producer while the graph changes.
     let guest = image.guest.signing(owner::LATER);
     let meanwhile = scene.start(async move {
-        guest.write(target + 1024, 1024, RequestFlags::empty()).await
+        guest
+            .write(target + 1024, 1024, RequestFlags::empty())
+            .await
     });
     scene.rest().await;
     if scene.strict() && (happening.is_done() || meanwhile.is_done()) {
@@ -207,22 +218,22 @@ async fn change(scene: Arc<Scene>, what: Happening) -> CaseResult {
     Ok(Verdict::Passed)
 }
 
-/// Another backing file with the same content.
-async fn second_base(scene: &Arc<Scene>, size: u64) -> Result<Arc<Node>, Failure> {
+/// A copy of the backing file. (A copy of its storage: formats check that a parent is what it was.)
+async fn second_base(scene: &Arc<Scene>) -> Result<Arc<Node>, Failure> {
     let lab = &scene.lab;
-    let format = &scene.format;
-    lab.create(&format.name, "base2", size, &format.create, None).await?;
-    let node = lab.open(&format.name, "base2", None, &Options::new()).await?;
-    let handle = lab.attach(&node, "base2")?;
-    handle.write(0, stamped(owner::BASE, 0, 0, size), RequestFlags::empty()).await?;
-    handle.flush().await?;
-    drop(handle);
-    Ok(node)
+    let content = lab.disk(BASE)?.content();
+    lab.disks.insert(Disk::new("base2", content));
+    let read_only = Options::new().with("read-only", true);
+    Ok(lab
+        .open(&scene.format.name, "base2", None, &read_only)
+        .await?)
 }
 
 async fn copy_on_read(scene: Arc<Scene>) -> CaseResult {
     let Some(image) = Image::new(&scene, Setup { backing: true }).await? else {
-        return Ok(Verdict::NotCovered("the driver has no backing files".into()));
+        return Ok(Verdict::NotCovered(
+            "the driver has no backing files".into(),
+        ));
     };
     if let Err(verdict) = image.needs(Capabilities::DISCARD) {
         return Ok(verdict);
@@ -233,7 +244,9 @@ async fn copy_on_read(scene: Arc<Scene>) -> CaseResult {
     let mut reads = Vec::new();
     let guest = image.guest.clone();
     reads.push(scene.start(async move {
-        guest.read(target + 512, 512, RequestFlags::COPY_ON_READ).await
+        guest
+            .read(target + 512, 512, RequestFlags::COPY_ON_READ)
+            .await
     }));
     scene.rest().await;
     let job = image.job.clone();
@@ -241,7 +254,9 @@ async fn copy_on_read(scene: Arc<Scene>) -> CaseResult {
     scene.rest().await;
     let guest = image.guest.clone();
     reads.push(scene.start(async move {
-        guest.read(target + 1024, 512, RequestFlags::COPY_ON_READ).await
+        guest
+            .read(target + 1024, 512, RequestFlags::COPY_ON_READ)
+            .await
     }));
     scene.rest().await;
     if scene.strict() {
@@ -267,7 +282,9 @@ async fn copy_on_read(scene: Arc<Scene>) -> CaseResult {
 
 async fn copy_on_read_behind(scene: Arc<Scene>) -> CaseResult {
     let Some(image) = Image::new(&scene, Setup { backing: true }).await? else {
-        return Ok(Verdict::NotCovered("the driver has no backing files".into()));
+        return Ok(Verdict::NotCovered(
+            "the driver has no backing files".into(),
+        ));
     };
     if let Err(verdict) = image.needs(Capabilities::DISCARD) {
         return Ok(verdict);
@@ -277,7 +294,9 @@ async fn copy_on_read_behind(scene: Arc<Scene>) -> CaseResult {
     let guest = image.guest.clone();
     let read = scene.start(async move {
         // From the cluster before it, which is there, into the target.
-        guest.read(target - 512, cluster, RequestFlags::COPY_ON_READ).await
+        guest
+            .read(target - 512, cluster, RequestFlags::COPY_ON_READ)
+            .await
     });
     scene.rest().await;
     if scene.strict() && read.is_done() {

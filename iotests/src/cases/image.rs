@@ -14,6 +14,7 @@ use block_core::{
 
 use crate::{
     case::{Failure, Scene, Verdict},
+    external,
     lab::{Guest, after_discard},
     oracle::Oracle,
     pattern::{Seen, Stamp, stamped},
@@ -118,7 +119,8 @@ impl Image {
         let format = &scene.format;
         // The cluster size is known when an image is open.
         let probe = "probe";
-        lab.create(&format.name, probe, 1 << 20, &format.create, None).await?;
+        lab.create(&format.name, probe, 1 << 20, &format.create, None)
+            .await?;
         let node = lab.open(&format.name, probe, None, &Options::new()).await?;
         let cluster = cluster_size(&lab.attach(&node, "probe")?).await?;
         let capabilities = node.driver().capabilities();
@@ -135,8 +137,11 @@ impl Image {
             base = Some(make_base(scene, size).await?);
             backing = Some((BASE, format.name.as_str()));
         }
-        lab.create(&format.name, FILE, size, &format.create, backing).await?;
-        let node = lab.open(&format.name, FILE, backing, &Options::new()).await?;
+        lab.create(&format.name, FILE, size, &format.create, backing)
+            .await?;
+        let node = lab
+            .open(&format.name, FILE, backing, &Options::new())
+            .await?;
         let oracle = Oracle::new(after_discard(&node));
         if setup.backing {
             oracle.set_initial(0, &stamped(owner::BASE, 0, 0, size));
@@ -157,7 +162,9 @@ impl Image {
         };
         let victims = image.guest.signing(owner::VICTIM);
         for at in (TARGET - VICTIMS..TARGET).chain(TARGET + 1..=TARGET + VICTIMS) {
-            victims.write(at * cluster, cluster, RequestFlags::empty()).await?;
+            victims
+                .write(at * cluster, cluster, RequestFlags::empty())
+                .await?;
             image.guest.oracle().protect(at * cluster, cluster);
         }
         image.guest.handle().flush().await?;
@@ -186,9 +193,14 @@ impl Image {
         if missing.is_empty() {
             return Ok(());
         }
-        let names: Vec<String> =
-            missing.iter_names().map(|(name, _)| name.to_lowercase()).collect();
-        Err(Verdict::NotCovered(format!("the driver has no {}", names.join(", "))))
+        let names: Vec<String> = missing
+            .iter_names()
+            .map(|(name, _)| name.to_lowercase())
+            .collect();
+        Err(Verdict::NotCovered(format!(
+            "the driver has no {}",
+            names.join(", ")
+        )))
     }
 
     /// Makes the cluster at `offset` one of `kind`, durably. The verdict says why it can't be had.
@@ -225,10 +237,13 @@ impl Image {
         self.node.tracker().waits()
     }
 
-    /// A counter of the driver's.
-    pub fn counter(&self, name: &str) -> u64 {
+    /// A counter of the driver's, if it has one of that name.
+    pub fn counter(&self, name: &str) -> Option<u64> {
         let counters = self.node.driver().counters();
-        counters.iter().find(|(other, _)| *other == name).map_or(0, |(_, value)| *value)
+        counters
+            .iter()
+            .find(|(other, _)| *other == name)
+            .map(|(_, value)| *value)
     }
 
     /// The place of a cluster that was never written.
@@ -290,10 +305,16 @@ impl Image {
             ..
         } = self;
         if node.driver().capabilities().contains(Capabilities::CHECK) {
-            let report = guest.handle().check(CheckMode::ReadOnly, Progress::new()).await?;
+            let report = guest
+                .handle()
+                .check(CheckMode::ReadOnly, Progress::new())
+                .await?;
             if !report.is_clean() {
-                let found: Vec<String> =
-                    report.findings.iter().map(|finding| finding.message.clone()).collect();
+                let found: Vec<String> = report
+                    .findings
+                    .iter()
+                    .map(|finding| finding.message.clone())
+                    .collect();
                 return Err(Failure(format!("check isn't clean: {}", found.join("; "))));
             }
         }
@@ -302,7 +323,10 @@ impl Image {
         scene.lab.graph.release(&node).await?;
         let format = &scene.format;
         let backing = setup.backing.then_some((BASE, format.name.as_str()));
-        let node = scene.lab.open(&format.name, FILE, backing, &Options::new()).await?;
+        let node = scene
+            .lab
+            .open(&format.name, FILE, backing, &Options::new())
+            .await?;
         let guest = Guest::new(&scene.lab.attach(&node, "again")?, &oracle, owner::OLD);
         judge(&guest, "after closing and opening again", lenient).await?;
         if let Some(base) = base
@@ -312,6 +336,12 @@ impl Image {
         }
         drop(guest);
         scene.lab.graph.release(&node).await?;
+        // Not in each of the thousands of runs of a cancellation, and not where a backing file would be missed.
+        if scene.strict() && !setup.backing {
+            let bytes = scene.lab.disk(FILE)?.content().to_bytes();
+            external::check_bytes(&format.name, &bytes)
+                .map_err(|text| Failure(format!("qemu-img check: {text}")))?;
+        }
         Ok(())
     }
 
@@ -334,17 +364,24 @@ async fn judge(guest: &Guest, when: &str, lenient: bool) -> Result<(), Failure> 
 pub async fn cluster_size(handle: &Arc<BlockHandle>) -> Result<u64, Failure> {
     let info = handle.info().await?;
     let granularity = handle.limits().serialising_granularity;
-    Ok(info.cluster_size.unwrap_or(granularity).max(granularity).max(4096))
+    Ok(info
+        .cluster_size
+        .unwrap_or(granularity)
+        .max(granularity)
+        .max(4096))
 }
 
 /// A backing file with data in every sector. Gives the bytes of its storage.
 async fn make_base(scene: &Arc<Scene>, size: u64) -> Result<Vec<u8>, Failure> {
     let lab = &scene.lab;
     let format = &scene.format;
-    lab.create(&format.name, BASE, size, &format.create, None).await?;
+    lab.create(&format.name, BASE, size, &format.create, None)
+        .await?;
     let node = lab.open(&format.name, BASE, None, &Options::new()).await?;
     let handle = lab.attach(&node, "base")?;
-    handle.write(0, stamped(owner::BASE, 0, 0, size), RequestFlags::empty()).await?;
+    handle
+        .write(0, stamped(owner::BASE, 0, 0, size), RequestFlags::empty())
+        .await?;
     handle.flush().await?;
     drop(handle);
     lab.graph.release(&node).await?;

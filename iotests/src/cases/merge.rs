@@ -15,13 +15,18 @@ use crate::{
 pub(super) fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for kind in ClusterKind::ALL {
-        let name = format!("race-two-partial-writes-to-{}-cluster-both-survive", kind.name());
+        let name = format!(
+            "race-two-partial-writes-to-{}-cluster-both-survive",
+            kind.name()
+        );
         let proves = format!(
             "two writes to different sectors of one {} cluster both survive, and so does what \
              surrounds them",
             kind.name()
         );
-        cases.push(Case::new(Group::Race, name, proves, move |scene| two_writes(scene, kind)));
+        cases.push(Case::new(Group::Race, name, proves, move |scene| {
+            two_writes(scene, kind)
+        }));
     }
     cases.push(Case::new(
         Group::Race,
@@ -49,25 +54,30 @@ pub(super) fn cases() -> Vec<Case> {
 
 async fn two_writes(scene: Arc<Scene>, kind: ClusterKind) -> CaseResult {
     let Some(image) = Image::new(&scene, Image::setup_for(kind)).await? else {
-        return Ok(Verdict::NotCovered("the driver has no backing files".into()));
+        return Ok(Verdict::NotCovered(
+            "the driver has no backing files".into(),
+        ));
     };
     let target = image.target();
     if let Err(verdict) = image.prepare(kind, target).await? {
         return Ok(verdict);
     }
     let needle = Stamp::needle(owner::PARKED);
-    let hold = image.disk.hold(Choose::writes().containing(&needle), Stage::Before);
+    let hold = image
+        .disk
+        .hold(Choose::writes().containing(&needle), Stage::Before);
     let guest = image.guest.signing(owner::PARKED);
-    let first = scene.start(async move {
-        guest.write(target + 512, 1024, RequestFlags::empty()).await
-    });
+    let first =
+        scene.start(async move { guest.write(target + 512, 1024, RequestFlags::empty()).await });
     scene.rest().await;
     if scene.strict() && hold.arrivals() == 0 {
         return Err("the first write never reached the storage".into());
     }
     let guest = image.job.signing(owner::LATER);
     let second = scene.start(async move {
-        guest.write(target + 2048, 1024, RequestFlags::empty()).await
+        guest
+            .write(target + 2048, 1024, RequestFlags::empty())
+            .await
     });
     scene.rest().await;
     hold.release();
@@ -85,16 +95,17 @@ async fn two_writes(scene: Arc<Scene>, kind: ClusterKind) -> CaseResult {
 
 async fn slow_copy(scene: Arc<Scene>) -> CaseResult {
     let Some(image) = Image::new(&scene, Setup { backing: true }).await? else {
-        return Ok(Verdict::NotCovered("the driver has no backing files".into()));
+        return Ok(Verdict::NotCovered(
+            "the driver has no backing files".into(),
+        ));
     };
     let target = image.target();
     let hold = scene.lab.disk(BASE)?.hold(Choose::reads(), Stage::After);
     let mut writes = Vec::new();
     for (owner, at) in [(owner::PARKED, 512), (owner::LATER, 2048)] {
         let guest = image.guest.signing(owner);
-        let write = scene.start(async move {
-            guest.write(target + at, 512, RequestFlags::empty()).await
-        });
+        let write =
+            scene.start(async move { guest.write(target + at, 512, RequestFlags::empty()).await });
         writes.push((owner, at, write));
         scene.rest().await;
     }
@@ -107,7 +118,9 @@ async fn slow_copy(scene: Arc<Scene>) -> CaseResult {
     }
     image.finish().await?;
     if scene.strict() && copied == 0 {
-        return Ok(Verdict::Inconclusive("nothing was read from the backing file".into()));
+        return Ok(Verdict::Inconclusive(
+            "nothing was read from the backing file".into(),
+        ));
     }
     Ok(Verdict::Passed)
 }
@@ -125,15 +138,18 @@ async fn moved(scene: Arc<Scene>, kind: ClusterKind) -> CaseResult {
         return Ok(verdict);
     }
     let needle = Stamp::needle(owner::PARKED);
-    let hold = image.disk.hold(Choose::writes().containing(&needle), Stage::Before);
+    let hold = image
+        .disk
+        .hold(Choose::writes().containing(&needle), Stage::Before);
     let guest = image.guest.signing(owner::PARKED);
-    let plain = scene.start(async move {
-        guest.write(target + 512, 1024, RequestFlags::empty()).await
-    });
+    let plain =
+        scene.start(async move { guest.write(target + 512, 1024, RequestFlags::empty()).await });
     scene.rest().await;
     let guest = image.job.signing(owner::LATER);
     let mover = scene.start(async move {
-        guest.write(target, cluster, RequestFlags::WRITE_COMPRESSED).await
+        guest
+            .write(target, cluster, RequestFlags::WRITE_COMPRESSED)
+            .await
     });
     scene.rest().await;
     let handle = image.guest.handle().clone();
@@ -165,11 +181,16 @@ async fn moved(scene: Arc<Scene>, kind: ClusterKind) -> CaseResult {
         return Ok(Verdict::Inconclusive("no plain write was in flight".into()));
     }
     if refused && scene.strict() && kind == ClusterKind::Data {
-        return Ok(Verdict::NotCovered("the driver never moves an allocated cluster".into()));
+        return Ok(Verdict::NotCovered(
+            "the driver never moves an allocated cluster".into(),
+        ));
     }
     Ok(Verdict::Passed)
 }
 
 /// How a driver says that it doesn't store an allocated cluster compressed.
-const REFUSALS: [ErrorKind; 3] =
-    [ErrorKind::NotSupported, ErrorKind::InvalidInput, ErrorKind::Io];
+const REFUSALS: [ErrorKind; 3] = [
+    ErrorKind::NotSupported,
+    ErrorKind::InvalidInput,
+    ErrorKind::Io,
+];

@@ -2,11 +2,16 @@
 
 use std::sync::Arc;
 
-use block_core::{ErrorKind, RequestFlags, driver::{Capabilities, Truncate}};
+use block_core::{
+    ErrorKind, RequestFlags,
+    driver::{Capabilities, Truncate},
+    flags::{PermissionSet, Permissions},
+};
 
 use super::image::{CLUSTERS, Image, Setup, owner};
 use crate::{
     case::{Case, CaseResult, Group, Scene, Verdict, ended},
+    lab::Guest,
     pattern::{Seen, Stamp},
     storage::{Choose, Stage},
 };
@@ -33,19 +38,28 @@ async fn behind_shrink(scene: Arc<Scene>) -> CaseResult {
     let none = RequestFlags::empty();
     let oracle = image.guest.oracle().clone();
 
+    // A producer that may not resize, so that writing past the end grows nothing.
+    let set = PermissionSet::new(
+        Permissions::CONSISTENT_READ | Permissions::WRITE,
+        Permissions::all(),
+    );
+    let writer = Arc::new(scene.lab.graph.attach(&image.node, set, "writer")?);
+    let writer = Guest::new(&writer, &oracle, owner::LATER);
+
     let needle = Stamp::needle(owner::PARKED);
-    let hold = image.disk.hold(Choose::writes().containing(&needle), Stage::Before);
+    let hold = image
+        .disk
+        .hold(Choose::writes().containing(&needle), Stage::Before);
     let guest = image.guest.signing(owner::PARKED);
     let first = scene.start(async move { guest.write(new_len + cluster, cluster, none).await });
     scene.rest().await;
     let handle = image.guest.handle().clone();
-    let shrink =
-        scene.start(async move { handle.truncate(new_len, Truncate::default()).await });
+    let shrink = scene.start(async move { handle.truncate(new_len, Truncate::default()).await });
     scene.rest().await;
-    let guest = image.job.signing(owner::LATER);
+    let guest = writer.clone();
     let behind = scene.start(async move { guest.write(new_len + cluster, cluster, none).await });
     // This one begins inside and ends outside.
-    let guest = image.job.signing(owner::LATER);
+    let guest = writer.clone();
     let across = scene.start(async move { guest.write(new_len - 512, 1024, none).await });
     scene.rest().await;
     if scene.strict() {
@@ -94,7 +108,7 @@ async fn behind_shrink(scene: Arc<Scene>) -> CaseResult {
             return Err(format!("what was cut off at {at:#x} came back").into());
         }
     }
-    drop(handle);
+    drop((handle, writer));
     image.finish().await?;
     Ok(Verdict::Passed)
 }

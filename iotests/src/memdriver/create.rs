@@ -99,7 +99,10 @@ impl DriverFactory for ThirdPartyFactory {
             return Err(Error::invalid(format!("Invalid parameter '{key}'")));
         }
         // Room for growing to four times the size.
-        let room = size.div_ceil(cluster.max(1)).saturating_mul(4).clamp(64, MAX_CLUSTERS);
+        let room = size
+            .div_ceil(cluster.max(1))
+            .saturating_mul(4)
+            .clamp(64, MAX_CLUSTERS);
         let table = Table::new(cluster, size, room);
         let bytes = table.to_bytes();
         Table::parse_header(&bytes)?;

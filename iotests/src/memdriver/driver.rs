@@ -123,7 +123,9 @@ impl ThirdParty {
             buf.fill(0);
             drop(buf);
         }
-        let whole = lent.reclaim().map_err(|_| Error::io("a read buffer was kept"))?;
+        let whole = lent
+            .reclaim()
+            .map_err(|_| Error::io("a read buffer was kept"))?;
         let whole = IoBuf::from(whole);
         let mut out = whole.slice(..within as usize);
         out.append(data);
@@ -197,7 +199,9 @@ impl BlockDriver for ThirdParty {
     }
 
     fn limits(&self, edges: &Edges) -> Limits {
-        let alignment = edges.primary().map_or(1, |child| child.limits().request_alignment);
+        let alignment = edges
+            .primary()
+            .map_or(1, |child| child.limits().request_alignment);
         Limits {
             request_alignment: alignment,
             zeroes_alignment: self.cluster,
@@ -235,7 +239,8 @@ impl BlockDriver for ThirdParty {
             let data = buf.split_to(step as usize);
             match self.plan(at).await? {
                 Plan::InPlace(host) => {
-                    file.write(host + within, data, RequestFlags::empty()).await?;
+                    file.write(host + within, data, RequestFlags::empty())
+                        .await?;
                 }
                 Plan::Allocate(host, old) => {
                     let filled = self.fill(&request, at, host, old, within, data).await;
@@ -274,12 +279,7 @@ impl BlockDriver for ThirdParty {
         self.write_back(&request).await
     }
 
-    async fn truncate(
-        self: Arc<Self>,
-        request: Request,
-        length: u64,
-        how: Truncate,
-    ) -> Result<()> {
+    async fn truncate(self: Arc<Self>, request: Request, length: u64, how: Truncate) -> Result<()> {
         // What is cut off within the last cluster must not come back when the image grows again.
         let within = length % self.cluster;
         if within != 0
@@ -288,11 +288,17 @@ impl BlockDriver for ThirdParty {
         {
             let flags = RequestFlags::empty();
             let rest = self.cluster - within;
-            request.file()?.write_zeroes(host + within, rest, flags).await?;
+            request
+                .file()?
+                .write_zeroes(host + within, rest, flags)
+                .await?;
         }
         let mut table = self.table.lock();
         if length.div_ceil(self.cluster) > table.max_clusters {
-            return Err(Error::new(ErrorKind::TooBig, "no room in the mapping table"));
+            return Err(Error::new(
+                ErrorKind::TooBig,
+                "no room in the mapping table",
+            ));
         }
         let old = table.size.div_ceil(self.cluster) as usize;
         table.resize(length);
@@ -326,7 +332,9 @@ impl BlockDriver for ThirdParty {
         _: Progress,
     ) -> Result<CheckReport> {
         if mode != CheckMode::ReadOnly {
-            return Err(Error::unsupported("This image format does not support repair"));
+            return Err(Error::unsupported(
+                "This image format does not support repair",
+            ));
         }
         Ok(self.table.lock().check())
     }

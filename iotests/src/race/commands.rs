@@ -47,11 +47,24 @@ impl Layout {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub enum Command {
-    Write { offset: u64, len: u64 },
-    Zero { offset: u64, len: u64, unmap: bool },
-    Discard { offset: u64, len: u64 },
+    Write {
+        offset: u64,
+        len: u64,
+    },
+    Zero {
+        offset: u64,
+        len: u64,
+        unmap: bool,
+    },
+    Discard {
+        offset: u64,
+        len: u64,
+    },
     /// A cluster that was never written gets its data, and is a victim from then on.
-    Fresh { offset: u64, len: u64 },
+    Fresh {
+        offset: u64,
+        len: u64,
+    },
 }
 
 /// The commands of a storm: `count` in the region, and fresh clusters spread between them.

@@ -77,12 +77,17 @@ pub fn verdict(expect: Expect, report: &StormReport) -> Verdict {
 impl Cell {
     /// The verdict on all its runs: the worst of them.
     pub fn verdict(&self) -> Verdict {
-        let verdicts: Vec<Verdict> =
-            self.runs.iter().map(|run| verdict(self.expect, run)).collect();
+        let verdicts: Vec<Verdict> = self
+            .runs
+            .iter()
+            .map(|run| verdict(self.expect, run))
+            .collect();
         let worst = |wanted: fn(&Verdict) -> bool| {
-            self.runs.iter().zip(&verdicts).find(|(_, verdict)| wanted(verdict)).map(
-                |(run, verdict)| (run.seed, verdict.clone()),
-            )
+            self.runs
+                .iter()
+                .zip(&verdicts)
+                .find(|(_, verdict)| wanted(verdict))
+                .map(|(run, verdict)| (run.seed, verdict.clone()))
         };
         if let Some((seed, Verdict::Failed(text))) = worst(Verdict::is_failed) {
             return Verdict::Failed(format!("seed {seed}: {text}"));

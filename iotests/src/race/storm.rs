@@ -135,14 +135,20 @@ impl StormReport {
             parts.push(format!("leaks: {}", self.check_leaks));
         }
         if let Some(text) = &self.qemu_check {
-            parts.push(format!("qemu-img: {}", text.lines().next().unwrap_or_default()));
+            parts.push(format!(
+                "qemu-img: {}",
+                text.lines().next().unwrap_or_default()
+            ));
         }
         if let Some(first) = self.mismatches.first() {
             parts.push(format!("content: {} ({first})", self.mismatches.len()));
         }
         if self.failed_commands > 0 {
             let first = self.first_failure.clone().unwrap_or_default();
-            parts.push(format!("{} commands failed ({first})", self.failed_commands));
+            parts.push(format!(
+                "{} commands failed ({first})",
+                self.failed_commands
+            ));
         }
         if parts.is_empty() {
             return "clean".to_owned();
@@ -215,8 +221,11 @@ async fn run(
     report: Arc<Mutex<StormReport>>,
 ) -> Result<(), Failure> {
     let none = RequestFlags::empty();
-    lab.create(&format.name, "probe", 1 << 20, &format.create, None).await?;
-    let node = lab.open(&format.name, "probe", None, &Options::new()).await?;
+    lab.create(&format.name, "probe", 1 << 20, &format.create, None)
+        .await?;
+    let node = lab
+        .open(&format.name, "probe", None, &Options::new())
+        .await?;
     let cluster = cluster_size(&lab.attach(&node, "probe")?).await?;
     lab.graph.release(&node).await?;
     let layout = Layout {
@@ -225,7 +234,8 @@ async fn run(
         victims: 8,
         fresh: (config.commands as u64 / 25).min(200),
     };
-    lab.create(&format.name, FILE, layout.size(), &format.create, None).await?;
+    lab.create(&format.name, FILE, layout.size(), &format.create, None)
+        .await?;
     let node = lab.open(&format.name, FILE, None, &Options::new()).await?;
     let oracle = Oracle::new(after_discard(&node));
     let handle = lab.attach(&node, "guest")?;
@@ -239,8 +249,9 @@ async fn run(
     lab.disk(FILE)?.set_jitter(4);
 
     let window = Arc::new(Window::default());
-    for (number, command) in
-        generate(config.seed, config.commands, layout).into_iter().enumerate()
+    for (number, command) in generate(config.seed, config.commands, layout)
+        .into_iter()
+        .enumerate()
     {
         window.below(config.depth).await;
         window.enter();
@@ -251,7 +262,9 @@ async fn run(
             report.ended_commands += 1;
             if let Err(error) = result {
                 report.failed_commands += 1;
-                report.first_failure.get_or_insert_with(|| error.to_string());
+                report
+                    .first_failure
+                    .get_or_insert_with(|| error.to_string());
             }
             drop(report);
             window.leave();
@@ -268,7 +281,9 @@ async fn run(
     if let Err(error) = handle.flush().await {
         let mut report = report.lock();
         report.failed_commands += 1;
-        report.first_failure.get_or_insert_with(|| error.to_string());
+        report
+            .first_failure
+            .get_or_insert_with(|| error.to_string());
     }
     check(&handle, &report, config).await;
     judge(&guest, config, &report, "after a flush").await;
@@ -289,8 +304,10 @@ async fn run(
         ..OpenOptions::default()
     };
     let read_only = Options::new().with("read-only", true);
-    let node =
-        lab.registry.open_file(&lab.graph, FILE, Some(&format.name), read_only, how).await?;
+    let node = lab
+        .registry
+        .open_file(&lab.graph, FILE, Some(&format.name), read_only, how)
+        .await?;
     let set = block_core::flags::PermissionSet::new(
         block_core::flags::Permissions::CONSISTENT_READ,
         block_core::flags::Permissions::all(),
@@ -358,7 +375,9 @@ async fn carry_out(guest: &Guest, command: Command) -> Result<(), Error> {
 fn count(report: &Mutex<StormReport>, handle: &Arc<BlockHandle>) {
     let node = handle.node();
     let mut report = report.lock();
-    report.counters.insert("gate-waits".to_owned(), node.tracker().waits());
+    report
+        .counters
+        .insert("gate-waits".to_owned(), node.tracker().waits());
     for (name, value) in node.driver().counters() {
         report.counters.insert(name.to_owned(), value);
     }
@@ -367,12 +386,20 @@ fn count(report: &Mutex<StormReport>, handle: &Arc<BlockHandle>) {
 async fn judge(guest: &Guest, config: &StormConfig, report: &Mutex<StormReport>, when: &str) {
     match guest.verify(!config.gate).await {
         Ok(wrong) => report.lock().add_mismatches(when, &wrong),
-        Err(error) => report.lock().mismatches.push(format!("{when}: can't be read: {error}")),
+        Err(error) => report
+            .lock()
+            .mismatches
+            .push(format!("{when}: can't be read: {error}")),
     }
 }
 
 async fn check(handle: &Arc<BlockHandle>, report: &Mutex<StormReport>, _: &StormConfig) {
-    if !handle.node().driver().capabilities().contains(Capabilities::CHECK) {
+    if !handle
+        .node()
+        .driver()
+        .capabilities()
+        .contains(Capabilities::CHECK)
+    {
         return;
     }
     let found = handle.check(CheckMode::ReadOnly, Progress::new()).await;
@@ -388,12 +415,18 @@ async fn check(handle: &Arc<BlockHandle>, report: &Mutex<StormReport>, _: &Storm
                         block_core::image::Severity::Leak | block_core::image::Severity::Note
                     )
                 });
-                report.check_corruptions.extend(lines.map(|finding| finding.message.clone()));
+                report
+                    .check_corruptions
+                    .extend(lines.map(|finding| finding.message.clone()));
                 if report.check_corruptions.is_empty() {
-                    report.check_corruptions.push(format!("{wrong} corruptions"));
+                    report
+                        .check_corruptions
+                        .push(format!("{wrong} corruptions"));
                 }
             }
         }
-        Err(error) => report.check_corruptions.push(format!("check failed: {error}")),
+        Err(error) => report
+            .check_corruptions
+            .push(format!("check failed: {error}")),
     }
 }

@@ -573,7 +573,10 @@ mod tests {
         env.add_witness(|| vec!["write at 0x0 of 'disk'".to_owned()]);
         let stuck = env.try_run(futures::future::pending::<()>()).unwrap_err();
         assert!(!stuck.endless);
-        assert!(stuck.to_string().contains("hangs: write at 0x0 of 'disk'"), "{stuck}");
+        assert!(
+            stuck.to_string().contains("hangs: write at 0x0 of 'disk'"),
+            "{stuck}"
+        );
     }
 
     #[test]

@@ -108,7 +108,10 @@ impl Disk {
     pub fn power_cut(&self, env: &dyn Environment) -> Content {
         let state = self.state.lock();
         let mut content = state.durable.clone();
-        let in_flight = state.in_flight.values().filter_map(|(_, change)| change.as_ref());
+        let in_flight = state
+            .in_flight
+            .values()
+            .filter_map(|(_, change)| change.as_ref());
         for change in state.unflushed.iter().chain(in_flight) {
             // A quarter is lost, a quarter arrives, half is torn.
             let luck = env.random() % 4;
@@ -221,7 +224,11 @@ impl Disk {
             .values()
             .map(|(op, _)| {
                 let held = state.holds.iter().any(|hold| hold.is_holding(op.id));
-                let why = if held { "held by the test" } else { "in flight" };
+                let why = if held {
+                    "held by the test"
+                } else {
+                    "in flight"
+                };
                 format!("{op} of '{}': {why}", self.name)
             })
             .collect()

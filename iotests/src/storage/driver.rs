@@ -177,11 +177,18 @@ impl BlockDriver for TestStorage {
 
     async fn read(self: Arc<Self>, request: Request, offset: u64, mut buf: IoBufMut) -> Result<()> {
         let len = buf.len();
-        self.carry_out(&request, OpKind::Read, offset, len as u64, None, |disk, _| {
-            let mut bytes = vec![0; len];
-            disk.read(offset, &mut bytes);
-            buf.copy_from_slice(0, &bytes);
-        })
+        self.carry_out(
+            &request,
+            OpKind::Read,
+            offset,
+            len as u64,
+            None,
+            |disk, _| {
+                let mut bytes = vec![0; len];
+                disk.read(offset, &mut bytes);
+                buf.copy_from_slice(0, &bytes);
+            },
+        )
         .await
     }
 
@@ -194,7 +201,15 @@ impl BlockDriver for TestStorage {
     ) -> Result<()> {
         let len = buf.len() as u64;
         let change = Change::Write(offset, Arc::new(buf.to_vec()));
-        self.carry_out(&request, OpKind::Write, offset, len, Some(change), Disk::apply).await
+        self.carry_out(
+            &request,
+            OpKind::Write,
+            offset,
+            len,
+            Some(change),
+            Disk::apply,
+        )
+        .await
     }
 
     async fn write_zeroes(
@@ -205,24 +220,51 @@ impl BlockDriver for TestStorage {
         _: RequestFlags,
     ) -> Result<()> {
         let change = Change::Punch(offset, len);
-        self.carry_out(&request, OpKind::WriteZeroes, offset, len, Some(change), Disk::apply).await
+        self.carry_out(
+            &request,
+            OpKind::WriteZeroes,
+            offset,
+            len,
+            Some(change),
+            Disk::apply,
+        )
+        .await
     }
 
     async fn discard(self: Arc<Self>, request: Request, offset: u64, len: u64) -> Result<()> {
         let change = Change::Punch(offset, len);
-        self.carry_out(&request, OpKind::Discard, offset, len, Some(change), Disk::apply).await
+        self.carry_out(
+            &request,
+            OpKind::Discard,
+            offset,
+            len,
+            Some(change),
+            Disk::apply,
+        )
+        .await
     }
 
     async fn flush(self: Arc<Self>, request: Request) -> Result<()> {
-        self.carry_out(&request, OpKind::Flush, 0, 0, None, |disk, _| disk.flush()).await
+        self.carry_out(&request, OpKind::Flush, 0, 0, None, |disk, _| disk.flush())
+            .await
     }
 
     async fn truncate(self: Arc<Self>, request: Request, length: u64, how: Truncate) -> Result<()> {
         if how.preallocation == Preallocation::Metadata {
-            return Err(Error::unsupported("Unsupported preallocation mode: metadata"));
+            return Err(Error::unsupported(
+                "Unsupported preallocation mode: metadata",
+            ));
         }
         let change = Change::Resize(length);
-        self.carry_out(&request, OpKind::Truncate, length, 0, Some(change), Disk::apply).await
+        self.carry_out(
+            &request,
+            OpKind::Truncate,
+            length,
+            0,
+            Some(change),
+            Disk::apply,
+        )
+        .await
     }
 
     async fn block_status(

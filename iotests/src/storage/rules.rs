@@ -177,7 +177,14 @@ impl std::fmt::Display for OpInfo {
             OpKind::Flush => write!(f, "#{} flush", self.id),
             OpKind::Truncate => write!(f, "#{} truncate to {:#x}", self.id, self.offset),
             kind => {
-                write!(f, "#{} {} at {:#x}+{:#x}", self.id, kind.name(), self.offset, self.len)
+                write!(
+                    f,
+                    "#{} {} at {:#x}+{:#x}",
+                    self.id,
+                    kind.name(),
+                    self.offset,
+                    self.len
+                )
             }
         }
     }

@@ -26,12 +26,21 @@ pub fn expect_passed(registry: &Registry, format: &FormatUnderTest, cases: &[Cas
                     break;
                 }
                 Verdict::Inconclusive(why) | Verdict::Failed(why) => {
-                    failures.push(format!("{} (seed {seed}): {} {why}", case.name, verdict.word()));
+                    failures.push(format!(
+                        "{} (seed {seed}): {} {why}",
+                        case.name,
+                        verdict.word()
+                    ));
                     break;
                 }
             }
         }
     }
-    assert!(failures.is_empty(), "{} failed:\n{}", failures.len(), failures.join("\n"));
+    assert!(
+        failures.is_empty(),
+        "{} failed:\n{}",
+        failures.len(),
+        failures.join("\n")
+    );
     assert!(covered > 0, "no case covered anything");
 }

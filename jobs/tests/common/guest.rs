@@ -31,6 +31,18 @@ impl Guest {
         content: Vec<u8>,
         seed: u64,
     ) -> Self {
+        let region = content.len() as u64;
+        Self::start_in(graph, handle, content, seed, region)
+    }
+
+    /// The same, in the first `region` bytes only.
+    pub fn start_in(
+        graph: &Arc<Graph>,
+        handle: &Arc<BlockHandle>,
+        content: Vec<u8>,
+        seed: u64,
+        region: u64,
+    ) -> Self {
         let mut guest = Self {
             oracle: Arc::new(Mutex::new(content)),
             stop: Arc::default(),
@@ -44,6 +56,7 @@ impl Guest {
                 handle: handle.clone(),
                 oracle: guest.oracle.clone(),
                 worker,
+                region,
                 random: SmallRng::seed_from_u64(seed * 1000 + worker),
             };
             let (stop, operations) = (guest.stop.clone(), guest.operations.clone());
@@ -69,8 +82,7 @@ impl Guest {
         for end in self.ends {
             end.await.expect("the worker ran").expect("no error");
         }
-        let content = self.oracle.lock().clone();
-        content
+        self.oracle.lock().clone()
     }
 }
 
@@ -78,6 +90,7 @@ struct Worker {
     handle: Arc<BlockHandle>,
     oracle: Arc<Mutex<Vec<u8>>>,
     worker: u64,
+    region: u64,
     random: SmallRng,
 }
 
@@ -101,7 +114,7 @@ impl Worker {
     /// A block of this worker in the first half of the disk (clusters are shared between workers), or a cluster of its own in
     /// the second half.
     async fn step(&mut self) -> Result<(), String> {
-        let length = self.oracle.lock().len() as u64;
+        let length = self.region;
         let half = length / 2 / CLUSTER * CLUSTER;
         let shared = self.random.random_bool(0.5);
         let (offset, len) = if shared {

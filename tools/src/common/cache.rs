@@ -16,9 +16,17 @@ pub struct CacheMode {
 
 impl CacheMode {
     /// The page cache, flushes when asked.
-    pub const WRITEBACK: Self = Self { direct: false, no_flush: false, write_through: false };
+    pub const WRITEBACK: Self = Self {
+        direct: false,
+        no_flush: false,
+        write_through: false,
+    };
     /// The page cache, and no flushes: for images that are made anew if the machine fails.
-    pub const UNSAFE: Self = Self { direct: false, no_flush: true, write_through: false };
+    pub const UNSAFE: Self = Self {
+        direct: false,
+        no_flush: true,
+        write_through: false,
+    };
 
     /// The mode called `name`.
     pub fn parse(name: &str) -> Option<Self> {
@@ -30,12 +38,19 @@ impl CacheMode {
             "unsafe" => (false, true, false),
             _ => return None,
         };
-        Some(Self { direct, no_flush, write_through })
+        Some(Self {
+            direct,
+            no_flush,
+            write_through,
+        })
     }
 
     /// Sets it on a node, unless the node's own options say something.
     pub fn apply(self, options: &mut Options) {
-        options.set_default("cache", json!({"direct": self.direct, "no-flush": self.no_flush}));
+        options.set_default(
+            "cache",
+            json!({"direct": self.direct, "no-flush": self.no_flush}),
+        );
     }
 }
 

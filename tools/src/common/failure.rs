@@ -54,6 +54,16 @@ impl Failure {
         Self::new(format!("{context}: {}", error.reason())).with_details(error)
     }
 
+    /// A request failed: `context: ` and the words of the errno, which is all that scripts know; the reason follows.
+    pub fn io(context: impl Display, error: &Error) -> Self {
+        let words = error.kind().strerror();
+        let mut failure = Self::new(format!("{context}: {words}"));
+        if error.reason() != words {
+            failure.details.push(error.reason());
+        }
+        failure.with_details(error)
+    }
+
     /// Another exit status.
     #[must_use]
     pub fn with_code(mut self, code: u8) -> Self {
@@ -118,7 +128,10 @@ impl Failure {
         }
         if let Some(command) = self.help {
             let space = if command.is_empty() { "" } else { " " };
-            complain!("Try '{}{space}{command} --help' for more info", program.argv0());
+            complain!(
+                "Try '{}{space}{command} --help' for more info",
+                program.argv0()
+            );
         }
     }
 }

@@ -61,7 +61,9 @@ impl Parsed {
     /// Its last argument.
     pub fn get(&self, long: &str) -> Option<&str> {
         let mut given = self.values.iter().rev();
-        given.find(|(name, _)| *name == long).and_then(|(_, value)| value.as_deref())
+        given
+            .find(|(name, _)| *name == long)
+            .and_then(|(_, value)| value.as_deref())
     }
 
     /// All its arguments, in order.
@@ -187,7 +189,9 @@ pub fn help(call: &str, about: &str, usage: &str, options: &[Opt]) -> String {
             Some(short) => format!("-{short}, "),
             None => "    ".to_owned(),
         };
-        let value = option.value.map_or(String::new(), |value| format!(" {value}"));
+        let value = option
+            .value
+            .map_or(String::new(), |value| format!(" {value}"));
         line(format!("{short}--{}{value}", option.long), option.help);
     }
     line("-h, --help".to_owned(), "print this help and exit");
@@ -227,9 +231,16 @@ mod tests {
             ("--bogus", "unrecognized option '--bogus'"),
             ("--options", "option '--options' requires an argument"),
             ("--quiet=1", "option '--quiet' doesn't allow an argument"),
-            ("--o=1", "option '--o=1' is ambiguous; possibilities: '--options' '--output'"),
+            (
+                "--o=1",
+                "option '--o=1' is ambiguous; possibilities: '--options' '--output'",
+            ),
         ] {
-            assert_eq!(read(line).unwrap_err(), Stop::Bad(message.to_owned()), "{line}");
+            assert_eq!(
+                read(line).unwrap_err(),
+                Stop::Bad(message.to_owned()),
+                "{line}"
+            );
         }
         assert_eq!(read("-qh").unwrap_err(), Stop::Help);
         assert_eq!(read("--he").unwrap_err(), Stop::Help);

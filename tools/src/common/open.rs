@@ -21,7 +21,11 @@ pub struct ImageSpec<'a> {
 impl<'a> ImageSpec<'a> {
     /// A file name and perhaps a format.
     pub const fn file(name: &'a str, format: Option<&'a str>) -> Self {
-        Self { name, format, image_opts: false }
+        Self {
+            name,
+            format,
+            image_opts: false,
+        }
     }
 }
 

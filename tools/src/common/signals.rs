@@ -55,7 +55,10 @@ impl Signals {
                 futures::future::pending::<()>().await;
             }
         };
-        Self { state, ended: ended.boxed().shared() }
+        Self {
+            state,
+            ended: ended.boxed().shared(),
+        }
     }
 
     fn serve(mut signals: Iterator, state: &State, tx: oneshot::Sender<()>) {

@@ -10,7 +10,9 @@ pub const MAX_SIZE: u64 = i64::MAX as u64;
 /// Reads a number (with an optional suffix) between `min` and `max`; `what` names it in messages.
 pub fn parse_number(what: &str, text: &str, min: u64, max: u64) -> Result<u64, Failure> {
     let range = || {
-        Failure::new(format!("Invalid {what} specified. Must be between {min} and {max}."))
+        Failure::new(format!(
+            "Invalid {what} specified. Must be between {min} and {max}."
+        ))
     };
     let digits = text.strip_prefix('-');
     match parse_size(digits.unwrap_or(text)) {
@@ -54,7 +56,10 @@ fn three_digits(value: f64) -> String {
         }
     };
     if (-4..3).contains(&exponent) {
-        trim(&format!("{value:.*}", usize::try_from(2 - exponent).unwrap_or(0)))
+        trim(&format!(
+            "{value:.*}",
+            usize::try_from(2 - exponent).unwrap_or(0)
+        ))
     } else {
         let sign = if exponent < 0 { '-' } else { '+' };
         format!("{}e{sign}{:02}", trim(mantissa), exponent.unsigned_abs())
@@ -94,13 +99,24 @@ mod tests {
 
     #[test]
     fn numbers_are_refused_with_qemus_words() {
-        let error = |text| format!("{:?}", parse_number("image size", text, 0, MAX_SIZE).unwrap_err());
+        let error = |text| {
+            format!(
+                "{:?}",
+                parse_number("image size", text, 0, MAX_SIZE).unwrap_err()
+            )
+        };
         assert!(error("1Q").contains("Invalid image size specified: '1Q'."));
         let range = "Invalid image size specified. Must be between 0 and 9223372036854775807.";
         for text in ["-1", "9E", "100000000000000000000", "16E"] {
             assert!(error(text).contains(range), "{text}");
         }
-        assert_eq!(parse_number("image size", "1.5G", 0, MAX_SIZE).unwrap(), 3 << 29);
-        assert_eq!(parse_number("image size", "0x100000", 0, MAX_SIZE).unwrap(), 1 << 20);
+        assert_eq!(
+            parse_number("image size", "1.5G", 0, MAX_SIZE).unwrap(),
+            3 << 29
+        );
+        assert_eq!(
+            parse_number("image size", "0x100000", 0, MAX_SIZE).unwrap(),
+            1 << 20
+        );
     }
 }

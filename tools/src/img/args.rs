@@ -9,12 +9,22 @@ use crate::common::{
 
 pub const QUIET: Opt = Opt::flag('q', "quiet", "print nothing but errors");
 pub const PROGRESS: Opt = Opt::flag('p', "progress", "show progress");
-pub const FORMAT: Opt =
-    Opt::value('f', "format", "FMT", "format of FILE (default: found by probing)");
-pub const IMAGE_OPTS: Opt =
-    Opt::flag(' ', "image-opts", "FILE is a list of options (driver=qcow2,file.filename=x)");
-pub const FORCE_SHARE: Opt =
-    Opt::flag('U', "force-share", "open FILE even if others are writing to it");
+pub const FORMAT: Opt = Opt::value(
+    'f',
+    "format",
+    "FMT",
+    "format of FILE (default: found by probing)",
+);
+pub const IMAGE_OPTS: Opt = Opt::flag(
+    ' ',
+    "image-opts",
+    "FILE is a list of options (driver=qcow2,file.filename=x)",
+);
+pub const FORCE_SHARE: Opt = Opt::flag(
+    'U',
+    "force-share",
+    "open FILE even if others are writing to it",
+);
 pub const OUTPUT: Opt = Opt::value(' ', "output", "human|json", "how to print (default: human)");
 pub const OBJECT: Opt = Opt::value(' ', "object", "OBJDEF", "(secrets; not supported yet)");
 
@@ -46,10 +56,7 @@ pub fn one_file<'a>(parsed: &'a Parsed, command: &'static str) -> Result<&'a str
 }
 
 /// The image that the one operand, `-f` and `--image-opts` name.
-pub fn one_image<'a>(
-    parsed: &'a Parsed,
-    command: &'static str,
-) -> Result<ImageSpec<'a>, Failure> {
+pub fn one_image<'a>(parsed: &'a Parsed, command: &'static str) -> Result<ImageSpec<'a>, Failure> {
     let name = one_file(parsed, command)?;
     image(parsed, name, "format")
 }
@@ -65,7 +72,11 @@ pub fn image<'a>(
     if image_opts && format.is_some() {
         return Err(exclusive());
     }
-    Ok(ImageSpec { name, format, image_opts })
+    Ok(ImageSpec {
+        name,
+        format,
+        image_opts,
+    })
 }
 
 pub fn exclusive() -> Failure {
@@ -81,8 +92,9 @@ pub fn cache(
 ) -> Result<CacheMode, Failure> {
     match parsed.get(option) {
         None => Ok(default),
-        Some(name) => CacheMode::parse(name)
-            .ok_or_else(|| Failure::new(format!("{message}: {name}"))),
+        Some(name) => {
+            CacheMode::parse(name).ok_or_else(|| Failure::new(format!("{message}: {name}")))
+        }
     }
 }
 

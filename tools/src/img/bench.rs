@@ -30,16 +30,35 @@ pub const COMMAND: Command = Command {
         IMAGE_OPTS,
         Opt::value('t', "cache", "CACHE", "cache mode (default: writeback)"),
         Opt::value('c', "count", "COUNT", "how many requests (default: 75000)"),
-        Opt::value('s', "buffer-size", "SIZE", "bytes per request (default: 4096)"),
+        Opt::value(
+            's',
+            "buffer-size",
+            "SIZE",
+            "bytes per request (default: 4096)",
+        ),
         Opt::value('d', "depth", "DEPTH", "requests in flight (default: 64)"),
-        Opt::value('o', "offset", "OFFSET", "where the first one is (default: 0)"),
-        Opt::value('S', "step-size", "STEP", "distance between requests (default: SIZE)"),
+        Opt::value(
+            'o',
+            "offset",
+            "OFFSET",
+            "where the first one is (default: 0)",
+        ),
+        Opt::value(
+            'S',
+            "step-size",
+            "STEP",
+            "distance between requests (default: SIZE)",
+        ),
         Opt::value('i', "aio", "AIO", "threads, native or io_uring"),
         Opt::flag('n', "native", "the same as -i native"),
         Opt::flag('w', "write", "write instead of reading"),
         Opt::value(' ', "pattern", "BYTE", "write this byte (default: 0)"),
         Opt::value(' ', "flush-interval", "N", "flush after every N requests"),
-        Opt::flag(' ', "no-drain", "don't wait for other requests before a flush"),
+        Opt::flag(
+            ' ',
+            "no-drain",
+            "don't wait for other requests before a flush",
+        ),
         FORCE_SHARE,
         OBJECT,
     ],
@@ -63,12 +82,11 @@ struct Load {
 impl Load {
     fn read(parsed: &Parsed) -> Result<Self, Failure> {
         const INT_MAX: u64 = i32::MAX as u64;
-        let number = |option: &str, what: &str, default: u64, min: u64, max: u64| match parsed
-            .get(option)
-        {
-            Some(text) => parse_number(what, text, min, max),
-            None => Ok(default),
-        };
+        let number =
+            |option: &str, what: &str, default: u64, min: u64, max: u64| match parsed.get(option) {
+                Some(text) => parse_number(what, text, min, max),
+                None => Ok(default),
+            };
         let size = number("buffer-size", "buffer size", 4096, 1, INT_MAX)?;
         let step = number("step-size", "step size", 0, 0, INT_MAX)?;
         let load = Self {
@@ -83,7 +101,9 @@ impl Load {
             drain: !parsed.has("no-drain"),
         };
         if load.flush_interval > 0 && !load.write {
-            return Err(Failure::new("--flush-interval is only available in write tests"));
+            return Err(Failure::new(
+                "--flush-interval is only available in write tests",
+            ));
         }
         if load.flush_interval > 0 && load.flush_interval < load.depth {
             return Err(Failure::new("Flush interval can't be smaller than depth"));
@@ -96,9 +116,7 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     let load = Load::read(parsed)?;
     let cache = match parsed.get("cache") {
         None => CacheMode::WRITEBACK,
-        Some(name) => {
-            CacheMode::parse(name).ok_or_else(|| Failure::new("Invalid cache mode"))?
-        }
+        Some(name) => CacheMode::parse(name).ok_or_else(|| Failure::new("Invalid cache mode"))?,
     };
     let aio = match parsed.get("aio") {
         Some(aio @ ("threads" | "native" | "io_uring")) => Some(aio),
@@ -118,7 +136,11 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     };
     let handle = match &with_aio {
         Some(options) => {
-            let spec = ImageSpec { name: options, format: None, image_opts: true };
+            let spec = ImageSpec {
+                name: options,
+                format: None,
+                image_opts: true,
+            };
             open::open_quietly(session, spec, access)
                 .await
                 .map_err(|error| Failure::open(image.name, &error))?
@@ -135,7 +157,6 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
         load.step
     );
     if load.flush_interval > 0 {
-        
         say!("Sending flush every {} requests", load.flush_interval);
     }
     flush_out();
@@ -143,7 +164,7 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     let start = env.now();
     run(&handle, load)
         .await
-        .map_err(|error| Failure::context("Failed request", &error))?;
+        .map_err(|error| Failure::io("Failed request", &error))?;
     let took: Duration = env.now().saturating_sub(start);
     say!("Run completed in {:.3} seconds.", took.as_secs_f64());
     handle.close().await?;
@@ -167,7 +188,10 @@ fn options_with_aio(session: &Session, image: ImageSpec<'_>, aio: &str) -> Resul
 async fn run(handle: &BlockHandle, load: Load) -> block_core::Result<()> {
     let length = handle.length();
     let last = length.saturating_sub(load.size);
-    let data = IoBuf::from(vec![load.pattern; if load.write { load.size as usize } else { 0 }]);
+    let data = IoBuf::from(vec![
+        load.pattern;
+        if load.write { load.size as usize } else { 0 }
+    ]);
     let mut flying = FuturesUnordered::new();
     let mut spare: Vec<Buffer> = Vec::new();
     let mut offset = load.offset;
@@ -205,7 +229,10 @@ async fn run(handle: &BlockHandle, load: Load) -> block_core::Result<()> {
         flying.push(async move {
             match buffer {
                 Some(buffer) => handle.read_into(at, buffer).await.map(Some),
-                None => handle.write(at, data, RequestFlags::empty()).await.map(|()| None),
+                None => handle
+                    .write(at, data, RequestFlags::empty())
+                    .await
+                    .map(|()| None),
             }
         });
     }

@@ -29,7 +29,12 @@ pub const COMMAND: Command = Command {
         QUIET,
         FORMAT,
         IMAGE_OPTS,
-        Opt::value('r', "repair", "leaks|all", "repair leaks only, or all that can be repaired"),
+        Opt::value(
+            'r',
+            "repair",
+            "leaks|all",
+            "repair leaks only, or all that can be repaired",
+        ),
         Opt::value('T', "cache", "CACHE", "cache mode (default: writeback)"),
         FORCE_SHARE,
         OUTPUT,
@@ -55,8 +60,12 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
             ));
         }
     };
-    let cache =
-        args::cache(parsed, "cache", CacheMode::WRITEBACK, "Invalid source cache option")?;
+    let cache = args::cache(
+        parsed,
+        "cache",
+        CacheMode::WRITEBACK,
+        "Invalid source cache option",
+    )?;
     let image = one_image(parsed, "check")?;
     let quiet = parsed.has("quiet");
     let access = Access {
@@ -70,7 +79,10 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     };
     let handle = open::open(session, image, access).await?;
     let node = handle.node();
-    let can_check = node.driver().capabilities().contains(block_core::Capabilities::CHECK);
+    let can_check = node
+        .driver()
+        .capabilities()
+        .contains(block_core::Capabilities::CHECK);
     if !can_check {
         handle.close().await?;
         return Err(Failure::new("This image format does not support checks").with_code(NO_CHECK));
@@ -148,7 +160,10 @@ fn print(report: &CheckReport) {
             );
         }
         if report.check_errors > 0 {
-            say!("\n{} internal errors have occurred during the check.", report.check_errors);
+            say!(
+                "\n{} internal errors have occurred during the check.",
+                report.check_errors
+            );
         }
     }
     let (total, allocated) = (report.total_clusters, report.allocated_clusters);
@@ -173,7 +188,11 @@ fn to_json(report: &CheckReport, filename: &str, format: &str) -> Value {
             map.insert(key.to_owned(), value.into());
         }
     };
-    count("image-end-offset", report.image_end_offset.unwrap_or(0), false);
+    count(
+        "image-end-offset",
+        report.image_end_offset.unwrap_or(0),
+        false,
+    );
     count("compressed-clusters", report.compressed_clusters, false);
     count("total-clusters", report.total_clusters, false);
     count("corruptions", report.corruptions, false);

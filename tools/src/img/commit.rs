@@ -35,7 +35,12 @@ pub const COMMAND: Command = Command {
         FORMAT,
         IMAGE_OPTS,
         Opt::value('t', "cache", "CACHE", "cache mode (default: writeback)"),
-        Opt::value('b', "base", "BASE", "the image of the chain to write to; implies -d"),
+        Opt::value(
+            'b',
+            "base",
+            "BASE",
+            "the image of the chain to write to; implies -d",
+        ),
         Opt::flag('d', "drop", "don't empty FILE afterwards"),
         Opt::value('r', "rate", "RATE", "bytes per second, at most"),
         OBJECT,
@@ -47,14 +52,23 @@ pub const COMMAND: Command = Command {
 const CHUNK: u64 = 2 << 20;
 
 async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
-    let cache = args::cache(parsed, "cache", CacheMode::WRITEBACK, "Invalid cache option")?;
+    let cache = args::cache(
+        parsed,
+        "cache",
+        CacheMode::WRITEBACK,
+        "Invalid cache option",
+    )?;
     let rate = match parsed.get("rate") {
         Some(text) => parse_number("rate limit", text, 0, MAX_SIZE)?,
         None => 0,
     };
     let image = one_image(parsed, "commit")?;
     let quiet = parsed.has("quiet");
-    let access = Access { write: true, cache, ..Access::default() };
+    let access = Access {
+        write: true,
+        cache,
+        ..Access::default()
+    };
     let top = open::open(session, image, access).await?;
     let chain = top.node().chain();
     let (base, drop_only) = match parsed.get("base") {
@@ -74,7 +88,12 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     };
     let meter = Meter::new(parsed.has("progress") && !quiet, 1.0);
     session.signals.show(&meter);
-    let job = Commit { session, top: &top, base: &base, rate };
+    let job = Commit {
+        session,
+        top: &top,
+        base: &base,
+        rate,
+    };
     let result = job.run(&meter, !drop_only).await;
     meter.finish();
     result?;
@@ -89,7 +108,9 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
 
 /// Whether a user would call `node` by `name`.
 fn is_called(node: &Node, name: &str) -> bool {
-    let Some(file) = node.filename() else { return false };
+    let Some(file) = node.filename() else {
+        return false;
+    };
     if file == name {
         return true;
     }
@@ -118,16 +139,30 @@ impl Commit<'_> {
             }
             lowest = node;
         }
-        let about = |error: &block_core::Error| Failure::context("Error while committing image", error);
+        let about =
+            |error: &block_core::Error| Failure::context("Error while committing image", error);
         graph.keep(self.base);
-        graph.set_backing(&lowest, None).await.map_err(|error| about(&error))?;
         graph
-            .reopen(self.base, Reopen { read_only: Some(false), ..Reopen::default() })
+            .set_backing(&lowest, None)
+            .await
+            .map_err(|error| about(&error))?;
+        graph
+            .reopen(
+                self.base,
+                Reopen {
+                    read_only: Some(false),
+                    ..Reopen::default()
+                },
+            )
             .await
             .map_err(|error| about(&error))?;
         let used = Permissions::CONSISTENT_READ | Permissions::WRITE | Permissions::RESIZE;
         let target = graph
-            .attach(self.base, PermissionSet::new(used, Permissions::all()), "commit")
+            .attach(
+                self.base,
+                PermissionSet::new(used, Permissions::all()),
+                "commit",
+            )
             .map_err(|error| about(&error))?;
         target.set_write_through(false);
         if target.length() < self.top.length() {
@@ -148,7 +183,10 @@ impl Commit<'_> {
                 })?,
             }
         }
-        graph.set_backing(&lowest, Some(self.base)).await.map_err(|error| about(&error))?;
+        graph
+            .set_backing(&lowest, Some(self.base))
+            .await
+            .map_err(|error| about(&error))?;
         Ok(())
     }
 
@@ -161,12 +199,16 @@ impl Commit<'_> {
         let (start, mut sent) = (env.now(), 0u64);
         let mut offset = 0;
         while offset < length {
-            let status = self.top.block_status(offset, length - offset).await.map_err(|error| {
-                Failure::context(
-                    format_args!("error while reading block status at offset {offset}"),
-                    &error,
-                )
-            })?;
+            let status = self
+                .top
+                .block_status(offset, length - offset)
+                .await
+                .map_err(|error| {
+                    Failure::io(
+                        format_args!("error while reading block status at offset {offset}"),
+                        &error,
+                    )
+                })?;
             let mut len = status.len.max(1).min(length - offset);
             if !status.is_allocated() {
             } else if status.is_zero() {
@@ -178,7 +220,7 @@ impl Commit<'_> {
                 len = len.min(CHUNK);
                 buffer.resize(len as usize);
                 buffer = self.top.read_into(offset, buffer).await.map_err(|error| {
-                    Failure::context(format_args!("error while reading at byte {offset}"), &error)
+                    Failure::io(format_args!("error while reading at byte {offset}"), &error)
                 })?;
                 let data = block_core::IoBuf::from(buffer);
                 target
@@ -206,5 +248,5 @@ impl Commit<'_> {
 }
 
 fn writing(offset: u64, error: &block_core::Error) -> Failure {
-    Failure::context(format_args!("error while writing at byte {offset}"), error)
+    Failure::io(format_args!("error while writing at byte {offset}"), error)
 }

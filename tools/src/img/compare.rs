@@ -28,9 +28,23 @@ pub const COMMAND: Command = Command {
     options: &[
         QUIET,
         PROGRESS,
-        Opt::flag('s', "strict", "also compare lengths and which ranges are allocated"),
-        Opt::value('f', "a-format", "FMT", "format of FILE1 (default: found by probing)"),
-        Opt::value('F', "b-format", "FMT", "format of FILE2 (default: found by probing)"),
+        Opt::flag(
+            's',
+            "strict",
+            "also compare lengths and which ranges are allocated",
+        ),
+        Opt::value(
+            'f',
+            "a-format",
+            "FMT",
+            "format of FILE1 (default: found by probing)",
+        ),
+        Opt::value(
+            'F',
+            "b-format",
+            "FMT",
+            "format of FILE2 (default: found by probing)",
+        ),
         Opt::value('T', "cache", "CACHE", "cache mode (default: writeback)"),
         IMAGE_OPTS,
         FORCE_SHARE,
@@ -57,9 +71,13 @@ const STRICT: StatusFlags = StatusFlags::DATA
     .union(StatusFlags::COMPRESSED);
 
 async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
-    let cache =
-        args::cache(parsed, "cache", CacheMode::WRITEBACK, "Invalid source cache option")
-            .map_err(|failure| failure.with_code(NOT_OPENED))?;
+    let cache = args::cache(
+        parsed,
+        "cache",
+        CacheMode::WRITEBACK,
+        "Invalid source cache option",
+    )
+    .map_err(|failure| failure.with_code(NOT_OPENED))?;
     let [first, second] = parsed.free.as_slice() else {
         return Err(Failure::usage("compare", "Expecting two image file names"));
     };
@@ -68,11 +86,23 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     if image_opts && (formats.0.is_some() || formats.1.is_some()) {
         return Err(args::exclusive().with_code(NOT_OPENED));
     }
-    let access = Access { force_share: parsed.has("force-share"), cache, ..Access::default() };
+    let access = Access {
+        force_share: parsed.has("force-share"),
+        cache,
+        ..Access::default()
+    };
     let open = async |name, format| {
-        open::open(session, ImageSpec { name, format, image_opts }, access)
-            .await
-            .map_err(|failure| failure.with_code(NOT_OPENED))
+        open::open(
+            session,
+            ImageSpec {
+                name,
+                format,
+                image_opts,
+            },
+            access,
+        )
+        .await
+        .map_err(|failure| failure.with_code(NOT_OPENED))
     };
     let a = open(first, formats.0).await?;
     let b = open(second, formats.1).await?;
@@ -80,8 +110,14 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     session.signals.show(&meter);
     let quiet = parsed.has("quiet");
     let comparison = Comparison {
-        a: Side { handle: &a, name: first },
-        b: Side { handle: &b, name: second },
+        a: Side {
+            handle: &a,
+            name: first,
+        },
+        b: Side {
+            handle: &b,
+            name: second,
+        },
         strict: parsed.has("strict"),
         quiet,
         meter: &meter,
@@ -128,15 +164,18 @@ impl Side<'_> {
     }
 
     async fn read(&self, offset: u64, buffer: Buffer) -> Result<Buffer, Failure> {
-        self.handle.read_into(offset, buffer).await.map_err(|error| {
-            Failure::new(format!(
-                "Error while reading offset {offset} of {}: {}",
-                self.name,
-                error.reason()
-            ))
-            .with_details(&error)
-            .with_code(NOT_READ)
-        })
+        self.handle
+            .read_into(offset, buffer)
+            .await
+            .map_err(|error| {
+                Failure::new(format!(
+                    "Error while reading offset {offset} of {}: {}",
+                    self.name,
+                    error.reason()
+                ))
+                .with_details(&error)
+                .with_code(NOT_READ)
+            })
     }
 }
 
@@ -154,7 +193,9 @@ impl Comparison<'_> {
         let (common, longest) = (length_a.min(length_b), length_a.max(length_b));
         self.meter.set_total(longest);
         if self.strict && length_a != length_b {
-            return Ok(Verdict::Different("Strict mode: Image size mismatch!".into()));
+            return Ok(Verdict::Different(
+                "Strict mode: Image size mismatch!".into(),
+            ));
         }
         let mut offset = 0;
         while offset < common {
@@ -189,7 +230,11 @@ impl Comparison<'_> {
         if !self.quiet {
             say!("Warning: Image size mismatch!");
         }
-        let longer = if length_a > length_b { &self.a } else { &self.b };
+        let longer = if length_a > length_b {
+            &self.a
+        } else {
+            &self.b
+        };
         while offset < longest {
             let status = longer.status(offset, longest - offset).await?;
             let len = status.len.max(1).min(longest - offset);
@@ -217,7 +262,9 @@ impl Comparison<'_> {
             buffer.resize(step as usize);
             buffer = side.read(offset + done, buffer).await?;
             if !is_zero(&buffer) {
-                let sector = buffer.chunks(SECTOR as usize).position(|sector| !is_zero(sector));
+                let sector = buffer
+                    .chunks(SECTOR as usize)
+                    .position(|sector| !is_zero(sector));
                 return Ok(Some(offset + done + sector.unwrap_or(0) as u64 * SECTOR));
             }
             self.meter.advance(step);

@@ -22,11 +22,25 @@ pub const COMMAND: Command = Command {
     usage: "[-q] [-f FMT] [-o OPTIONS] [-b BACKING_FILE [-F BACKING_FMT]] [-u] FILE [SIZE]",
     options: &[
         QUIET,
-        Opt::value('f', "format", "FMT", "format of the new image (default: raw)"),
-        Opt::value('o', "options", "OPTIONS", "options of the format; '-o help' lists them"),
+        Opt::value(
+            'f',
+            "format",
+            "FMT",
+            "format of the new image (default: raw)",
+        ),
+        Opt::value(
+            'o',
+            "options",
+            "OPTIONS",
+            "options of the format; '-o help' lists them",
+        ),
         Opt::value('b', "backing", "FILE", "backing file of the new image"),
         Opt::value('F', "backing-format", "FMT", "format of the backing file"),
-        Opt::flag('u', "backing-unsafe", "don't open the backing file; SIZE must be given"),
+        Opt::flag(
+            'u',
+            "backing-unsafe",
+            "don't open the backing file; SIZE must be given",
+        ),
         OBJECT,
     ],
     run: |session, parsed| session.run(execute(session, parsed)),
@@ -56,7 +70,10 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
         None => None,
     };
     if let Some(extra) = operands.next() {
-        return Err(Failure::usage("create", format!("Unexpected argument: {extra}")));
+        return Err(Failure::usage(
+            "create",
+            format!("Unexpected argument: {extra}"),
+        ));
     }
     let prepared = Request {
         filename,
@@ -86,7 +103,9 @@ struct Request<'a> {
 
 async fn create(session: &Session, request: &Request<'_>, quiet: bool) -> Result<(), Failure> {
     let registry = &session.registry;
-    let Request { filename, format, .. } = *request;
+    let Request {
+        filename, format, ..
+    } = *request;
     let factory = registry
         .get(format)
         .map_err(|_| Failure::new(format!("Unknown file format '{format}'")))?;
@@ -107,7 +126,9 @@ async fn create(session: &Session, request: &Request<'_>, quiet: bool) -> Result
     ] {
         if let Some(value) = value {
             if !options.takes(key) {
-                return Err(Failure::new(format!("{what} not supported for file format '{format}'")));
+                return Err(Failure::new(format!(
+                    "{what} not supported for file format '{format}'"
+                )));
             }
             options.set(key, value)?;
         }
@@ -132,12 +153,12 @@ async fn create(session: &Session, request: &Request<'_>, quiet: bool) -> Result
         say!("{}", options.describe(filename));
     }
     let too_large = || {
-        let hint = if options.takes("cluster_size") && options.get_size("cluster_size") != Some(2 << 20)
-        {
-            " (try using a larger cluster size)"
-        } else {
-            ""
-        };
+        let hint =
+            if options.takes("cluster_size") && options.get_size("cluster_size") != Some(2 << 20) {
+                " (try using a larger cluster size)"
+            } else {
+                ""
+            };
         format!("The image size is too large for file format '{format}'{hint}")
     };
     let values = options.for_format()?;

@@ -1,9 +1,7 @@
 //! Create options (`-o`): which a format takes, reading them with qemu's messages, and listing them.
 
 use block_core::{
-    DriverFactory, DriverKind, Options, Registry,
-    options::parse_size,
-    registry::CreateOption,
+    DriverFactory, DriverKind, Options, Registry, options::parse_size, registry::CreateOption,
 };
 use serde_json::Value;
 
@@ -69,7 +67,12 @@ impl CreateOptions {
                 }
             }
         }
-        Self { format: format.name().to_owned(), known, storage, values: Options::new() }
+        Self {
+            format: format.name().to_owned(),
+            known,
+            storage,
+            values: Options::new(),
+        }
     }
 
     /// Reads `-o`.
@@ -184,7 +187,11 @@ impl CreateOptions {
         let mut known: Vec<&CreateOption> = self.known.iter().collect();
         known.sort_by_key(|option| option.name);
         for option in known {
-            say!("  {:22} - {}", format!("{}=<{}>", option.name, option.kind), option.help);
+            say!(
+                "  {:22} - {}",
+                format!("{}=<{}>", option.name, option.kind),
+                option.help
+            );
         }
         if !with_storage {
             say!(

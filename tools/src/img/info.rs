@@ -2,14 +2,14 @@
 
 use std::sync::Arc;
 
-use block_core::{
-    BlockHandle, ChildRole, Node, PermissionSet, image::ImageInfo, resolve_name,
-};
+use block_core::{BlockHandle, ChildRole, Node, PermissionSet, image::ImageInfo, resolve_name};
 use serde_json::{Map, Value, json};
 
 use super::{
     Command,
-    args::{FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, OUTPUT, OutputFormat, one_image, output_format},
+    args::{
+        FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, OUTPUT, OutputFormat, one_image, output_format,
+    },
 };
 use crate::common::{
     failure::{Failure, Outcome},
@@ -28,7 +28,11 @@ pub const COMMAND: Command = Command {
     options: &[
         FORMAT,
         IMAGE_OPTS,
-        Opt::flag('b', "backing-chain", "also show the backing file, its backing file, …"),
+        Opt::flag(
+            'b',
+            "backing-chain",
+            "also show the backing file, its backing file, …",
+        ),
         FORCE_SHARE,
         OUTPUT,
         OBJECT,
@@ -74,7 +78,11 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     match output {
         OutputFormat::Json => {
             let mut list: Vec<Value> = layers.iter().map(Layer::to_json).collect();
-            let value = if follow { Value::Array(list) } else { list.remove(0) };
+            let value = if follow {
+                Value::Array(list)
+            } else {
+                list.remove(0)
+            };
             say!("{}", json::pretty(&value));
         }
         OutputFormat::Human => {
@@ -115,7 +123,11 @@ impl Layer {
         let mut sum: Option<u64> = None;
         // Latest first, as qemu lists them.
         let edges: Vec<_> = node.edges().iter().cloned().collect();
-        for edge in edges.iter().rev().filter(|edge| edge.role != ChildRole::Backing) {
+        for edge in edges
+            .iter()
+            .rev()
+            .filter(|edge| edge.role != ChildRole::Backing)
+        {
             let child = edge.child.node();
             let handle = session.graph.attach(child, PermissionSet::NONE, "info")?;
             let layer = Box::pin(Self::read(session, &handle)).await?;
@@ -134,7 +146,10 @@ impl Layer {
         }
         let filename = node.filename().unwrap_or_default();
         Ok(Self {
-            full_backing: info.backing_filename.as_deref().map(|name| resolve_name(&filename, name)),
+            full_backing: info
+                .backing_filename
+                .as_deref()
+                .map(|name| resolve_name(&filename, name)),
             actual_size: info.actual_size.or(sum),
             filename,
             driver: node.driver().name(),
@@ -158,7 +173,10 @@ impl Layer {
                 map.insert(key.to_owned(), value);
             }
         };
-        set("backing-filename-format", info.backing_format.clone().map(Into::into));
+        set(
+            "backing-filename-format",
+            info.backing_format.clone().map(Into::into),
+        );
         set("virtual-size", Some(self.length.into()));
         set("filename", Some(self.filename.clone().into()));
         set("cluster-size", info.cluster_size.map(Into::into));
@@ -169,8 +187,14 @@ impl Layer {
         if let Some((kind, data)) = &info.format_specific {
             set("format-specific", Some(json!({"type": kind, "data": data})));
         }
-        set("full-backing-filename", self.full_backing.clone().map(Into::into));
-        set("backing-filename", info.backing_filename.clone().map(Into::into));
+        set(
+            "full-backing-filename",
+            self.full_backing.clone().map(Into::into),
+        );
+        set(
+            "backing-filename",
+            info.backing_filename.clone().map(Into::into),
+        );
         set("dirty-flag", Some(info.dirty.into()));
         Value::Object(map)
     }
@@ -179,8 +203,14 @@ impl Layer {
         let info = &self.info;
         say!("image: {}", self.filename);
         say!("file format: {}", self.driver);
-        say!("virtual size: {} ({} bytes)", human_size(self.length), self.length);
-        let disk = self.actual_size.map_or("unavailable".to_owned(), human_size);
+        say!(
+            "virtual size: {} ({} bytes)",
+            human_size(self.length),
+            self.length
+        );
+        let disk = self
+            .actual_size
+            .map_or("unavailable".to_owned(), human_size);
         say!("disk size: {disk}");
         if info.encrypted {
             say!("encrypted: yes");
@@ -210,8 +240,14 @@ impl Layer {
         say!("Child node '{path}':");
         say!("    filename: {}", self.filename);
         say!("    protocol type: {}", self.driver);
-        say!("    file length: {} ({} bytes)", human_size(self.length), self.length);
-        let disk = self.actual_size.map_or("unavailable".to_owned(), human_size);
+        say!(
+            "    file length: {} ({} bytes)",
+            human_size(self.length),
+            self.length
+        );
+        let disk = self
+            .actual_size
+            .map_or("unavailable".to_owned(), human_size);
         say!("    disk size: {disk}");
         self.print_specific("    ");
         for (name, child) in &self.children {

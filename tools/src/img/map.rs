@@ -9,7 +9,9 @@ use block_core::{
 
 use super::{
     Command,
-    args::{FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, OUTPUT, OutputFormat, one_image, output_format},
+    args::{
+        FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, OUTPUT, OutputFormat, one_image, output_format,
+    },
 };
 use crate::common::{
     failure::{Failure, Outcome},
@@ -48,14 +50,20 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
         None => MAX_SIZE,
     };
     let image = one_image(parsed, "map")?;
-    let access = Access { force_share: parsed.has("force-share"), ..Access::default() };
+    let access = Access {
+        force_share: parsed.has("force-share"),
+        ..Access::default()
+    };
     let handle = open::open(session, image, access).await?;
     let end = handle.length().min(start.saturating_add(max));
     if output == OutputFormat::Human {
         say!("{:16}{:16}{:16}File", "Offset", "Length", "Mapped to");
     }
     let layers = Layers::of(session, &handle)?;
-    let mut printer = Printer { output, first: true };
+    let mut printer = Printer {
+        output,
+        first: true,
+    };
     let mut current: Option<Extent> = None;
     let mut offset = start;
     while offset < end {
@@ -70,7 +78,10 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
             }
         }
     }
-    let last = current.unwrap_or(Extent { start, ..Extent::default() });
+    let last = current.unwrap_or(Extent {
+        start,
+        ..Extent::default()
+    });
     printer.print(&last, true)?;
     drop(layers);
     handle.close().await?;
@@ -120,7 +131,9 @@ impl Layers {
                 break;
             }
             len = len.min(status.len);
-            let decided = status.flags.intersects(StatusFlags::DATA | StatusFlags::ZERO);
+            let decided = status
+                .flags
+                .intersects(StatusFlags::DATA | StatusFlags::ZERO);
             found = Some((depth as u32, status));
             if decided {
                 break;
@@ -128,7 +141,9 @@ impl Layers {
         }
         match found {
             Some((depth, status)) => Ok(Extent::new(offset, len, depth, &status)),
-            None => Err(Failure::new("Failed to read image metadata: the image has shrunk")),
+            None => Err(Failure::new(
+                "Failed to read image metadata: the image has shrunk",
+            )),
         }
     }
 }
@@ -181,7 +196,16 @@ impl Printer {
         match self.output {
             OutputFormat::Human => print_human(extent),
             OutputFormat::Json => {
-                let Extent { start, length, depth, present, zero, data, compressed, .. } = extent;
+                let Extent {
+                    start,
+                    length,
+                    depth,
+                    present,
+                    zero,
+                    data,
+                    compressed,
+                    ..
+                } = extent;
                 let place = match extent.offset {
                     Some(offset) => format!(", \"offset\": {offset}"),
                     None => String::new(),
@@ -209,7 +233,13 @@ fn print_human(extent: &Extent) -> Result<(), Failure> {
             "File contains external, encrypted or compressed clusters.",
         ));
     };
-    let hex = |value: u64| if value == 0 { "0".to_owned() } else { format!("{value:#x}") };
+    let hex = |value: u64| {
+        if value == 0 {
+            "0".to_owned()
+        } else {
+            format!("{value:#x}")
+        }
+    };
     say!(
         "{:16}{:16}{:16}{}",
         hex(extent.start),

@@ -25,12 +25,22 @@ pub const COMMAND: Command = Command {
     about: "Show how large a new image would get, of a given size or with the content of FILE",
     usage: "[-O FMT] [-o OPTIONS] [--output human|json] (--size SIZE | [-f FMT | --image-opts] [-U] FILE)",
     options: &[
-        Opt::value('O', "target-format", "FMT", "format of the new image (default: raw)"),
+        Opt::value(
+            'O',
+            "target-format",
+            "FMT",
+            "format of the new image (default: raw)",
+        ),
         Opt::value('o', "options", "OPTIONS", "its create options"),
         Opt::value('s', "size", "SIZE", "size of the new image"),
         FORMAT,
         IMAGE_OPTS,
-        Opt::value('l', "snapshot", "SNAPSHOT", "(internal snapshots; not supported yet)"),
+        Opt::value(
+            'l',
+            "snapshot",
+            "SNAPSHOT",
+            "(internal snapshots; not supported yet)",
+        ),
         OUTPUT,
         FORCE_SHARE,
         OBJECT,
@@ -53,16 +63,24 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     if file.is_none()
         && (parsed.has("image-opts") || parsed.has("format") || parsed.has("snapshot"))
     {
-        return Err(Failure::new("--image-opts, -f, and -l require a filename argument."));
+        return Err(Failure::new(
+            "--image-opts, -f, and -l require a filename argument.",
+        ));
     }
     if file.is_none() && size.is_none() {
-        return Err(Failure::new("Either --size N or one filename must be specified."));
+        return Err(Failure::new(
+            "Either --size N or one filename must be specified.",
+        ));
     }
     if file.is_some() && size.is_some() {
-        return Err(Failure::new("--size N cannot be used together with a filename."));
+        return Err(Failure::new(
+            "--size N cannot be used together with a filename.",
+        ));
     }
     if parsed.has("snapshot") {
-        return Err(Failure::new("Measuring an internal snapshot (-l) is not supported yet"));
+        return Err(Failure::new(
+            "Measuring an internal snapshot (-l) is not supported yet",
+        ));
     }
     let format = parsed.get("target-format").unwrap_or("raw");
     let mut data = Vec::new();
@@ -70,14 +88,19 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     let mut has_bitmaps = false;
     if let Some(name) = file {
         let image = args::image(parsed, name, "format")?;
-        let access = Access { force_share: parsed.has("force-share"), ..Access::default() };
+        let access = Access {
+            force_share: parsed.has("force-share"),
+            ..Access::default()
+        };
         let handle = open::open(session, image, access).await?;
         length = handle.length();
         data = extents(&handle).await?;
         // Bitmaps can be kept by qcow2 version 3 alone.
         let info = handle.info().await?;
         has_bitmaps = handle.node().driver().name() == "qcow2"
-            && info.format_specific.is_some_and(|(_, data)| data["compat"] != "0.10");
+            && info
+                .format_specific
+                .is_some_and(|(_, data)| data["compat"] != "0.10");
         handle.close().await?;
     }
     let factory = session
@@ -94,7 +117,10 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
             failure.and(format!("Invalid options for file format '{format}'"))
         })?;
     }
-    let length = options.get_size("size").filter(|_| file.is_none()).unwrap_or(length);
+    let length = options
+        .get_size("size")
+        .filter(|_| file.is_none())
+        .unwrap_or(length);
     let measure = factory.measure(length, &data, options.for_format()?)?;
     let bitmaps = has_bitmaps && format == "qcow2";
     match output {

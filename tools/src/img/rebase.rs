@@ -28,11 +28,35 @@ pub const COMMAND: Command = Command {
         PROGRESS,
         FORMAT,
         IMAGE_OPTS,
-        Opt::value('t', "cache", "CACHE", "cache mode of FILE (default: writeback)"),
-        Opt::value('b', "backing", "FILE", "the new backing file; an empty name for none"),
-        Opt::value('F', "backing-format", "FMT", "format of the new backing file"),
-        Opt::value('T', "backing-cache", "CACHE", "cache mode of the backing files"),
-        Opt::flag('u', "backing-unsafe", "rewrite the header alone; content may change"),
+        Opt::value(
+            't',
+            "cache",
+            "CACHE",
+            "cache mode of FILE (default: writeback)",
+        ),
+        Opt::value(
+            'b',
+            "backing",
+            "FILE",
+            "the new backing file; an empty name for none",
+        ),
+        Opt::value(
+            'F',
+            "backing-format",
+            "FMT",
+            "format of the new backing file",
+        ),
+        Opt::value(
+            'T',
+            "backing-cache",
+            "CACHE",
+            "cache mode of the backing files",
+        ),
+        Opt::flag(
+            'u',
+            "backing-unsafe",
+            "rewrite the header alone; content may change",
+        ),
         Opt::flag('c', "compress", "compress what is copied"),
         FORCE_SHARE,
         OBJECT,
@@ -44,7 +68,12 @@ pub const COMMAND: Command = Command {
 const CHUNK: u64 = 1 << 20;
 
 async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
-    let cache = args::cache(parsed, "cache", CacheMode::WRITEBACK, "Invalid cache option")?;
+    let cache = args::cache(
+        parsed,
+        "cache",
+        CacheMode::WRITEBACK,
+        "Invalid cache option",
+    )?;
     let backing_cache = args::cache(
         parsed,
         "backing-cache",
@@ -121,10 +150,16 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
         Some(name) if format.is_none() => Err(Failure::new(format!(
             "Could not change the backing file to '{name}': backing format must be specified"
         ))),
-        _ => top.change_backing(name, format.filter(|_| name.is_some())).await.map_err(|error| {
-            let target = name.unwrap_or_default();
-            Failure::context(format_args!("Could not change the backing file to '{target}'"), &error)
-        }),
+        _ => top
+            .change_backing(name, format.filter(|_| name.is_some()))
+            .await
+            .map_err(|error| {
+                let target = name.unwrap_or_default();
+                Failure::context(
+                    format_args!("Could not change the backing file to '{target}'"),
+                    &error,
+                )
+            }),
     };
     change?;
     meter.finish();
@@ -136,11 +171,13 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
 fn shared_base(old: Option<&BlockHandle>, new: Option<&BlockHandle>) -> Option<Arc<Node>> {
     let wanted = std::fs::canonicalize(new?.node().filename()?).ok()?;
     let old = old?.node();
-    std::iter::once(old.clone()).chain(old.chain()).find(|node| {
-        node.filename()
-            .and_then(|name| std::fs::canonicalize(name).ok())
-            .is_some_and(|name| name == wanted)
-    })
+    std::iter::once(old.clone())
+        .chain(old.chain())
+        .find(|node| {
+            node.filename()
+                .and_then(|name| std::fs::canonicalize(name).ok())
+                .is_some_and(|name| name == wanted)
+        })
 }
 
 struct Rebase<'a> {
@@ -239,9 +276,10 @@ impl Rebase<'_> {
             } else {
                 RequestFlags::empty()
             };
-            self.top.write(place, data.slice(start..end), flags).await.map_err(|error| {
-                Failure::context("Error while writing to COW image", &error)
-            })?;
+            self.top
+                .write(place, data.slice(start..end), flags)
+                .await
+                .map_err(|error| Failure::io("Error while writing to COW image", &error))?;
         }
         match data.try_into_buffer() {
             Ok(buffer) => Ok(buffer),
@@ -251,7 +289,10 @@ impl Rebase<'_> {
 }
 
 fn status_failed(offset: u64, error: &block_core::Error) -> Failure {
-    Failure::context(format_args!("error while reading image metadata at offset {offset}"), error)
+    Failure::io(
+        format_args!("error while reading image metadata at offset {offset}"),
+        error,
+    )
 }
 
 /// What a chain has; zeroes beyond its end, or without a chain.
@@ -269,8 +310,15 @@ async fn read(
     };
     let (lent, mut whole) = buffer.lend();
     drop(whole.split_off(available));
-    chain.readv(offset, whole, RequestFlags::empty()).await.map_err(|error| {
-        Failure::context(format_args!("error while reading from {which} backing file"), &error)
-    })?;
-    lent.reclaim().map_err(|_| Failure::new("a driver kept a part of a read buffer"))
+    chain
+        .readv(offset, whole, RequestFlags::empty())
+        .await
+        .map_err(|error| {
+            Failure::io(
+                format_args!("error while reading from {which} backing file"),
+                &error,
+            )
+        })?;
+    lent.reclaim()
+        .map_err(|_| Failure::new("a driver kept a part of a read buffer"))
 }

@@ -23,7 +23,11 @@ pub const COMMAND: Command = Command {
         QUIET,
         FORMAT,
         IMAGE_OPTS,
-        Opt::flag(' ', "shrink", "allow the image to become smaller, losing what lies beyond"),
+        Opt::flag(
+            ' ',
+            "shrink",
+            "allow the image to become smaller, losing what lies beyond",
+        ),
         Opt::value(
             ' ',
             "preallocation",
@@ -38,15 +42,29 @@ pub const COMMAND: Command = Command {
 async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     let (name, text) = match parsed.free.as_slice() {
         [name, size] => (name, size),
-        [_, _, ..] => return Err(Failure::usage("resize", "Extra argument(s) in command line")),
-        _ => return Err(Failure::usage("resize", "Expecting image file name and size")),
+        [_, _, ..] => {
+            return Err(Failure::usage(
+                "resize",
+                "Extra argument(s) in command line",
+            ));
+        }
+        _ => {
+            return Err(Failure::usage(
+                "resize",
+                "Expecting image file name and size",
+            ));
+        }
     };
     let preallocation = match parsed.get("preallocation") {
         None | Some("off") => Preallocation::Off,
         Some("metadata") => Preallocation::Metadata,
         Some("falloc") => Preallocation::Falloc,
         Some("full") => Preallocation::Full,
-        Some(other) => return Err(Failure::new(format!("Invalid preallocation mode '{other}'"))),
+        Some(other) => {
+            return Err(Failure::new(format!(
+                "Invalid preallocation mode '{other}'"
+            )));
+        }
     };
     let (sign, digits) = match text.split_at_checked(1) {
         Some((sign @ ("+" | "-"), digits)) => (sign, digits),
@@ -60,7 +78,11 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
         )
     })?;
     let image = image(parsed, name, "format")?;
-    let access = Access { write: true, resize: true, ..Access::default() };
+    let access = Access {
+        write: true,
+        resize: true,
+        ..Access::default()
+    };
     let handle = open::open(session, image, access).await?;
     let old = handle.length();
     let new = match sign {
@@ -75,15 +97,23 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
         return Err(Failure::new(format!("The new size {new} is too large")));
     }
     if new <= old && preallocation != Preallocation::Off {
-        return Err(Failure::new("Preallocation can only be used for growing images"));
-    }
-    if new < old && !parsed.has("shrink") {
-        return Err(Failure::new("Use the --shrink option to perform a shrink operation.").and(
-            "warning: Shrinking an image will delete all data beyond the shrunken image's end. \
-             Before performing such an operation, make sure there is no important data there.",
+        return Err(Failure::new(
+            "Preallocation can only be used for growing images",
         ));
     }
-    let how = Truncate { exact: true, preallocation, zero: false };
+    if new < old && !parsed.has("shrink") {
+        return Err(
+            Failure::new("Use the --shrink option to perform a shrink operation.").and(
+                "warning: Shrinking an image will delete all data beyond the shrunken image's end. \
+             Before performing such an operation, make sure there is no important data there.",
+            ),
+        );
+    }
+    let how = Truncate {
+        exact: true,
+        preallocation,
+        zero: false,
+    };
     handle.truncate(new, how).await?;
     handle.close().await?;
     if !parsed.has("quiet") {

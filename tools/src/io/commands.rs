@@ -28,18 +28,36 @@ pub enum Outcome {
 
 use Outcome::{Done, Failed, Quit};
 
-/// A refusal: text for standard error.
-struct Refused(String);
+/// Why a command wasn't carried out. An empty text asks for the usage line.
+struct Refused {
+    text: String,
+    /// qemu-io reports it on standard error, with its name before it.
+    reported: bool,
+}
+
+/// A refusal that goes to standard output, as most of qemu-io's do.
+fn refuse<T>(text: impl Into<String>) -> Result<T, Refused> {
+    Err(Refused {
+        text: text.into(),
+        reported: false,
+    })
+}
 
 impl From<String> for Refused {
     fn from(text: String) -> Self {
-        Self(text)
+        Self {
+            text,
+            reported: false,
+        }
     }
 }
 
 impl From<Error> for Refused {
     fn from(error: Error) -> Self {
-        Self(error.reason())
+        Self {
+            text: error.reason(),
+            reported: true,
+        }
     }
 }
 
@@ -47,7 +65,9 @@ type Answer = Result<Outcome, Refused>;
 
 /// Runs one command line that has at least one word.
 pub async fn run(session: &mut Session, program: &str, words: &[&str]) -> Outcome {
-    let Some((name, args)) = words.split_first() else { return Done };
+    let Some((name, args)) = words.split_first() else {
+        return Done;
+    };
     let Some(command) = help::find(name) else {
         eprintln!("command \"{name}\" not found");
         return Failed;
@@ -100,19 +120,32 @@ pub async fn run(session: &mut Session, program: &str, words: &[&str]) -> Outcom
     };
     match answer {
         Ok(outcome) => outcome,
-        Err(Refused(text)) if text.is_empty() => {
-            eprintln!("{}", command.usage());
+        Err(Refused { text, .. }) if text.is_empty() => {
+            println!("{}", command.usage());
             Failed
         }
-        Err(Refused(text)) => {
-            eprintln!("{text}");
+        Err(Refused {
+            text,
+            reported: true,
+        }) => {
+            eprintln!("{program}: {text}");
+            Failed
+        }
+        Err(Refused {
+            text,
+            reported: false,
+        }) => {
+            println!("{text}");
             Failed
         }
     }
 }
 
 fn handle(session: &Session) -> Result<Arc<BlockHandle>, Refused> {
-    session.handle().cloned().ok_or_else(|| Refused("no file open, try 'help open'".into()))
+    session
+        .handle()
+        .cloned()
+        .ok_or_else(|| "no file open, try 'help open'".to_owned().into())
 }
 
 fn failed(what: &str, error: &Error) -> Outcome {
@@ -127,7 +160,7 @@ fn ranges(given: &Given, vectored: bool) -> Result<(u64, u64, Vec<usize>), Refus
         [offset, lengths @ ..] if !lengths.is_empty() && (vectored || lengths.len() == 1) => {
             (number(offset)?, lengths)
         }
-        _ => return Err(Refused(String::new())),
+        _ => return refuse(""),
     };
     let mut parts = Vec::with_capacity(lengths.len());
     let mut total = 0u64;
@@ -135,10 +168,10 @@ fn ranges(given: &Given, vectored: bool) -> Result<(u64, u64, Vec<usize>), Refus
         let len = request_length(text)?;
         total = total.saturating_add(len);
         if total > super::line::MAX_REQUEST {
-            return Err(Refused(format!(
+            return refuse(format!(
                 "length cannot exceed {}, given {text}",
                 super::line::MAX_REQUEST
-            )));
+            ));
         }
         parts.push(len as usize);
     }
@@ -184,7 +217,10 @@ impl ReadReport {
                 print!("{}", report::dump(data, self.offset));
             }
             let (offset, total) = (self.offset, self.total);
-            print!("{}", report::request("read", elapsed, offset, total, total, 1, self.machine));
+            print!(
+                "{}",
+                report::request("read", elapsed, offset, total, total, 1, self.machine)
+            );
         }
         outcome
     }
@@ -194,7 +230,7 @@ fn prepare_read(given: &Given, vectored: bool) -> Result<(ReadReport, Vec<usize>
     let byte = given.value('P').map(pattern).transpose()?;
     let (offset, total, parts) = ranges(given, vectored)?;
     if (given.has('s') || given.has('l')) && byte.is_none() {
-        return Err(Refused(String::new()));
+        return refuse("");
     }
     let verify = match byte {
         None => None,
@@ -203,9 +239,13 @@ fn prepare_read(given: &Given, vectored: bool) -> Result<(ReadReport, Vec<usize>
             let len = given.value('l').map(number).transpose()?;
             let len = len.unwrap_or(total.saturating_sub(start));
             if start.checked_add(len).is_none_or(|end| end > total) {
-                return Err(Refused("pattern verification range exceeds end of read data".into()));
+                return refuse("pattern verification range exceeds end of read data");
             }
-            Some(Verify { byte, start: start as usize, len: len as usize })
+            Some(Verify {
+                byte,
+                start: start as usize,
+                len: len as usize,
+            })
         }
     };
     let report = ReadReport {
@@ -237,7 +277,9 @@ async fn read_parts(
     handle.readv(offset, all, flags).await?;
     let mut data = Vec::with_capacity(parts.iter().sum());
     for keep in lent {
-        let buffer = keep.reclaim().map_err(|_| Error::io("a read buffer is still in use"))?;
+        let buffer = keep
+            .reclaim()
+            .map_err(|_| Error::io("a read buffer is still in use"))?;
         data.extend_from_slice(&buffer);
     }
     Ok(data)
@@ -246,16 +288,23 @@ async fn read_parts(
 async fn read(session: &Session, given: &Given, vectored: bool) -> Answer {
     let handle = handle(session)?;
     if given.has('b') {
-        return Err(Refused("reading the VM state is not supported yet".into()));
+        return refuse("reading the VM state is not supported yet");
     }
     let (mut report, parts) = prepare_read(given, vectored)?;
-    let flags = if session.image.as_ref().is_some_and(|image| image.copy_on_read) {
+    let flags = if session
+        .image
+        .as_ref()
+        .is_some_and(|image| image.copy_on_read)
+    {
         RequestFlags::COPY_ON_READ
     } else {
         RequestFlags::empty()
     };
     report.begun = Instant::now();
-    match session.drive(read_parts(&handle, report.offset, &parts, flags)).await {
+    match session
+        .drive(read_parts(&handle, report.offset, &parts, flags))
+        .await
+    {
         Ok(data) => Ok(report.finish(&data)),
         Err(error) => Ok(failed("read", &error)),
     }
@@ -294,7 +343,11 @@ impl WritePlan {
     async fn run(self, handle: &BlockHandle, failure: &str) -> Outcome {
         let begun = Instant::now();
         let result = match self.payload {
-            Payload::Zeroes => handle.write_zeroes(self.offset, self.total, self.flags).await,
+            Payload::Zeroes => {
+                handle
+                    .write_zeroes(self.offset, self.total, self.flags)
+                    .await
+            }
             Payload::Data(data) => handle.write(self.offset, data, self.flags).await,
         };
         match result {
@@ -329,25 +382,25 @@ fn prepare_write(given: &Given, vectored: bool) -> Result<WritePlan, Refused> {
         }
     }
     if given.has('b') && given.has('c') {
-        return Err(Refused("-b and -c cannot be specified at the same time".into()));
+        return refuse("-b and -c cannot be specified at the same time");
     }
     if given.has('b') {
-        return Err(Refused("writing the VM state is not supported yet".into()));
+        return refuse("writing the VM state is not supported yet");
     }
     if given.has('b') && zero {
-        return Err(Refused("-b and -z cannot be specified at the same time".into()));
+        return refuse("-b and -z cannot be specified at the same time");
     }
     if given.has('n') && !zero {
-        return Err(Refused("-n requires -z to be specified".into()));
+        return refuse("-n requires -z to be specified");
     }
     if given.has('u') && !zero {
-        return Err(Refused("-u requires -z to be specified".into()));
+        return refuse("-u requires -z to be specified");
     }
     if given.has('c') && zero {
-        return Err(Refused("-c and -z cannot be specified at the same time".into()));
+        return refuse("-c and -z cannot be specified at the same time");
     }
     if sources > 1 {
-        return Err(Refused("Only one of -z, -P, and -s can be specified at the same time".into()));
+        return refuse("Only one of -z, -P, and -s can be specified at the same time");
     }
     let byte = given.value('P').map(pattern).transpose()?.unwrap_or(0xcd);
     let file = given.value('s');
@@ -381,9 +434,9 @@ fn pattern_file(name: &str, len: usize) -> Result<Buffer, Refused> {
     let mut content = Vec::new();
     std::fs::File::open(name)
         .and_then(|file| file.take(len as u64).read_to_end(&mut content))
-        .map_err(|error| Refused(format!("{name}: {}", Error::from(error).kind().strerror())))?;
+        .map_err(|error| format!("{name}: {}", Error::from(error).kind().strerror()))?;
     if content.is_empty() {
-        return Err(Refused(format!("{name}: file is empty")));
+        return refuse(format!("{name}: file is empty"));
     }
     let mut data = Buffer::try_new(len)?;
     for chunk in data.chunks_mut(content.len()) {
@@ -415,11 +468,17 @@ async fn flush(session: &Session) -> Answer {
 
 async fn discard(session: &Session, given: &Given) -> Answer {
     let handle = handle(session)?;
-    let [offset, len] = given.rest.as_slice() else { return Err(Refused(String::new())) };
+    let [offset, len] = given.rest.as_slice() else {
+        return refuse("");
+    };
     let (offset, len) = (number(offset)?, number(len)?);
     if len > super::line::MAX_REQUEST {
-        let text = format!("length cannot exceed {}, given {}", super::line::MAX_REQUEST, given.rest[1]);
-        return Err(Refused(text));
+        let text = format!(
+            "length cannot exceed {}, given {}",
+            super::line::MAX_REQUEST,
+            given.rest[1]
+        );
+        return refuse(text);
     }
     let begun = Instant::now();
     match session.drive(handle.discard(offset, len)).await {
@@ -428,7 +487,10 @@ async fn discard(session: &Session, given: &Given) -> Answer {
             if !given.has('q') {
                 let elapsed = begun.elapsed();
                 let machine = given.has('C');
-                print!("{}", report::request("discard", elapsed, offset, len, len, 1, machine));
+                print!(
+                    "{}",
+                    report::request("discard", elapsed, offset, len, len, 1, machine)
+                );
             }
             Ok(Done)
         }
@@ -440,7 +502,7 @@ async fn alloc(session: &Session, given: &Given) -> Answer {
     let (offset, count) = match given.rest.as_slice() {
         [offset] => (number(offset)?, 512),
         [offset, count] => (number(offset)?, number(count)?),
-        _ => return Err(Refused(String::new())),
+        _ => return refuse(""),
     };
     let node = handle.node();
     let mut at = offset;
@@ -457,7 +519,10 @@ async fn alloc(session: &Session, given: &Given) -> Answer {
         }
         at += run;
     }
-    println!("{sum}/{count} bytes allocated at offset {}", report::size(offset as f64));
+    println!(
+        "{sum}/{count} bytes allocated at offset {}",
+        report::size(offset as f64)
+    );
     Ok(Done)
 }
 
@@ -493,7 +558,11 @@ fn print_run((start, len, allocated): (u64, u64, bool)) {
     println!(
         "{} ({len:#x}) bytes {} at offset {} ({start:#x})",
         report::size(len as f64),
-        if allocated { "    allocated" } else { "not allocated" },
+        if allocated {
+            "    allocated"
+        } else {
+            "not allocated"
+        },
         report::size(start as f64),
     );
 }
@@ -505,14 +574,20 @@ fn length(session: &Session) -> Answer {
 
 async fn truncate(session: &Session, given: &Given) -> Answer {
     let handle = handle(session)?;
-    let [length] = given.rest.as_slice() else { return Err(Refused(String::new())) };
+    let [length] = given.rest.as_slice() else {
+        return refuse("");
+    };
     let preallocation = match given.value('m') {
         None | Some("off") => Preallocation::Off,
         Some("metadata") => Preallocation::Metadata,
         Some("falloc") => Preallocation::Falloc,
         Some("full") => Preallocation::Full,
         Some(other) => {
-            return Err(Refused(format!("invalid parameter value: {other}")));
+            let text = format!("invalid parameter value: {other}");
+            return Err(Refused {
+                text,
+                reported: true,
+            });
         }
     };
     let length = number(length)?;
@@ -520,7 +595,11 @@ async fn truncate(session: &Session, given: &Given) -> Answer {
     let mut wanted = before;
     wanted.used |= Permissions::RESIZE;
     handle.set_permissions(wanted)?;
-    let how = Truncate { exact: false, preallocation, zero: false };
+    let how = Truncate {
+        exact: false,
+        preallocation,
+        zero: false,
+    };
     let result = session.drive(handle.truncate(length, how)).await;
     handle.set_permissions(before)?;
     result?;
@@ -534,7 +613,10 @@ async fn info(session: &Session) -> Answer {
     let cluster = info.cluster_size.unwrap_or(0);
     println!("format name: {}", node.driver().name());
     println!("cluster size: {}", report::size(cluster as f64));
-    println!("vm state offset: {}", report::size(vm_state_offset(&handle, cluster) as f64));
+    println!(
+        "vm state offset: {}",
+        report::size(vm_state_offset(&handle, cluster) as f64)
+    );
     if let Some((_, data)) = &info.format_specific
         && node.driver().kind() == block_core::DriverKind::Format
     {
@@ -554,7 +636,9 @@ fn vm_state_offset(handle: &BlockHandle, cluster: u64) -> u64 {
 }
 
 fn print_tree(value: &serde_json::Value, depth: usize) {
-    let serde_json::Value::Object(map) = value else { return };
+    let serde_json::Value::Object(map) = value else {
+        return;
+    };
     for (key, value) in map {
         let (pad, key) = ("    ".repeat(depth), key.replace('-', " "));
         match value {
@@ -576,8 +660,12 @@ fn print_tree(value: &serde_json::Value, depth: usize) {
 }
 
 async fn sleep(session: &Session, given: &Given) -> Answer {
-    let [time] = given.rest.as_slice() else { return Err(Refused(String::new())) };
-    let millis: u64 = time.parse().map_err(|_| format!("{time} is not a valid number"))?;
+    let [time] = given.rest.as_slice() else {
+        return refuse("");
+    };
+    let millis: u64 = time
+        .parse()
+        .map_err(|_| format!("{time} is not a valid number"))?;
     let time = std::time::Duration::from_millis(millis);
     session.drive(session.env().sleep(time)).await;
     Ok(Done)
@@ -585,21 +673,28 @@ async fn sleep(session: &Session, given: &Given) -> Answer {
 
 async fn open(session: &mut Session, program: &str, given: &Given) -> Answer {
     if session.image.is_some() {
-        return Err(Refused("file open already, try 'help close'".into()));
+        let text = "file open already, try 'help close'".to_owned();
+        return Err(Refused {
+            text,
+            reported: true,
+        });
     }
     if given.has('s') {
-        return Err(Refused("snapshot=on is not supported yet".into()));
+        return refuse("snapshot=on is not supported yet");
     }
     let name = match given.rest.as_slice() {
         [] if given.has('o') => "",
         [name] => name,
-        _ => return Err(Refused(String::new())),
+        _ => return refuse(""),
     };
     let how = OpenHow {
         read_only: given.has('r'),
         copy_on_read: given.has('C'),
         force_share: given.has('U'),
-        cache: given.value('t').map(str::to_owned).or_else(|| given.has('n').then(|| "none".into())),
+        cache: given
+            .value('t')
+            .map(str::to_owned)
+            .or_else(|| given.has('n').then(|| "none".into())),
         discard: given.value('d').map(str::to_owned),
         aio: given
             .value('i')
@@ -617,13 +712,15 @@ async fn open(session: &mut Session, program: &str, given: &Given) -> Answer {
 
 async fn reopen(session: &mut Session, program: &str, given: &Given) -> Answer {
     if given.has('r') && given.has('w') {
-        return Err(Refused("Only one -r/-c option can be given".into()));
+        return refuse("Only one -r/-c option can be given");
     }
     if !given.rest.is_empty() {
-        return Err(Refused(String::new()));
+        return refuse("");
     }
     session.settle().await;
-    let Some(image) = session.image.as_mut() else { return Ok(Failed) };
+    let Some(image) = session.image.as_mut() else {
+        return Ok(Failed);
+    };
     let mut changes = Reopen::default();
     if let Some(text) = given.value('o') {
         changes.options = block_core::Options::from_text(text)?.0;
@@ -631,11 +728,16 @@ async fn reopen(session: &mut Session, program: &str, given: &Given) -> Answer {
     if let Some(mode) = given.value('c') {
         let (direct, no_flush, through) = cache_mode(mode)?;
         changes.options.insert("cache.direct".into(), direct.into());
-        changes.options.insert("cache.no-flush".into(), no_flush.into());
+        changes
+            .options
+            .insert("cache.no-flush".into(), no_flush.into());
         image.write_through = through;
     }
-    let read_only =
-        if given.has('r') { true } else { image.read_only && !given.has('w') };
+    let read_only = if given.has('r') {
+        true
+    } else {
+        image.read_only && !given.has('w')
+    };
     let switch = read_only != image.read_only;
     if switch {
         changes.read_only = Some(read_only);

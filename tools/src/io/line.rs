@@ -29,7 +29,10 @@ impl Given {
         let mut args = args.iter();
         let mut only_rest = false;
         while let Some(arg) = args.next() {
-            let Some(letters) = arg.strip_prefix('-').filter(|l| !l.is_empty() && !only_rest) else {
+            let Some(letters) = arg
+                .strip_prefix('-')
+                .filter(|l| !l.is_empty() && !only_rest)
+            else {
                 given.rest.push((*arg).to_owned());
                 continue;
             };
@@ -37,8 +40,7 @@ impl Given {
                 only_rest = true;
                 continue;
             }
-            let mut at = letters.char_indices();
-            while let Some((index, letter)) = at.next() {
+            for (index, letter) in letters.char_indices() {
                 let place = spec.find(letter).filter(|_| letter != ':');
                 let Some(place) = place else {
                     return Err(format!("{command}: invalid option -- '{letter}'"));
@@ -46,9 +48,11 @@ impl Given {
                 if spec[place + letter.len_utf8()..].starts_with(':') {
                     let inline = &letters[index + letter.len_utf8()..];
                     let value = if inline.is_empty() {
-                        args.next().map(|value| (*value).to_owned()).ok_or_else(|| {
-                            format!("{command}: option requires an argument -- '{letter}'")
-                        })?
+                        args.next()
+                            .map(|value| (*value).to_owned())
+                            .ok_or_else(|| {
+                                format!("{command}: option requires an argument -- '{letter}'")
+                            })?
                     } else {
                         inline.to_owned()
                     };
@@ -82,7 +86,7 @@ impl Given {
 /// The message that qemu-io prints.
 pub fn number(text: &str) -> Result<u64, String> {
     match parse_size(text) {
-        Ok(value) if value <= i64::MAX as u64 => Ok(value),
+        Ok(value) if i64::try_from(value).is_ok() => Ok(value),
         Ok(_) => Err(format!("Parsing error: argument too large -- {text}")),
         Err(error) if error.kind() == block_core::ErrorKind::TooBig => {
             Err(format!("Parsing error: argument too large -- {text}"))
@@ -145,7 +149,10 @@ mod tests {
         assert_eq!(number("64k"), Ok(65536));
         assert!(number("1x").unwrap_err().contains("-- 1x"));
         assert_eq!(pattern("0xff"), Ok(255));
-        assert_eq!(pattern("300").unwrap_err(), "300 is not a valid pattern byte");
+        assert_eq!(
+            pattern("300").unwrap_err(),
+            "300 is not a valid pattern byte"
+        );
         assert_eq!(
             request_length("100G").unwrap_err(),
             "length cannot exceed 2147483136, given 100G"

@@ -14,6 +14,8 @@ use std::{
 use block_core::{Error, Graph, Registry};
 use futures::{StreamExt, channel::mpsc};
 
+use crate::common::program::Program;
+
 use self::{
     commands::Outcome,
     session::{OpenHow, Session},
@@ -87,19 +89,28 @@ fn parse(program: &str, args: &[String]) -> Result<Parsed, String> {
                 Some((name, value)) => (name, Some(value.to_owned())),
                 None => (long, None),
             };
-            let matches: Vec<_> = LONG.iter().filter(|(full, ..)| full.starts_with(name)).collect();
-            let Some((_, letter, takes)) = matches
+            let matches: Vec<_> = LONG
                 .iter()
-                .find(|(full, ..)| *full == name)
-                .or(if matches.len() == 1 { matches.first() } else { None })
+                .filter(|(full, ..)| full.starts_with(name))
+                .collect();
+            let Some((_, letter, takes)) =
+                matches
+                    .iter()
+                    .find(|(full, ..)| *full == name)
+                    .or(if matches.len() == 1 {
+                        matches.first()
+                    } else {
+                        None
+                    })
             else {
                 return Err(format!("{program}: unrecognized option '{arg}'"));
             };
             let value = match (takes, inline) {
                 (true, Some(value)) => value,
-                (true, None) => at.next().cloned().ok_or_else(|| {
-                    format!("{program}: option '--{name}' requires an argument")
-                })?,
+                (true, None) => at
+                    .next()
+                    .cloned()
+                    .ok_or_else(|| format!("{program}: option '--{name}' requires an argument"))?,
                 (false, _) => String::new(),
             };
             options.push((*letter, value));
@@ -147,7 +158,9 @@ fn parse(program: &str, args: &[String]) -> Result<Parsed, String> {
         }
     }
     if parsed.how.image_opts && parsed.how.format.is_some() {
-        return Err(format!("{program}: --image-opts and -f are mutually exclusive"));
+        return Err(format!(
+            "{program}: --image-opts and -f are mutually exclusive"
+        ));
     }
     if rest.len() > 1 {
         return Err(format!("{program}: only one file can be opened"));
@@ -167,12 +180,19 @@ fn print_open_error(program: &str, name: &str, error: &Error) {
 }
 
 /// Runs the program with `args` (without its name) and gives back its exit status.
-pub async fn main(
-    program: &str,
-    args: &[String],
-    graph: Arc<Graph>,
-    registry: Arc<Registry>,
-) -> i32 {
+pub fn run(program: Program, args: &[String]) -> u8 {
+    let session = match crate::common::session::Session::new(program) {
+        Ok(session) => session,
+        Err(failure) => {
+            failure.report(program);
+            return failure.code;
+        }
+    };
+    let (graph, registry) = (session.graph.clone(), session.registry.clone());
+    session.run(async { Ok(main(program.name(), args, graph, registry).await) })
+}
+
+async fn main(program: &str, args: &[String], graph: Arc<Graph>, registry: Arc<Registry>) -> u8 {
     let arguments = match parse(program, args) {
         Ok(Parsed::Run(arguments)) => arguments,
         Ok(Parsed::Help) => {
@@ -219,12 +239,16 @@ pub async fn main(
 
 async fn one_line(session: &mut Session, program: &str, line: &str) -> Outcome {
     let words = line::words(line);
-    if words.is_empty() { Outcome::Done } else { commands::run(session, program, &words).await }
+    if words.is_empty() {
+        Outcome::Done
+    } else {
+        commands::run(session, program, &words).await
+    }
 }
 
 /// Commands from standard input, with a prompt as qemu-io prints it. What runs in the background goes on while the
 /// next line is waited for.
-async fn from_input(session: &mut Session, program: &str) -> i32 {
+async fn from_input(session: &mut Session, program: &str) -> u8 {
     let (tx, mut lines) = mpsc::unbounded();
     // A blocking read of a terminal can't be cancelled: it has a thread of its own, which ends with the process.
     std::thread::spawn(move || {

@@ -21,7 +21,11 @@ pub fn size(value: f64) -> String {
             return format!("{} {unit}", trim(format!("{:.3}", value / factor)));
         }
     }
-    if value.fract() == 0.0 { format!("{value:.0} bytes") } else { format!("{value:.6} bytes") }
+    if value.fract() == 0.0 {
+        format!("{value:.0} bytes")
+    } else {
+        format!("{value:.6} bytes")
+    }
 }
 
 fn time(elapsed: Duration, machine: bool) -> String {
@@ -52,7 +56,10 @@ pub fn request(
     let rate = per_second(total as f64);
     let ops = per_second(f64::from(operations));
     if machine {
-        return format!("{total},{operations},{},{rate:.3},{ops:.3}\n", time(elapsed, true));
+        return format!(
+            "{total},{operations},{},{rate:.3},{ops:.3}\n",
+            time(elapsed, true)
+        );
     }
     format!(
         "{what} {total}/{count} bytes at offset {offset}\n{}, {operations} ops; {} ({}/sec and {ops:.4} ops/sec)\n",
@@ -72,7 +79,11 @@ pub fn dump(data: &[u8], offset: u64) -> String {
         }
         text.push(' ');
         for byte in bytes {
-            text.push(if byte.is_ascii_graphic() { *byte as char } else { '.' });
+            text.push(if byte.is_ascii_graphic() {
+                *byte as char
+            } else {
+                '.'
+            });
         }
         text.push('\n');
     }

@@ -35,8 +35,6 @@ pub struct OpenHow {
 pub struct Image {
     /// The guest's handle.
     pub handle: Arc<BlockHandle>,
-    /// The name it was opened by.
-    pub name: String,
     /// It was opened read-only.
     pub read_only: bool,
     /// Every write is flushed.
@@ -76,7 +74,12 @@ pub fn cache_mode(mode: &str) -> Result<(bool, bool, bool)> {
 impl Session {
     /// Nothing is open.
     pub fn new(graph: Arc<Graph>, registry: Arc<Registry>) -> Self {
-        Self { graph, registry, image: None, background: RefCell::default() }
+        Self {
+            graph,
+            registry,
+            image: None,
+            background: RefCell::default(),
+        }
     }
 
     /// Opens an image.
@@ -111,7 +114,10 @@ impl Session {
                 node.set(&key, value);
             }
         }
-        let opens = OpenOptions { implicit: ImplicitOpens::Permit, ..OpenOptions::default() };
+        let opens = OpenOptions {
+            implicit: ImplicitOpens::Permit,
+            ..OpenOptions::default()
+        };
         let opened = if how.image_opts {
             let mut options = Options::from_text(name)?;
             for (key, value) in node.0 {
@@ -127,7 +133,11 @@ impl Session {
         } else {
             let format = how.format.as_deref();
             match how.aio.as_deref() {
-                None => self.registry.open_file(&self.graph, name, format, node, opens).await?,
+                None => {
+                    self.registry
+                        .open_file(&self.graph, name, format, node, opens)
+                        .await?
+                }
                 Some(aio) => {
                     let mut file = self.registry.filename_options(name)?;
                     file.set("aio", aio_engine(aio)?);
@@ -144,7 +154,6 @@ impl Session {
                 handle.set_write_through(write_through);
                 self.image = Some(Image {
                     handle: Arc::new(handle),
-                    name: name.to_owned(),
                     read_only: how.read_only,
                     write_through,
                     copy_on_read: how.copy_on_read,
@@ -164,9 +173,14 @@ impl Session {
             used |= Permissions::WRITE;
         }
         let shared = Permissions::all() - Permissions::RESIZE;
-        let shared = if how.force_share { Permissions::all() } else { shared };
+        let shared = if how.force_share {
+            Permissions::all()
+        } else {
+            shared
+        };
         // The resize permission is taken by `truncate` alone, so that raw images can be shared.
-        self.graph.attach(node, PermissionSet::new(used, shared), "")
+        self.graph
+            .attach(node, PermissionSet::new(used, shared), "")
     }
 
     /// The environment.
@@ -185,7 +199,9 @@ impl Session {
     /// The last flush or the close failed.
     pub async fn close(&mut self) -> Result<()> {
         self.settle().await;
-        let Some(image) = self.image.take() else { return Ok(()) };
+        let Some(image) = self.image.take() else {
+            return Ok(());
+        };
         match Arc::try_unwrap(image.handle) {
             Ok(handle) => handle.close().await,
             // Nobody keeps a handle beyond its request.

@@ -63,7 +63,10 @@ fn device() -> PermissionSet {
 
 impl Lab {
     fn how() -> OpenOptions {
-        OpenOptions { implicit: ImplicitOpens::Permit, ..OpenOptions::default() }
+        OpenOptions {
+            implicit: ImplicitOpens::Permit,
+            ..OpenOptions::default()
+        }
     }
 
     /// The path of an image of this run.
@@ -85,7 +88,9 @@ impl Lab {
             options.set("backing_file", text(&file));
             options.set("backing_fmt", format);
         }
-        self.registry.create(&self.graph, "qcow2", &text(&path), options).await?;
+        self.registry
+            .create(&self.graph, "qcow2", &text(&path), options)
+            .await?;
         Ok(path)
     }
 
@@ -136,9 +141,20 @@ impl Lab {
         let handle = Arc::new(self.graph.attach(&top, device(), name)?);
         let oracle = Arc::new(Oracle::new(self.size, load.seed));
         let base = self.open_base().await?;
-        let guest =
-            Guest::start(handle.clone(), base.clone(), oracle.clone(), self.graph.env(), load);
-        Ok(Disk { name: name.to_owned(), handle, guest, oracle, base })
+        let guest = Guest::start(
+            handle.clone(),
+            base.clone(),
+            oracle.clone(),
+            self.graph.env(),
+            load,
+        );
+        Ok(Disk {
+            name: name.to_owned(),
+            handle,
+            guest,
+            oracle,
+            base,
+        })
     }
 
     /// Runs check over an image that nobody has open.
@@ -146,7 +162,11 @@ impl Lab {
     /// # Errors
     /// It can't be opened or checked.
     pub async fn check(&self, path: &Path) -> Result<CheckReport> {
-        let how = OpenOptions { no_backing: true, for_check: true, ..Self::how() };
+        let how = OpenOptions {
+            no_backing: true,
+            for_check: true,
+            ..Self::how()
+        };
         let node = self
             .registry
             .open_file(
@@ -250,11 +270,23 @@ impl Disk {
         let name = format!("disk {}", self.name);
         let mut verified = self.verify(&self.handle, &frozen, &name).await?;
         let top = self.handle.node().filename().unwrap_or_default();
-        self.handle.flush().await.map_err(|error| format!("{name}: {error}"))?;
-        let Self { handle, guest, oracle, base, .. } = self;
+        self.handle
+            .flush()
+            .await
+            .map_err(|error| format!("{name}: {error}"))?;
+        let Self {
+            handle,
+            guest,
+            oracle,
+            base,
+            ..
+        } = self;
         drop(guest);
         match Arc::try_unwrap(handle) {
-            Ok(handle) => handle.close().await.map_err(|error| format!("{name}: {error}"))?,
+            Ok(handle) => handle
+                .close()
+                .await
+                .map_err(|error| format!("{name}: {error}"))?,
             Err(_) => return Err(format!("{name}: the guest still has a request in flight")),
         }
         // As somebody would find it who opens it tomorrow.
@@ -269,9 +301,14 @@ impl Disk {
         verified += verify(&handle, &frozen, oracle.seed(), &base)
             .await
             .map_err(|text| format!("{name} after it was closed: {text}"))?;
-        handle.close().await.map_err(|error| format!("{name}: {error}"))?;
+        handle
+            .close()
+            .await
+            .map_err(|error| format!("{name}: {error}"))?;
         if let Ok(base) = Arc::try_unwrap(base) {
-            base.close().await.map_err(|error| format!("the base image: {error}"))?;
+            base.close()
+                .await
+                .map_err(|error| format!("the base image: {error}"))?;
         }
         Ok(Verdict { verified })
     }
@@ -292,13 +329,18 @@ async fn verify(
 ) -> std::result::Result<u64, String> {
     let length = frozen.sectors() * SECTOR;
     if handle.length() != length {
-        return Err(format!("it is {} bytes long, not {length}", handle.length()));
+        return Err(format!(
+            "it is {} bytes long, not {length}",
+            handle.length()
+        ));
     }
     let mut at = 0;
     while at < length {
         let step = (length - at).min(VERIFY_CHUNK);
-        let data =
-            handle.read(at, step as usize).await.map_err(|error| format!("read failed: {error}"))?;
+        let data = handle
+            .read(at, step as usize)
+            .await
+            .map_err(|error| format!("read failed: {error}"))?;
         let start = at / SECTOR;
         let content = |index: u64| -> Content { frozen.content(start + index) };
         check(&data, start, seed, content, base).await?;

@@ -105,7 +105,11 @@ impl Guest {
                 }));
             }
         }
-        Self { shared, env: env.clone(), workers }
+        Self {
+            shared,
+            env: env.clone(),
+            workers,
+        }
     }
 
     /// What it has done.
@@ -122,8 +126,8 @@ impl Guest {
     pub async fn pause(&self) {
         self.shared.paused.store(true, Ordering::SeqCst);
         loop {
-            let quiet = self.shared.idle.load(Ordering::SeqCst)
-                + self.shared.ended.load(Ordering::SeqCst);
+            let quiet =
+                self.shared.idle.load(Ordering::SeqCst) + self.shared.ended.load(Ordering::SeqCst);
             if quiet >= self.workers {
                 return;
             }
@@ -183,7 +187,8 @@ impl Shared {
                 continue;
             }
             if self.gentle.load(Ordering::SeqCst) {
-                env.sleep(Duration::from_millis(rng.random_range(5..20))).await;
+                env.sleep(Duration::from_millis(rng.random_range(5..20)))
+                    .await;
             }
             let sequential = queue % 2 == 1;
             self.one(&mut rng, sectors, sequential, &mut next).await?;
@@ -201,7 +206,10 @@ impl Shared {
     ) -> Result<(), String> {
         let kind = rng.random_range(0..100);
         if kind < 2 {
-            self.handle.flush().await.map_err(|error| format!("flush failed: {error}"))?;
+            self.handle
+                .flush()
+                .await
+                .map_err(|error| format!("flush failed: {error}"))?;
             self.counts.flushes.fetch_add(1, Ordering::Relaxed);
             return Ok(());
         }
@@ -242,7 +250,11 @@ impl Shared {
                 }
             }
         }
-        *next = if start + count >= sectors { 0 } else { start + count };
+        *next = if start + count >= sectors {
+            0
+        } else {
+            start + count
+        };
         let Some(claim) = self.oracle.claim(start, count) else {
             // Somebody else of the guest is there.
             return Ok(());
@@ -262,7 +274,10 @@ impl Shared {
                 self.counts.reads.fetch_add(1, Ordering::Relaxed);
             }
             70..80 => {
-                self.handle.discard(offset, len).await.map_err(|error| fail("discard", &error))?;
+                self.handle
+                    .discard(offset, len)
+                    .await
+                    .map_err(|error| fail("discard", &error))?;
                 claim.set(Content::Zero);
                 self.counts.discards.fetch_add(1, Ordering::Relaxed);
                 return Ok(());
@@ -283,13 +298,16 @@ impl Shared {
             }
             _ => {
                 let number = self.oracle.next_write();
-                let mut data = Buffer::try_new(len as usize)
-                    .map_err(|error| fail("write", &error))?;
+                let mut data =
+                    Buffer::try_new(len as usize).map_err(|error| fail("write", &error))?;
                 for (at, sector) in data.chunks_mut(SECTOR as usize).enumerate() {
                     fill(sector, self.oracle.seed(), number, start + at as u64);
                 }
-                let flags =
-                    if kind == 99 { RequestFlags::FUA } else { RequestFlags::empty() };
+                let flags = if kind == 99 {
+                    RequestFlags::FUA
+                } else {
+                    RequestFlags::empty()
+                };
                 self.handle
                     .write(offset, IoBuf::from(data), flags)
                     .await
@@ -304,9 +322,15 @@ impl Shared {
 
     async fn compare(&self, claim: &Claim<'_>, data: &[u8]) -> Result<(), String> {
         let contents = claim.contents();
-        check(data, claim.start, self.oracle.seed(), |at| contents[at as usize], &self.base)
-            .await
-            .map_err(|text| format!("a read of the guest saw wrong data: {text}"))
+        check(
+            data,
+            claim.start,
+            self.oracle.seed(),
+            |at| contents[at as usize],
+            &self.base,
+        )
+        .await
+        .map_err(|text| format!("a read of the guest saw wrong data: {text}"))
     }
 }
 
@@ -339,8 +363,9 @@ pub async fn check(
                     run += 1;
                 }
                 let offset = index * SECTOR;
-                let available =
-                    base_length.saturating_sub(offset).min((run * sector_len) as u64) as usize;
+                let available = base_length
+                    .saturating_sub(offset)
+                    .min((run * sector_len) as u64) as usize;
                 let mut wanted = vec![0; run * sector_len];
                 if available > 0 {
                     let part = base

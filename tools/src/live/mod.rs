@@ -32,6 +32,7 @@ use self::{
 };
 use crate::common::{
     output::{complain, say},
+    program::Program,
     session::Session,
 };
 
@@ -75,7 +76,7 @@ struct Arguments {
 }
 
 /// Runs the command; gives the exit status: 0 all is right, 1 something is wrong, 2 inconclusive, 130 interrupted.
-pub fn run(session: &Session, args: &[String]) -> u8 {
+pub fn run(program: Program, args: &[String]) -> u8 {
     let words = std::iter::once("blk live".to_owned()).chain(args.iter().cloned());
     let arguments = match Arguments::try_parse_from(words) {
         Ok(arguments) => arguments,
@@ -85,16 +86,32 @@ pub fn run(session: &Session, args: &[String]) -> u8 {
             return u8::from(error.use_stderr());
         }
     };
-    let name = session.program.name();
+    let session = match Session::new(program) {
+        Ok(session) => session,
+        Err(failure) => {
+            failure.report(program);
+            return failure.code;
+        }
+    };
+    let name = program.name();
     let parent = arguments.scratch.clone().unwrap_or_else(std::env::temp_dir);
-    let scratch = match tempfile::Builder::new().prefix("blk-live-").tempdir_in(&parent) {
+    let scratch = match tempfile::Builder::new()
+        .prefix("blk-live-")
+        .tempdir_in(&parent)
+    {
         Ok(directory) => directory,
         Err(error) => {
-            complain!("{name}: can't make a scratch directory in '{}': {error}", parent.display());
+            complain!(
+                "{name}: can't make a scratch directory in '{}': {error}",
+                parent.display()
+            );
             return 1;
         }
     };
-    let status = match session.env.block_on(live(session, &arguments, scratch.path())) {
+    let status = match session
+        .env
+        .block_on(live(&session, &arguments, scratch.path()))
+    {
         Ok(report) => {
             if arguments.output == "json" {
                 match serde_json::to_string_pretty(&report) {
@@ -127,11 +144,7 @@ enum Stopped {
     Failed(String),
 }
 
-async fn live(
-    session: &Session,
-    arguments: &Arguments,
-    scratch: &Path,
-) -> Result<Report, Stopped> {
+async fn live(session: &Session, arguments: &Arguments, scratch: &Path) -> Result<Report, Stopped> {
     let failed = |text: String| Stopped::Failed(text);
     let env: Arc<dyn Environment> = session.env.clone();
     let begun = env.now();
@@ -139,8 +152,9 @@ async fn live(
         Some(file) => file.clone(),
         None => own_base(scratch, arguments.seed).map_err(failed)?,
     };
-    let (format, size) =
-        inspect(session, &base, arguments.base_format.as_deref()).await.map_err(failed)?;
+    let (format, size) = inspect(session, &base, arguments.base_format.as_deref())
+        .await
+        .map_err(failed)?;
     let before = fingerprint(&base).map_err(failed)?;
     let table = Table::new(arguments.quiet);
     table.event(&format!(
@@ -162,7 +176,10 @@ async fn live(
             graph: session.graph.clone(),
             registry: session.registry.clone(),
             scratch: scratch.to_owned(),
-            base: (std::path::absolute(&base).unwrap_or_else(|_| base.clone()), format),
+            base: (
+                std::path::absolute(&base).unwrap_or_else(|_| base.clone()),
+                format,
+            ),
             size,
             cluster: load.cluster,
         },
@@ -215,7 +232,9 @@ async fn live(
     check_all(&run, &mut report).await;
     report.base_unchanged = fingerprint(&base).is_ok_and(|after| after == before);
     if !report.base_unchanged {
-        report.failures.push(format!("the base image '{}' was modified", base.display()));
+        report
+            .failures
+            .push(format!("the base image '{}' was modified", base.display()));
     }
     report.jobs = std::mem::take(&mut *run.jobs.lock());
     report.disks = std::mem::take(&mut *run.disks.lock());
@@ -238,7 +257,10 @@ async fn check_all(run: &Run, report: &mut Report) {
         match run.lab.check(&image).await {
             Ok(result) if result.is_clean() => report.images_checked += 1,
             Ok(result) => {
-                let first = result.findings.first().map_or("", |finding| finding.message.as_str());
+                let first = result
+                    .findings
+                    .first()
+                    .map_or("", |finding| finding.message.as_str());
                 report.failures.push(format!(
                     "check of '{}': {} corruptions, {} leaks, {} errors; {first}",
                     image.display(),
@@ -247,7 +269,9 @@ async fn check_all(run: &Run, report: &mut Report) {
                     result.check_errors
                 ));
             }
-            Err(error) => report.failures.push(format!("check of '{}': {error}", image.display())),
+            Err(error) => report
+                .failures
+                .push(format!("check of '{}': {error}", image.display())),
         }
     }
 }
@@ -291,11 +315,20 @@ async fn inspect(session: &Session, base: &Path, format: Option<&str>) -> Step<(
         .await
         .map_err(failed)?;
     let reader = PermissionSet::new(Permissions::CONSISTENT_READ, Permissions::all());
-    let handle = session.graph.attach(&node, reader, "base").map_err(failed)?;
-    let found = (node.driver().name().to_owned(), handle.length() / SECTOR * SECTOR);
+    let handle = session
+        .graph
+        .attach(&node, reader, "base")
+        .map_err(failed)?;
+    let found = (
+        node.driver().name().to_owned(),
+        handle.length() / SECTOR * SECTOR,
+    );
     handle.close().await.map_err(failed)?;
     if found.1 < 8 << 20 {
-        return Err(format!("'{}' is too small: at least 8 MiB are needed", base.display()));
+        return Err(format!(
+            "'{}' is too small: at least 8 MiB are needed",
+            base.display()
+        ));
     }
     Ok(found)
 }

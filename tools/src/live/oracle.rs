@@ -43,7 +43,9 @@ pub struct Frozen {
 impl Frozen {
     /// The content of a sector.
     pub fn content(&self, sector: u64) -> Content {
-        self.versions.get(sector as usize).map_or(Content::Zero, |v| Content::decode(*v))
+        self.versions
+            .get(sector as usize)
+            .map_or(Content::Zero, |v| Content::decode(*v))
     }
 
     /// The sectors, in number.
@@ -77,8 +79,15 @@ impl Oracle {
     /// A disk of `length` bytes that holds what its base image holds.
     pub fn new(length: u64, seed: u64) -> Self {
         let sectors = length.div_ceil(SECTOR) as usize;
-        let state = State { versions: vec![BASE; sectors], busy: Vec::new(), next: FIRST };
-        Self { seed, state: Mutex::new(state) }
+        let state = State {
+            versions: vec![BASE; sectors],
+            busy: Vec::new(),
+            next: FIRST,
+        };
+        Self {
+            seed,
+            state: Mutex::new(state),
+        }
     }
 
     /// The seed of the patterns.
@@ -91,17 +100,26 @@ impl Oracle {
         let mut state = self.state.lock();
         let end = start + count;
         if end > state.versions.len() as u64
-            || state.busy.iter().any(|(from, to)| start < *to && *from < end)
+            || state
+                .busy
+                .iter()
+                .any(|(from, to)| start < *to && *from < end)
         {
             return None;
         }
         state.busy.push((start, end));
-        Some(Claim { oracle: self, start, count })
+        Some(Claim {
+            oracle: self,
+            start,
+            count,
+        })
     }
 
     /// A copy of what is known now. The guest must be paused.
     pub fn freeze(&self) -> Frozen {
-        Frozen { versions: self.state.lock().versions.clone() }
+        Frozen {
+            versions: self.state.lock().versions.clone(),
+        }
     }
 
     /// A number for a new write.
@@ -118,7 +136,10 @@ impl Claim<'_> {
     pub fn contents(&self) -> Vec<Content> {
         let state = self.oracle.state.lock();
         let range = self.start as usize..(self.start + self.count) as usize;
-        state.versions[range].iter().map(|version| Content::decode(*version)).collect()
+        state.versions[range]
+            .iter()
+            .map(|version| Content::decode(*version))
+            .collect()
     }
 
     /// The sectors hold this now.
@@ -169,12 +190,18 @@ pub fn describe(sector: &[u8]) -> String {
         return "zeroes".into();
     }
     let word = |at: usize| {
-        sector.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_le_bytes)
+        sector
+            .get(at..at + 8)
+            .and_then(|b| b.try_into().ok())
+            .map_or(0, u64::from_le_bytes)
     };
     if sector.starts_with(b"blklive\0") {
         return format!("write {} of sector {}", word(16), word(8));
     }
-    format!("unknown data beginning {:02x?}", &sector[..sector.len().min(8)])
+    format!(
+        "unknown data beginning {:02x?}",
+        &sector[..sector.len().min(8)]
+    )
 }
 
 #[cfg(test)]

@@ -1,12 +1,7 @@
 //! What `blk live` does to its disks: the four jobs one after another on one disk, and side by side on others, always
 //! with the guest at work.
 
-use std::{
-    collections::BTreeMap,
-    path::PathBuf,
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 
 use block_core::Node;
 use jobs::{BackupOptions, CommitOptions, CopyMode, Job, JobManager, MirrorOptions, StreamOptions};
@@ -55,7 +50,10 @@ impl Run {
     }
 
     fn load(&self, salt: u64) -> Load {
-        Load { seed: self.load.seed.wrapping_add(salt.wrapping_mul(0x9e37_79b9)), ..self.load }
+        Load {
+            seed: self.load.seed.wrapping_add(salt.wrapping_mul(0x9e37_79b9)),
+            ..self.load
+        }
     }
 
     fn file(node: &Arc<Node>) -> PathBuf {
@@ -86,7 +84,11 @@ impl Run {
         let begun = self.lab.graph.env().now();
         let mut hurried = false;
         let wait = async {
-            if until_ready { job.wait_ready().await } else { job.wait().await }
+            if until_ready {
+                job.wait_ready().await
+            } else {
+                job.wait().await
+            }
         };
         let mut wait = std::pin::pin!(wait);
         loop {
@@ -125,12 +127,19 @@ impl Run {
         verified: u64,
     ) {
         let counters = job.counters();
-        self.table.event(&format!("disk {}: {} ({mode}) done", disk.name, job.kind()));
+        self.table
+            .event(&format!("disk {}: {} ({mode}) done", disk.name, job.kind()));
         self.jobs.lock().push(JobLine {
             disk: disk.name.clone(),
             kind: job.kind().name(),
             mode,
-            seconds: self.lab.graph.env().now().saturating_sub(begun).as_secs_f64(),
+            seconds: self
+                .lab
+                .graph
+                .env()
+                .now()
+                .saturating_sub(begun)
+                .as_secs_f64(),
             bytes_copied: counters.bytes_copied + counters.bytes_copied_before_write,
             bytes_while_guest_wrote: counters.bytes_while_guest_wrote,
             bytes_verified: verified,
@@ -141,7 +150,11 @@ impl Run {
     async fn settle_target(&self, disk: &Disk, target: &Arc<Node>, frozen: &Frozen) -> Step<u64> {
         let path = Self::file(target);
         self.keep_counters(target);
-        self.lab.graph.release(target).await.map_err(said("closing a target"))?;
+        self.lab
+            .graph
+            .release(target)
+            .await
+            .map_err(said("closing a target"))?;
         let verified = disk.verify_file(&self.lab, &path, frozen).await?;
         self.images.lock().push(path);
         Ok(verified)
@@ -160,7 +173,11 @@ impl Run {
         let mut options = BackupOptions::new(&disk.handle.node(), &target);
         options.job.id = Some(format!("backup-{}", disk.name));
         options.job.speed = self.speed(self.lab.size);
-        let job = self.manager.backup(options).await.map_err(said("starting a backup"));
+        let job = self
+            .manager
+            .backup(options)
+            .await
+            .map_err(said("starting a backup"));
         disk.guest.resume();
         let job = job?;
         self.watch(disk, &job, false).await?;
@@ -181,10 +198,17 @@ impl Run {
         let mut options = CommitOptions::new(&disk.handle.node()).top(top).base(base);
         options.job.id = Some(format!("commit-{}", disk.name));
         options.job.speed = self.speed(self.lab.size / 4);
-        let job = self.manager.commit(options).await.map_err(said("starting a commit"))?;
+        let job = self
+            .manager
+            .commit(options)
+            .await
+            .map_err(said("starting a commit"))?;
         self.watch(disk, &job, false).await?;
         if disk.layers().iter().any(|layer| layer.id() == top.id()) {
-            return Err(format!("disk {}: commit didn't take its layer out", disk.name));
+            return Err(format!(
+                "disk {}: commit didn't take its layer out",
+                disk.name
+            ));
         }
         self.record(disk, &job, "intermediate", begun, 0);
         Ok(())
@@ -204,11 +228,22 @@ impl Run {
         let mut options = StreamOptions::new(&disk.handle.node()).base(base);
         options.job.id = Some(format!("stream-{}", disk.name));
         options.job.speed = self.speed(self.lab.size / 4);
-        let job = self.manager.stream(options).await.map_err(said("starting a stream"))?;
+        let job = self
+            .manager
+            .stream(options)
+            .await
+            .map_err(said("starting a stream"))?;
         self.watch(disk, &job, false).await?;
         let gone = &layers[1..index];
-        if disk.layers().iter().any(|layer| gone.iter().any(|old| old.id() == layer.id())) {
-            return Err(format!("disk {}: stream didn't take its layers out", disk.name));
+        if disk
+            .layers()
+            .iter()
+            .any(|layer| gone.iter().any(|old| old.id() == layer.id()))
+        {
+            return Err(format!(
+                "disk {}: stream didn't take its layers out",
+                disk.name
+            ));
         }
         self.record(disk, &job, "to a base", begun, 0);
         Ok(())
@@ -226,12 +261,19 @@ impl Run {
         let mut options = CommitOptions::new(top).base(base);
         options.job.id = Some(format!("commit-{}", disk.name));
         options.job.speed = self.speed(self.lab.size / 4);
-        let job = self.manager.commit(options).await.map_err(said("starting a commit"))?;
+        let job = self
+            .manager
+            .commit(options)
+            .await
+            .map_err(said("starting a commit"))?;
         self.watch(disk, &job, true).await?;
         job.complete().map_err(said("completing a commit"))?;
         self.watch(disk, &job, false).await?;
         if disk.handle.node().skip_filters().id() != base.id() {
-            return Err(format!("disk {}: commit didn't switch over to its base", disk.name));
+            return Err(format!(
+                "disk {}: commit didn't switch over to its base",
+                disk.name
+            ));
         }
         self.record(disk, &job, "active", begun, 0);
         Ok(())
@@ -258,17 +300,32 @@ impl Run {
         options.job.id = Some(format!("mirror-{}", disk.name));
         options.job.speed = self.speed(self.lab.size);
         options.copy_mode = mode;
-        let job = self.manager.mirror(options).await.map_err(said("starting a mirror"))?;
+        let job = self
+            .manager
+            .mirror(options)
+            .await
+            .map_err(said("starting a mirror"))?;
         self.watch(disk, &job, true).await?;
         self.sleep(self.slice / 8).await;
         job.complete().map_err(said("completing a mirror"))?;
         self.watch(disk, &job, false).await?;
         if disk.handle.node().skip_filters().id() != target.id() {
-            return Err(format!("disk {}: mirror didn't switch over to its target", disk.name));
+            return Err(format!(
+                "disk {}: mirror didn't switch over to its target",
+                disk.name
+            ));
         }
         // The guest holds it now.
-        self.lab.graph.release(&target).await.map_err(said("handing a target over"))?;
-        self.images.lock().extend(old_files.into_iter().filter(|file| *file != self.lab.base.0));
+        self.lab
+            .graph
+            .release(&target)
+            .await
+            .map_err(said("handing a target over"))?;
+        self.images.lock().extend(
+            old_files
+                .into_iter()
+                .filter(|file| *file != self.lab.base.0),
+        );
         let mode = match mode {
             CopyMode::Background => "background, switch-over",
             CopyMode::WriteBlocking => "write-blocking, switch",
@@ -289,7 +346,11 @@ impl Run {
         options.job.id = Some(format!("mirror-{}", disk.name));
         options.job.speed = self.speed(self.lab.size);
         options.copy_mode = CopyMode::WriteBlocking;
-        let job = self.manager.mirror(options).await.map_err(said("starting a mirror"))?;
+        let job = self
+            .manager
+            .mirror(options)
+            .await
+            .map_err(said("starting a mirror"))?;
         self.watch(disk, &job, true).await?;
         self.sleep(self.slice / 8).await;
         disk.guest.pause().await;
@@ -319,7 +380,9 @@ impl Run {
     /// Lets the guest work for a while and puts a new layer under it.
     async fn work_and_snapshot(&self, disk: &Disk, name: &str) -> Step {
         self.sleep(self.slice / 4).await;
-        disk.snapshot(&self.lab, name).await.map_err(said("taking a snapshot"))?;
+        disk.snapshot(&self.lab, name)
+            .await
+            .map_err(said("taking a snapshot"))?;
         self.sleep(self.slice / 8).await;
         Ok(())
     }
@@ -399,7 +462,10 @@ impl Run {
 
 impl Proof {
     fn of(node: &Arc<Node>) -> Self {
-        let mut proof = Self { gate_waits: node.stats().snapshot().gate_waits, ..Self::default() };
+        let mut proof = Self {
+            gate_waits: node.stats().snapshot().gate_waits,
+            ..Self::default()
+        };
         for (name, count) in node.driver().counters() {
             match name {
                 "frees-deferred-by-pins" => proof.frees_deferred_by_pins = count,

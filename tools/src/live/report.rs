@@ -94,7 +94,10 @@ impl Report {
         let mut missing = Vec::new();
         for (name, count) in [
             ("no request had to wait at the gate", self.proof.gate_waits),
-            ("no free was put off by a pin", self.proof.frees_deferred_by_pins),
+            (
+                "no free was put off by a pin",
+                self.proof.frees_deferred_by_pins,
+            ),
             ("no cluster was copied on write", self.proof.copies_on_write),
             ("no cluster was freed", self.proof.clusters_freed),
         ] {
@@ -107,7 +110,9 @@ impl Report {
             if mine.is_empty() {
                 missing.push(format!("no {kind} ran to its end"));
             } else if mine.iter().all(|job| job.bytes_while_guest_wrote == 0) {
-                missing.push(format!("no {kind} copied anything while the guest was writing there"));
+                missing.push(format!(
+                    "no {kind} copied anything while the guest was writing there"
+                ));
             }
         }
         for disk in &self.disks {
@@ -204,7 +209,11 @@ impl Report {
             proof.copies_on_write,
             proof.clusters_freed,
             self.images_checked,
-            if self.base_unchanged { "unchanged" } else { "CHANGED" },
+            if self.base_unchanged {
+                "unchanged"
+            } else {
+                "CHANGED"
+            },
         );
         for failure in &self.failures {
             let _ = writeln!(out, "FAILED: {failure}");
@@ -243,7 +252,9 @@ mod tests {
 
     fn good() -> Report {
         Report {
-            jobs: ["backup", "commit", "stream", "mirror"].map(|kind| job(kind, 1)).to_vec(),
+            jobs: ["backup", "commit", "stream", "mirror"]
+                .map(|kind| job(kind, 1))
+                .to_vec(),
             proof: Proof {
                 gate_waits: 1,
                 frees_deferred_by_pins: 1,

@@ -66,8 +66,11 @@ impl Table {
 
     /// A new disk.
     pub fn disk(&self, name: &str, handle: &Arc<BlockHandle>) {
-        let row =
-            Row { handle: Arc::downgrade(handle), last: (0, 0, 0), jobs: BTreeMap::new() };
+        let row = Row {
+            handle: Arc::downgrade(handle),
+            last: (0, 0, 0),
+            jobs: BTreeMap::new(),
+        };
         self.rows.lock().insert(name.to_owned(), row);
     }
 
@@ -104,7 +107,8 @@ impl Table {
         drop(out);
         drop(drawn);
         for row in self.rows.lock().values_mut() {
-            row.jobs.retain(|_, job| !text.contains(job.split(' ').next().unwrap_or_default()));
+            row.jobs
+                .retain(|_, job| !text.contains(job.split(' ').next().unwrap_or_default()));
         }
     }
 
@@ -123,7 +127,9 @@ impl Table {
             );
             lines += 1;
             for (name, row) in rows.iter_mut() {
-                let Some(handle) = row.handle.upgrade() else { continue };
+                let Some(handle) = row.handle.upgrade() else {
+                    continue;
+                };
                 let stats = handle.node().stats().snapshot();
                 let now = (
                     stats.read_ops + stats.write_ops + stats.zero_ops + stats.discard_ops,

@@ -20,9 +20,7 @@ use super::{
     plan::{CHUNK, Kind, Piece, Plan, Source, ZEROES},
     target::Target,
 };
-use crate::common::{
-    failure::Failure, output::complain, progress::Meter, session::Session,
-};
+use crate::common::{failure::Failure, output::complain, progress::Meter, session::Session};
 
 /// How to copy.
 #[derive(Debug, Clone, Copy)]
@@ -133,8 +131,10 @@ impl Engine {
                     return self.write_plain_zeroes(piece, buffer).await;
                 }
                 if !self.target.is_zero {
-                    let write =
-                        self.target.handle.write_zeroes(piece.offset, piece.len, ZEROES);
+                    let write = self
+                        .target
+                        .handle
+                        .write_zeroes(piece.offset, piece.len, ZEROES);
                     self.in_turn(piece, write).await?;
                 }
             }
@@ -180,7 +180,7 @@ impl Engine {
     ) -> Result<Buffer, Failure> {
         match source.read_into(piece.source_offset, buffer).await {
             Ok(buffer) => Ok(buffer),
-            Err(error) if !self.settings.salvage => Err(Failure::context(
+            Err(error) if !self.settings.salvage => Err(Failure::io(
                 format_args!("error while reading at byte {}", piece.source_offset),
                 &error,
             )),
@@ -243,7 +243,9 @@ impl Engine {
             }
             Ok::<(), (u64, Error)>(())
         };
-        self.turns_then(piece, write).await.map_err(|(at, error)| writing(at, &error))?;
+        self.turns_then(piece, write)
+            .await
+            .map_err(|(at, error)| writing(at, &error))?;
         match data.try_into_buffer() {
             Ok(buffer) => Ok(buffer),
             // A driver still holds a part: it keeps all of it.
@@ -264,16 +266,16 @@ impl Engine {
             return runs(bytes, piece.offset, self.target.cluster, 1, true);
         }
         match self.settings.sparse {
-            None => vec![Run { start: 0, end, zero: false }],
+            None => vec![Run {
+                start: 0,
+                end,
+                zero: false,
+            }],
             Some(least) => runs(bytes, piece.offset, self.target.zero_unit, least, false),
         }
     }
 
-    async fn write_plain_zeroes(
-        &self,
-        piece: Piece,
-        buffer: Buffer,
-    ) -> Result<Buffer, Failure> {
+    async fn write_plain_zeroes(&self, piece: Piece, buffer: Buffer) -> Result<Buffer, Failure> {
         let write = async {
             let zeroes = IoBuf::zeroes(CHUNK.min(piece.len) as usize);
             let mut done = 0;
@@ -297,7 +299,9 @@ impl Engine {
         piece: Piece,
         write: impl Future<Output = block_core::Result<()>>,
     ) -> Result<(), Failure> {
-        self.turns_then(piece, write).await.map_err(|error| writing(piece.offset, &error))
+        self.turns_then(piece, write)
+            .await
+            .map_err(|error| writing(piece.offset, &error))
     }
 
     /// Begins `write` when all pieces before have begun theirs.
@@ -318,7 +322,7 @@ impl Engine {
 }
 
 fn writing(offset: u64, error: &Error) -> Failure {
-    Failure::context(format_args!("error while writing at byte {offset}"), error)
+    Failure::io(format_args!("error while writing at byte {offset}"), error)
 }
 
 struct StopOnDrop(Arc<Engine>);
@@ -352,7 +356,10 @@ fn runs(bytes: &[u8], offset: u64, unit: u64, least: u64, each: bool) -> Vec<Run
         }
         start = end;
     }
-    if runs.iter().any(|run| run.zero && ((run.end - run.start) as u64) < least) {
+    if runs
+        .iter()
+        .any(|run| run.zero && ((run.end - run.start) as u64) < least)
+    {
         // Short holes aren't worth a request each.
         let mut merged: Vec<Run> = Vec::new();
         for mut run in runs {
@@ -435,7 +442,10 @@ struct Pace {
 
 impl Pace {
     fn new(rate: u64) -> Self {
-        Self { rate, free_at: None }
+        Self {
+            rate,
+            free_at: None,
+        }
     }
 
     async fn wait(&mut self, env: &Arc<dyn Environment>, bytes: u64) {
@@ -463,7 +473,11 @@ mod tests {
         bytes[4096 * 2 - 1] = 1;
         assert_eq!(
             runs(&bytes, 0, 4096, 4096, false),
-            [run(0, 4096, true), run(4096, 8192, false), run(8192, 16384, true)]
+            [
+                run(0, 4096, true),
+                run(4096, 8192, false),
+                run(8192, 16384, true)
+            ]
         );
         // The chunk begins in the middle of a unit.
         assert_eq!(
@@ -477,7 +491,10 @@ mod tests {
         let mut bytes = vec![0; 512 * 8];
         bytes[0] = 1;
         bytes[1024] = 1;
-        assert_eq!(runs(&bytes, 0, 512, 2048, false), [run(0, 1536, false), run(1536, 4096, true)]);
+        assert_eq!(
+            runs(&bytes, 0, 512, 2048, false),
+            [run(0, 1536, false), run(1536, 4096, true)]
+        );
         assert_eq!(runs(&bytes, 0, 512, 4096, false), [run(0, 4096, false)]);
     }
 

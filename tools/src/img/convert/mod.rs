@@ -37,35 +37,91 @@ pub const COMMAND: Command = Command {
     options: &[
         QUIET,
         PROGRESS,
-        Opt::value('f', "source-format", "FMT", "format of FILE (default: found by probing)"),
+        Opt::value(
+            'f',
+            "source-format",
+            "FMT",
+            "format of FILE (default: found by probing)",
+        ),
         IMAGE_OPTS,
         Opt::flag(' ', "source-image-opts", "the same as --image-opts"),
-        Opt::value('T', "source-cache", "CACHE", "cache mode of FILE (default: writeback)"),
+        Opt::value(
+            'T',
+            "source-cache",
+            "CACHE",
+            "cache mode of FILE (default: writeback)",
+        ),
         FORCE_SHARE,
-        Opt::value('l', "source-snapshot", "SNAPSHOT", "(internal snapshots; not supported yet)"),
+        Opt::value(
+            'l',
+            "source-snapshot",
+            "SNAPSHOT",
+            "(internal snapshots; not supported yet)",
+        ),
         Opt::value(' ', "snapshot", "SNAPSHOT", "the same as -l"),
-        Opt::value('O', "target-format", "FMT", "format of TARGET (default: raw)"),
-        Opt::value('o', "target-options", "OPTIONS", "options of the format; '-o help' lists them"),
-        Opt::flag(' ', "target-image-opts", "TARGET is a list of options; needs -n"),
-        Opt::value('t', "target-cache", "CACHE", "cache mode of TARGET (default: unsafe)"),
+        Opt::value(
+            'O',
+            "target-format",
+            "FMT",
+            "format of TARGET (default: raw)",
+        ),
+        Opt::value(
+            'o',
+            "target-options",
+            "OPTIONS",
+            "options of the format; '-o help' lists them",
+        ),
+        Opt::flag(
+            ' ',
+            "target-image-opts",
+            "TARGET is a list of options; needs -n",
+        ),
+        Opt::value(
+            't',
+            "target-cache",
+            "CACHE",
+            "cache mode of TARGET (default: unsafe)",
+        ),
         Opt::flag('c', "compress", "write compressed clusters"),
-        Opt::value('B', "backing", "FILE", "backing file of TARGET, with FILE's base as content"),
+        Opt::value(
+            'B',
+            "backing",
+            "FILE",
+            "backing file of TARGET, with FILE's base as content",
+        ),
         Opt::value('F', "backing-format", "FMT", "format of the backing file"),
         Opt::flag('n', "no-create", "TARGET exists"),
-        Opt::flag(' ', "target-is-zero", "TARGET reads as zeroes everywhere; needs -n"),
+        Opt::flag(
+            ' ',
+            "target-is-zero",
+            "TARGET reads as zeroes everywhere; needs -n",
+        ),
         Opt::value(
             'S',
             "sparse-size",
             "SIZE",
             "least run of zeroes that becomes a hole (default: 4k); 0 for none",
         ),
-        Opt::value('m', "parallel", "N", "requests in flight, 1 to 16 (default: 8)"),
+        Opt::value(
+            'm',
+            "parallel",
+            "N",
+            "requests in flight, 1 to 16 (default: 8)",
+        ),
         Opt::flag('W', "oob-writes", "write in any order"),
-        Opt::flag('C', "copy-range-offloading", "let the storage copy by itself where it can"),
+        Opt::flag(
+            'C',
+            "copy-range-offloading",
+            "let the storage copy by itself where it can",
+        ),
         Opt::value('r', "rate", "RATE", "bytes per second, at most"),
         Opt::flag(' ', "salvage", "write zeroes where FILE can't be read"),
         Opt::flag(' ', "bitmaps", "(persistent bitmaps; not supported yet)"),
-        Opt::flag(' ', "skip-broken-bitmaps", "(persistent bitmaps; not supported yet)"),
+        Opt::flag(
+            ' ',
+            "skip-broken-bitmaps",
+            "(persistent bitmaps; not supported yet)",
+        ),
         OBJECT,
     ],
     run: |session, parsed| session.run(execute(session, parsed)),
@@ -139,7 +195,9 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     let unit = if request.compress { target.cluster } else { 1 };
     let plan = Plan::new(sources, settings.salvage, settings.sparse.is_some(), unit);
     let target = Arc::new(target);
-    Engine::new(plan, target.clone(), settings, meter.clone()).run(session).await?;
+    Engine::new(plan, target.clone(), settings, meter.clone())
+        .run(session)
+        .await?;
     for source in opened {
         if let Ok(source) = Arc::try_unwrap(source) {
             source.close().await?;
@@ -170,13 +228,19 @@ impl Arguments {
             return Err(args::exclusive());
         }
         if parsed.has("source-snapshot") || parsed.has("snapshot") {
-            return Err(Failure::new("Converting from an internal snapshot (-l) is not supported yet"));
+            return Err(Failure::new(
+                "Converting from an internal snapshot (-l) is not supported yet",
+            ));
         }
         if parsed.has("skip-broken-bitmaps") && !parsed.has("bitmaps") {
-            return Err(Failure::new("Use of --skip-broken-bitmaps requires --bitmaps"));
+            return Err(Failure::new(
+                "Use of --skip-broken-bitmaps requires --bitmaps",
+            ));
         }
         if parsed.has("bitmaps") {
-            return Err(Failure::new("Copying persistent bitmaps (--bitmaps) is not supported yet"));
+            return Err(Failure::new(
+                "Copying persistent bitmaps (--bitmaps) is not supported yet",
+            ));
         }
         let sparse = match parsed.get("sparse-size") {
             None => Some(SPARSE),
@@ -213,8 +277,12 @@ impl Arguments {
             CacheMode::WRITEBACK,
             "Invalid source cache option",
         )?;
-        let target_cache =
-            args::cache(parsed, "target-cache", CacheMode::UNSAFE, "Invalid cache option")?;
+        let target_cache = args::cache(
+            parsed,
+            "target-cache",
+            CacheMode::UNSAFE,
+            "Invalid cache option",
+        )?;
         if parsed.has("copy-range-offloading") {
             for (option, name) in [("sparse-size", "-S"), ("compress", "-c")] {
                 if parsed.has(option) {
@@ -241,9 +309,11 @@ fn help(session: &Session, format: &str, parsed: &Parsed) -> Outcome {
         .get(format)
         .map_err(|_| Failure::new(format!("Unknown file format '{format}'")))?;
     let protocol = match parsed.free.last() {
-        Some(file) if parsed.free.len() > 1 => {
-            Some(session.registry.get(&protocol_of(&session.registry, file)?)?)
-        }
+        Some(file) if parsed.free.len() > 1 => Some(
+            session
+                .registry
+                .get(&protocol_of(&session.registry, file)?)?,
+        ),
         _ => None,
     };
     CreateOptions::new(&**factory, protocol.map(|factory| &**factory))

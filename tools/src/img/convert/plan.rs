@@ -22,8 +22,16 @@ pub struct Source {
 impl Source {
     /// An image, whose own layer alone is copied if `above_backing`.
     pub fn new(handle: Arc<BlockHandle>, above_backing: bool) -> Self {
-        let base = if above_backing { handle.node().backing() } else { None };
-        Self { length: handle.length(), handle, base }
+        let base = if above_backing {
+            handle.node().backing()
+        } else {
+            None
+        };
+        Self {
+            length: handle.length(),
+            handle,
+            base,
+        }
     }
 }
 
@@ -140,8 +148,14 @@ impl Plan {
             Kind::Zero | Kind::Below => LARGE,
         };
         let len = (end - self.at).min(most);
-        let piece =
-            Piece { index: self.index, source: self.source, source_offset: self.at, offset, len, kind };
+        let piece = Piece {
+            index: self.index,
+            source: self.source,
+            source_offset: self.at,
+            offset,
+            len,
+            kind,
+        };
         self.at += len;
         self.index += 1;
         Ok(Some(piece))
@@ -150,7 +164,10 @@ impl Plan {
     async fn look(&self) -> Result<(Kind, u64), Failure> {
         let source = &self.sources[self.source];
         let len = source.length - self.at;
-        let status = source.handle.block_status_above(source.base.as_ref(), self.at, len).await;
+        let status = source
+            .handle
+            .block_status_above(source.base.as_ref(), self.at, len)
+            .await;
         let status = match status {
             Ok(status) if status.len > 0 => status,
             // Reading will tell.
@@ -159,7 +176,7 @@ impl Plan {
                 return Ok((Kind::Data, self.at + len.min(CHUNK)));
             }
             Err(error) => {
-                return Err(Failure::context(
+                return Err(Failure::io(
                     format_args!("error while reading block status at offset {}", self.at),
                     &error,
                 ));

@@ -28,7 +28,9 @@ impl Request<'_> {
     /// What can't be, before anything is opened or made.
     pub fn check(&self, session: &Session, sources: usize) -> Result<(), Failure> {
         if self.exists && self.list.is_some() {
-            return Err(Failure::new("-o has no effect when skipping image creation"));
+            return Err(Failure::new(
+                "-o has no effect when skipping image creation",
+            ));
         }
         if self.image_opts && !self.exists {
             return Err(Failure::new("--target-image-opts requires use of -n flag"));
@@ -37,7 +39,10 @@ impl Request<'_> {
             return Err(Failure::new("--target-is-zero requires use of -n flag"));
         }
         if !self.image_opts && session.registry.get(self.format).is_err() {
-            return Err(Failure::new(format!("Unknown file format '{}'", self.format)));
+            return Err(Failure::new(format!(
+                "Unknown file format '{}'",
+                self.format
+            )));
         }
         if self.backing.is_some() && sources > 1 {
             return Err(Failure::new(
@@ -104,7 +109,10 @@ impl Target {
         Ok(Self {
             has_backing,
             is_zero,
-            zero_unit: limits.zeroes_alignment.max(limits.request_alignment).max(512),
+            zero_unit: limits
+                .zeroes_alignment
+                .max(limits.request_alignment)
+                .max(512),
             cluster,
             handle,
         })
@@ -137,29 +145,38 @@ async fn create(session: &Session, request: &Request<'_>, length: u64) -> Result
     ] {
         if let Some(value) = value {
             if !options.takes(key) {
-                return Err(Failure::new(format!("{what} not supported for file format '{format}'")));
+                return Err(Failure::new(format!(
+                    "{what} not supported for file format '{format}'"
+                )));
             }
             options.set(key, value)?;
         }
     }
     if options.get("backing_file").is_some() && options.get("backing_fmt").is_none() {
-        return Err(Failure::new("Use of backing file requires explicit backing format"));
+        return Err(Failure::new(
+            "Use of backing file requires explicit backing format",
+        ));
     }
-    if request.compress
-        && matches!(options.get("preallocation"), Some(mode) if mode != "off")
-    {
-        return Err(Failure::new("Compression and preallocation not supported at the same time"));
+    if request.compress && matches!(options.get("preallocation"), Some(mode) if mode != "off") {
+        return Err(Failure::new(
+            "Compression and preallocation not supported at the same time",
+        ));
     }
     if request.compress && format == "raw" {
         return Err(no_compression());
     }
-    options.set("size", &options.get_size("size").unwrap_or(length).to_string())?;
+    options.set(
+        "size",
+        &options.get_size("size").unwrap_or(length).to_string(),
+    )?;
     registry
         .create(&session.graph, format, name, options.for_format()?)
         .await
         .map_err(|error| {
             let reason = match error.kind() {
-                ErrorKind::TooBig => format!("The image size is too large for file format '{format}'"),
+                ErrorKind::TooBig => {
+                    format!("The image size is too large for file format '{format}'")
+                }
                 _ => error.reason(),
             };
             Failure::new(format!("{name}: error while converting {format}: {reason}"))
