@@ -195,7 +195,8 @@ impl Backup {
             transfer: transfer.clone(),
             cursor: 0,
         };
-        engine.pass(&mut plan).await
+        engine.pass(&mut plan).await?;
+        self.state.check()
     }
 
     /// Only what the guest overwrites is saved, until somebody says that it is enough.
@@ -203,9 +204,7 @@ impl Backup {
         loop {
             job.pause_point().await?;
             let seen = job.epoch();
-            if let Some(broken) = self.state.take_broken() {
-                return Err(broken.error);
-            }
+            self.state.check()?;
             job.changed(seen, Some(IDLE)).await;
         }
     }
@@ -240,10 +239,7 @@ impl JobDriver for Backup {
     }
 
     async fn prepare(&mut self, _job: &Arc<Job>) -> Result<()> {
-        match self.state.take_broken() {
-            Some(broken) => Err(broken.error),
-            None => Ok(()),
-        }
+        self.state.check()
     }
 
     async fn clean(&mut self, _job: &Arc<Job>) {
@@ -283,6 +279,6 @@ impl Plan for BackupPlan {
     }
 
     fn other_error(&mut self) -> Option<CopyError> {
-        self.state.take_broken()
+        self.state.tell_broken()
     }
 }

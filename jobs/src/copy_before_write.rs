@@ -55,7 +55,13 @@ pub(crate) struct BackupState {
     pub counters: Arc<Counters>,
     on_error: OnCbwError,
     phase: AtomicU8,
-    broken: Mutex<Option<CopyError>>,
+    broken: Mutex<Option<Broken>>,
+}
+
+/// The error that broke the backup, and whether the job was told.
+struct Broken {
+    error: CopyError,
+    told: bool,
 }
 
 impl BackupState {
@@ -85,9 +91,23 @@ impl BackupState {
         self.phase.store(STOPPED, Ordering::SeqCst);
     }
 
-    /// The error that broke the backup.
-    pub(crate) fn take_broken(&self) -> Option<CopyError> {
-        self.broken.lock().take()
+    /// The error that broke the backup: it can't succeed any more.
+    pub(crate) fn check(&self) -> Result<()> {
+        match &*self.broken.lock() {
+            Some(broken) => Err(broken.error.error.duplicate()),
+            None => Ok(()),
+        }
+    }
+
+    /// The same, once: for the job's events.
+    pub(crate) fn tell_broken(&self) -> Option<CopyError> {
+        let mut broken = self.broken.lock();
+        let broken = broken.as_mut().filter(|broken| !broken.told)?;
+        broken.told = true;
+        Some(CopyError {
+            side: broken.error.side,
+            error: broken.error.error.duplicate(),
+        })
     }
 
     /// Copies what isn't copied yet of a range that the caller holds a ticket over.
@@ -147,7 +167,8 @@ impl CopyBeforeWrite {
                 OnCbwError::BreakGuestWrite => Err(before_write(error.error)),
                 OnCbwError::BreakSnapshot => {
                     state.stop();
-                    state.broken.lock().get_or_insert(error);
+                    let told = false;
+                    state.broken.lock().get_or_insert(Broken { error, told });
                     Ok(())
                 }
             },

@@ -442,6 +442,8 @@ fn a_failing_copy_before_write_breaks_the_write_or_the_backup_as_told() {
             let mut options = BackupOptions::new(&chain[1].node, &target.node);
             options.job.speed = 1;
             options.on_cbw_error = on_cbw_error;
+            // A broken point in time isn't a matter of policy.
+            options.on_target_error = OnError::Ignore;
             let job = bench.manager.backup(options).await.expect("a backup");
             bench.sleep(20).await;
             let last = LENGTH - 4 * CLUSTER;
@@ -640,6 +642,44 @@ fn a_read_only_base_is_writable_during_a_commit_only() {
             assert_same(&found, &content, "the guest's disk");
         });
     }
+}
+
+#[test]
+fn an_empty_disk_is_in_sync_at_once() {
+    run(|bench| async move {
+        let source = bench.layer("source", 0, None);
+        let target = bench.layer("target", 0, None);
+        let handle = bench.guest_handle(&source.node);
+        let options = MirrorOptions::new(&source.node, &target.node);
+        let job = bench.manager.mirror(options).await.expect("a mirror");
+        job.wait_ready().await.expect("ready");
+        job.complete().expect("it is ready");
+        job.wait().await.expect("success");
+        assert_eq!(handle.node().name(), "target");
+    });
+}
+
+#[test]
+fn a_commit_below_and_a_stream_above_work_on_one_chain_at_a_time() {
+    run(|bench| async move {
+        let (chain, content) = bench.chain(&["A", "B", "C", "D", "E"]).await;
+        let handle = bench.guest_handle(&chain[4].node);
+        let guest = Guest::start(&bench.graph, &handle, content, 8);
+        let mut stream = StreamOptions::new(&chain[4].node).base(&chain[2].node);
+        stream.job = options("up");
+        let mut commit = CommitOptions::new(&chain[2].node)
+            .top(&chain[1].node)
+            .base(&chain[0].node);
+        commit.job = options("down");
+        let stream = bench.manager.stream(stream).await.expect("a stream");
+        let commit = bench.manager.commit(commit).await.expect("a commit");
+        stream.wait().await.expect("success");
+        commit.wait().await.expect("success");
+        let expected = guest.stop().await;
+        assert_eq!(bench.names(), ["A", "C", "E"]);
+        let found = handle.read(0, LENGTH as usize).await.expect("readable");
+        assert_same(&found, &expected, "the guest's disk");
+    });
 }
 
 #[test]

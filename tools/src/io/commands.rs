@@ -89,7 +89,7 @@ pub async fn run(session: &mut Session, program: &str, words: &[&str]) -> Outcom
         Ok(given) => given,
         Err(text) => {
             eprintln!("{text}");
-            eprintln!("{}", command.usage());
+            println!("{}", command.usage());
             return Failed;
         }
     };
@@ -583,7 +583,7 @@ async fn truncate(session: &Session, given: &Given) -> Answer {
         Some("falloc") => Preallocation::Falloc,
         Some("full") => Preallocation::Full,
         Some(other) => {
-            let text = format!("invalid parameter value: {other}");
+            let text = format!("Invalid preallocation mode '{other}'");
             return Err(Refused {
                 text,
                 reported: true,
