@@ -88,6 +88,17 @@ impl fmt::Display for Mismatch {
     }
 }
 
+/// How strictly content is judged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Judgement {
+    /// What the order of requests allows.
+    Exact,
+    /// That for victims; elsewhere whatever was ever written to the sector, or zeroes.
+    Lenient,
+    /// Everywhere whatever was ever written to the sector, or zeroes.
+    Known,
+}
+
 #[derive(Default)]
 struct State {
     clock: u64,
@@ -283,14 +294,14 @@ impl Oracle {
                 Value::Zero => allowed.push(Seen::Zero),
                 Value::Discarded => allowed.extend([Seen::Zero, initial]),
                 Value::Stamp { owner, seq } => {
-                    allowed.push(Seen::Stamp(Stamp { owner, seq, sector }))
+                    allowed.push(Seen::Stamp(Stamp { owner, seq, sector }));
                 }
             }
         }
         allowed
     }
 
-    fn judge(&self, offset: u64, bytes: &[u8], began: u64, lenient: bool) -> Vec<Mismatch> {
+    fn judge(&self, offset: u64, bytes: &[u8], began: u64, how: Judgement) -> Vec<Mismatch> {
         let state = self.state.lock();
         let mut mismatches: Vec<Mismatch> = Vec::new();
         for (at, bytes) in bytes.chunks(SECTOR as usize).enumerate() {
@@ -303,7 +314,12 @@ impl Oracle {
             let place = sector * SECTOR;
             let victim = state.victims.iter().any(|range| range.contains(&place));
             let foreign = matches!(found, Seen::Stamp(stamp) if stamp.sector != sector);
-            if lenient && !victim && !foreign {
+            let lenient = match how {
+                Judgement::Exact => false,
+                Judgement::Lenient => !victim,
+                Judgement::Known => true,
+            };
+            if lenient && !foreign {
                 let known = match found {
                     Seen::Zero => true,
                     Seen::Stamp(stamp) => {
@@ -341,13 +357,19 @@ impl Oracle {
 
     /// Judges what a disk at rest holds at `offset`: nothing is in flight.
     pub fn check(&self, offset: u64, bytes: &[u8]) -> Vec<Mismatch> {
-        self.judge(offset, bytes, u64::MAX, false)
+        self.judge(offset, bytes, u64::MAX, Judgement::Exact)
     }
 
     /// The same, but outside of victims a sector may hold anything that somebody ever wrote to it, or zeroes: what a
     /// disk without a gate owes.
     pub fn check_lenient(&self, offset: u64, bytes: &[u8]) -> Vec<Mismatch> {
-        self.judge(offset, bytes, u64::MAX, true)
+        self.judge(offset, bytes, u64::MAX, Judgement::Lenient)
+    }
+
+    /// Everywhere, also in victims, a sector may hold anything that somebody ever wrote to it, or zeroes: what a disk
+    /// owes after a power cut where nothing was flushed.
+    pub fn check_known(&self, offset: u64, bytes: &[u8]) -> Vec<Mismatch> {
+        self.judge(offset, bytes, u64::MAX, Judgement::Known)
     }
 }
 
@@ -375,12 +397,14 @@ impl Drop for Change {
 impl Reading {
     /// The read has ended with these bytes from `offset`.
     pub fn check(self, offset: u64, bytes: &[u8]) -> Vec<Mismatch> {
-        self.oracle.judge(offset, bytes, self.began, false)
+        self.oracle
+            .judge(offset, bytes, self.began, Judgement::Exact)
     }
 
     /// The same as [`Oracle::check_lenient`] does.
     pub fn check_lenient(self, offset: u64, bytes: &[u8]) -> Vec<Mismatch> {
-        self.oracle.judge(offset, bytes, self.began, true)
+        self.oracle
+            .judge(offset, bytes, self.began, Judgement::Lenient)
     }
 }
 

@@ -278,7 +278,7 @@ impl Plan for BackupPlan {
         })
     }
 
-    fn other_error(&mut self) -> Option<CopyError> {
-        self.state.tell_broken()
+    fn check(&self) -> Result<()> {
+        self.state.check()
     }
 }

@@ -91,6 +91,11 @@ pub(crate) trait Plan: Send {
         false
     }
 
+    /// Whether it makes sense to go on: an error here ends the job whatever the policies say.
+    fn check(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// An error that was met elsewhere on behalf of this job (in a filter).
     fn other_error(&mut self) -> Option<CopyError> {
         None
@@ -206,6 +211,7 @@ impl Engine {
         let mut no_more = false;
         loop {
             let seen = self.job.epoch();
+            plan.check()?;
             if let Some(error) = plan.other_error() {
                 self.failed(error)?;
                 continue;

@@ -27,7 +27,7 @@ use block_core::{
 use parking_lot::Mutex;
 
 use crate::{
-    copy::{Chunk, CopyError, CopyResult, MAX_CHUNK},
+    copy::{Chunk, CopyResult, MAX_CHUNK},
     counters::{Copied, Counters},
     passthrough,
     transfer::Copier,
@@ -55,13 +55,7 @@ pub(crate) struct BackupState {
     pub counters: Arc<Counters>,
     on_error: OnCbwError,
     phase: AtomicU8,
-    broken: Mutex<Option<Broken>>,
-}
-
-/// The error that broke the backup, and whether the job was told.
-struct Broken {
-    error: CopyError,
-    told: bool,
+    broken: Mutex<Option<Error>>,
 }
 
 impl BackupState {
@@ -94,20 +88,9 @@ impl BackupState {
     /// The error that broke the backup: it can't succeed any more.
     pub(crate) fn check(&self) -> Result<()> {
         match &*self.broken.lock() {
-            Some(broken) => Err(broken.error.error.duplicate()),
+            Some(error) => Err(error.duplicate()),
             None => Ok(()),
         }
-    }
-
-    /// The same, once: for the job's events.
-    pub(crate) fn tell_broken(&self) -> Option<CopyError> {
-        let mut broken = self.broken.lock();
-        let broken = broken.as_mut().filter(|broken| !broken.told)?;
-        broken.told = true;
-        Some(CopyError {
-            side: broken.error.side,
-            error: broken.error.error.duplicate(),
-        })
     }
 
     /// Copies what isn't copied yet of a range that the caller holds a ticket over.
@@ -167,8 +150,7 @@ impl CopyBeforeWrite {
                 OnCbwError::BreakGuestWrite => Err(before_write(error.error)),
                 OnCbwError::BreakSnapshot => {
                     state.stop();
-                    let told = false;
-                    state.broken.lock().get_or_insert(Broken { error, told });
+                    state.broken.lock().get_or_insert(error.error);
                     Ok(())
                 }
             },

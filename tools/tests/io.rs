@@ -114,6 +114,44 @@ fn the_same_commands_give_the_same_words() {
 }
 
 #[test]
+fn an_image_that_cant_be_opened_is_refused_in_the_same_words() {
+    if !have("qemu-io") {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let ours = as_qemu_io(directory.path());
+    let image = directory.path().join("disk.qcow2");
+    create(&image, "1M");
+    let good = std::fs::read(&image).unwrap();
+    let name = image.to_str().unwrap();
+    for (offset, bytes) in [
+        (0, *b"XXXX"),
+        (4, [0, 0, 0, 9]),
+        (20, [0, 0, 0, 63]),
+        (36, [255; 4]),
+    ] {
+        let mut bad = good.clone();
+        bad[offset..offset + 4].copy_from_slice(&bytes);
+        std::fs::write(&image, bad).unwrap();
+        let outputs: Vec<Output> = [Path::new("qemu-io"), ours.as_path()]
+            .iter()
+            .map(|program| {
+                Command::new(program)
+                    .args(["-f", "qcow2", "-c", "length", name])
+                    .output()
+                    .unwrap()
+            })
+            .collect();
+        assert_eq!(
+            filtered(&outputs[1].stderr),
+            filtered(&outputs[0].stderr),
+            "at {offset}"
+        );
+        assert_eq!(outputs[1].status.code(), outputs[0].status.code());
+    }
+}
+
+#[test]
 fn options_open_the_image_as_they_say() {
     let directory = tempfile::tempdir().unwrap();
     let image = directory.path().join("disk.qcow2");

@@ -23,10 +23,12 @@ use crate::{
     external,
     lab::{Guest, Lab, LabOptions, after_discard},
     oracle::{Mismatch, Oracle},
-    sim::Order,
+    sim::{CancelAt, DropWhen, Order},
+    storage::{Content, Disk},
 };
 
 const FILE: &str = "storm";
+const CUT: &str = "cut";
 
 /// A storm to be run.
 #[derive(Debug, Clone)]
@@ -43,6 +45,10 @@ pub struct StormConfig {
     pub flush_every: usize,
     /// Whether requests wait at the gate.
     pub gate: bool,
+    /// So many in a hundred commands have their future dropped on the way.
+    pub drop_percent: u64,
+    /// So many times the power is cut: each leaves an image that is judged after the storm.
+    pub power_cuts: usize,
     /// Also ask the installed qemu-img.
     pub ask_qemu: bool,
 }
@@ -57,8 +63,24 @@ impl StormConfig {
             depth: 48,
             flush_every: 64,
             gate: true,
+            drop_percent: 0,
+            power_cuts: 0,
             ask_qemu: false,
         }
+    }
+
+    /// With requests that are dropped on the way.
+    #[must_use]
+    pub const fn with_drops(mut self, percent: u64) -> Self {
+        self.drop_percent = percent;
+        self
+    }
+
+    /// With cuts of the power.
+    #[must_use]
+    pub const fn with_power_cuts(mut self, cuts: usize) -> Self {
+        self.power_cuts = cuts;
+        self
     }
 
     /// Without the gate.
@@ -246,33 +268,76 @@ async fn run(
         oracle.protect(at, cluster);
     }
     handle.flush().await?;
-    lab.disk(FILE)?.set_jitter(4);
+    let disk = lab.disk(FILE)?;
+    disk.set_jitter(4);
+    if config.power_cuts > 0 {
+        disk.track_durability();
+    }
+    let written = Arc::new(Mutex::new(layout.victim_clusters().collect::<Vec<u64>>()));
+    let flushed = Arc::new(Mutex::new(written.lock().clone()));
+    let mut cuts = Vec::new();
 
     let window = Arc::new(Window::default());
-    for (number, command) in generate(config.seed, config.commands, layout)
-        .into_iter()
-        .enumerate()
-    {
+    let commands = generate(config.seed, config.commands, layout);
+    let cut_every = commands.len() / config.power_cuts.max(1);
+    for (number, command) in commands.into_iter().enumerate() {
         window.below(config.depth).await;
         window.enter();
-        let (guest, report, window) = (guest.clone(), report.clone(), window.clone());
-        drop(lab.env.start(async move {
-            let result = carry_out(&guest, command).await;
-            let mut report = report.lock();
-            report.ended_commands += 1;
-            if let Err(error) = result {
-                report.failed_commands += 1;
-                report
-                    .first_failure
-                    .get_or_insert_with(|| error.to_string());
+        let task = {
+            let (guest, report, window, written) = (
+                guest.clone(),
+                report.clone(),
+                window.clone(),
+                written.clone(),
+            );
+            let env = lab.env.clone();
+            let dropped = (lab.env.below(100) < config.drop_percent).then(|| {
+                let when = [DropWhen::AtOnce, DropWhen::AtRest][lab.env.below(2) as usize];
+                (lab.env.below(8) as usize, when)
+            });
+            async move {
+                let request = carry_out(&guest, command);
+                let result = match dropped {
+                    None => Some(request.await),
+                    Some((polls, when)) => {
+                        CancelAt::new(&env, request, polls, when, Arc::default())
+                            .await
+                            .ok()
+                    }
+                };
+                if let (Some(Ok(())), Command::Fresh { offset, len }) = (&result, command) {
+                    guest.oracle().protect(offset, len);
+                    written.lock().push(offset);
+                }
+                let mut report = report.lock();
+                report.ended_commands += 1;
+                if let Some(Err(error)) = result {
+                    report.failed_commands += 1;
+                    report
+                        .first_failure
+                        .get_or_insert_with(|| error.to_string());
+                }
+                drop(report);
+                window.leave();
             }
-            drop(report);
-            window.leave();
-        }));
+        };
+        drop(lab.env.start(task));
         if number % config.flush_every == 0 {
             let flusher = flusher.clone();
-            // A flush that fails shows in the one at the end.
-            drop(lab.env.start(async move { drop(flusher.flush().await) }));
+            let (written, flushed) = (written.clone(), flushed.clone());
+            drop(lab.env.start(async move {
+                let before = written.lock().clone();
+                // A flush that fails shows in the one at the end.
+                if flusher.flush().await.is_ok() {
+                    let mut flushed = flushed.lock();
+                    if flushed.len() < before.len() {
+                        *flushed = before;
+                    }
+                }
+            }));
+        }
+        if config.power_cuts > 0 && number % cut_every == cut_every - 1 {
+            cuts.push((number, disk.power_cut(&*lab.env), flushed.lock().clone()));
         }
     }
     window.below(1).await;
@@ -317,6 +382,79 @@ async fn run(
     judge(&guest, config, &report, "opened again").await;
     check(&handle, &report, config).await;
     drop((guest, handle));
+    lab.graph.release(&node).await?;
+    for (number, content, flushed) in cuts {
+        let when = format!("after a power cut at command {number}");
+        if let Err(failure) = after_cut(
+            lab,
+            format,
+            config,
+            &report,
+            &oracle,
+            cluster,
+            (&when, content, flushed),
+        )
+        .await
+        {
+            report
+                .lock()
+                .check_corruptions
+                .push(format!("{when}: {failure}"));
+        }
+    }
+    Ok(())
+}
+
+/// Opens what a power cut left behind: no corruption, everything there that was flushed, and nowhere anything that wasn't
+/// written for that place.
+async fn after_cut(
+    lab: &Lab,
+    format: &FormatUnderTest,
+    config: &StormConfig,
+    report: &Mutex<StormReport>,
+    oracle: &Oracle,
+    cluster: u64,
+    (when, content, flushed): (&str, Content, Vec<u64>),
+) -> Result<(), Failure> {
+    *report
+        .lock()
+        .counters
+        .entry("power-cuts".to_owned())
+        .or_default() += 1;
+    if config.ask_qemu {
+        let file = external::TempFile::new("cut", &content.to_bytes())
+            .map_err(|error| Failure(error.to_string()))?;
+        let said = external::check_file(&format.name, file.path())
+            .map_err(|error| Failure(error.to_string()))?;
+        // 3 stands for leaks alone.
+        if let Some(said) = said
+            && !matches!(said.status, Some(0 | 3 | 63))
+        {
+            return Err(Failure(format!("qemu-img check: {}", said.text)));
+        }
+    }
+    lab.disks.insert(Disk::new(CUT, content));
+    let node = lab.open(&format.name, CUT, None, &Options::new()).await?;
+    let handle = lab.attach(&node, "after-cut")?;
+    if node.driver().capabilities().contains(Capabilities::CHECK) {
+        let found = handle.check(CheckMode::ReadOnly, Progress::new()).await?;
+        if found.corruptions + found.check_errors > 0 {
+            let lines: Vec<String> = found
+                .findings
+                .iter()
+                .map(|finding| finding.message.clone())
+                .collect();
+            return Err(Failure(format!("check: {}", lines.join("; "))));
+        }
+    }
+    let length = handle.length();
+    let bytes = handle.read(0, length as usize).await?;
+    let mut wrong = oracle.check_known(0, &bytes);
+    for at in flushed {
+        wrong.extend(oracle.check(at, &bytes[at as usize..(at + cluster) as usize]));
+    }
+    report.lock().add_mismatches(when, &wrong);
+    drop(handle);
     lab.graph.release(&node).await?;
     Ok(())
 }
@@ -364,11 +502,7 @@ async fn carry_out(guest: &Guest, command: Command) -> Result<(), Error> {
             guest.zero(offset, len, flags).await
         }
         Command::Discard { offset, len } => guest.discard(offset, len).await,
-        Command::Fresh { offset, len } => {
-            guest.signing(3).write(offset, len, none).await?;
-            guest.oracle().protect(offset, len);
-            Ok(())
-        }
+        Command::Fresh { offset, len } => guest.signing(3).write(offset, len, none).await,
     }
 }
 
@@ -378,6 +512,10 @@ fn count(report: &Mutex<StormReport>, handle: &Arc<BlockHandle>) {
     report
         .counters
         .insert("gate-waits".to_owned(), node.tracker().waits());
+    report.counters.insert(
+        "dropped-at-driver".to_owned(),
+        node.stats().snapshot().dropped,
+    );
     for (name, value) in node.driver().counters() {
         report.counters.insert(name.to_owned(), value);
     }

@@ -546,8 +546,7 @@ mod tests {
             })
             .collect();
         env.run(futures::future::join_all(tasks));
-        let trace = trace.lock().clone();
-        trace
+        std::mem::take(&mut *trace.lock())
     }
 
     #[test]

@@ -169,13 +169,12 @@ fn parse(program: &str, args: &[String]) -> Result<Parsed, String> {
     Ok(Parsed::Run(Box::new(parsed)))
 }
 
-/// Prints why an image can't be opened, as qemu-io does.
+/// Prints why an image can't be opened: as `qemu-io` in its words, as `blk` with all that the error knows.
 fn print_open_error(program: &str, name: &str, error: &Error) {
-    let reason = error.reason();
-    if reason.starts_with("Could not open") {
-        eprintln!("{program}: can't open device {name}: {error}");
+    if program == Program::QemuIo.name() {
+        eprintln!("{program}: can't open device {name}: {}", error.reason());
     } else {
-        eprintln!("{program}: can't open device {name}: Could not open '{name}': {error}");
+        eprintln!("{program}: can't open device {name}: {error}");
     }
 }
 
