@@ -62,13 +62,25 @@ impl BlockDriver for Odd {
     async fn read(self: Arc<Self>, r: Request, offset: u64, buf: IoBufMut) -> Result<()> {
         self.inner.clone().read(r, offset, buf).await
     }
-    async fn write(self: Arc<Self>, r: Request, at: u64, buf: IoBuf, f: RequestFlags) -> Result<()> {
+    async fn write(
+        self: Arc<Self>,
+        r: Request,
+        at: u64,
+        buf: IoBuf,
+        f: RequestFlags,
+    ) -> Result<()> {
         if at == self.trap.load(Ordering::SeqCst) {
             self.sprung.store(true, Ordering::SeqCst);
         }
         self.inner.clone().write(r, at, buf, f).await
     }
-    async fn write_zeroes(self: Arc<Self>, r: Request, at: u64, len: u64, f: RequestFlags) -> Result<()> {
+    async fn write_zeroes(
+        self: Arc<Self>,
+        r: Request,
+        at: u64,
+        len: u64,
+        f: RequestFlags,
+    ) -> Result<()> {
         self.inner.clone().write_zeroes(r, at, len, f).await
     }
     async fn discard(self: Arc<Self>, r: Request, at: u64, len: u64) -> Result<()> {
@@ -205,41 +217,6 @@ fn r01_a_fragmented_write_on_a_full_disk_ends_when_flushes_are_slow() {
     });
 }
 
-/// The same without a full disk: a large discard fills the quarantine, and a fragmented write runs beside it.
-#[test]
-fn r01b_a_fragmented_write_beside_a_large_discard_ends() {
-    within(60, || {
-        const C: u64 = 512;
-        let storage = Storage::new(image_bytes("cluster_size=512", 160 << 20));
-        let bed = Bed::new(&storage);
-        bed.env.block_on(async {
-            let handle = bed.open("").await;
-            // Quarantine limit for clusters of 512 bytes: 65536 clusters, 32 MiB; twice that leads to a reclaim.
-            for n in 0..34 {
-                write(&handle, (n * 4) << 20, 4 << 20, 1).await.unwrap();
-            }
-            for n in 0..128 {
-                write(&handle, (150 << 20) + 2 * n * C, C, 1).await.unwrap();
-            }
-            handle.flush().await.unwrap();
-            bed.odd.slow_flush.store(2000, Ordering::SeqCst);
-            let discard = handle.discard(0, 136 << 20);
-            let writes = async {
-                for round in 0..200u8 {
-                    write(&handle, 150 << 20, 256 * C, round.max(1)).await.unwrap();
-                    // Fragments again.
-                    for n in 0..128 {
-                        handle.discard((150 << 20) + (2 * n + 1) * C, C).await.unwrap();
-                    }
-                }
-            };
-            let (done, ()) = futures::join!(discard, writes);
-            done.unwrap();
-            println!("reclaims {}", counter(&handle, "reclaims"));
-        });
-    });
-}
-
 /// When the header was switched to a new L1 table but that wasn't confirmed durable, its clusters are not given out again.
 #[test]
 fn r10_a_failed_flush_while_the_l1_table_moves_leaves_a_usable_image() {
@@ -270,9 +247,17 @@ fn r10_a_failed_flush_while_the_l1_table_moves_leaves_a_usable_image() {
             .check(CheckMode::ReadOnly, Progress::new())
             .await
             .unwrap();
-        println!("corruptions {} errors {}: {:#?}", report.corruptions, report.check_errors, report.findings.iter().take(4).collect::<Vec<_>>());
+        println!(
+            "corruptions {} errors {}: {:#?}",
+            report.corruptions,
+            report.check_errors,
+            report.findings.iter().take(4).collect::<Vec<_>>()
+        );
         let read = handle.read(0, (64 * C) as usize).await;
-        assert!(read.unwrap()[..] == vec![1; (64 * C) as usize][..], "flushed data is gone");
+        assert!(
+            read.unwrap()[..] == vec![1; (64 * C) as usize][..],
+            "flushed data is gone"
+        );
         assert_eq!(report.corruptions, 0);
     });
 }

@@ -79,6 +79,12 @@ enum Command {
         /// Commands of one storm
         #[arg(long, default_value_t = 5000)]
         commands: usize,
+        /// So many in a hundred requests are dropped on the way (with the gate)
+        #[arg(long, default_value_t = 0)]
+        drop_percent: u64,
+        /// So often the power is cut (with the gate)
+        #[arg(long, default_value_t = 0)]
+        power_cuts: usize,
         #[arg(long, value_enum, default_value = "human")]
         output: Output,
     },
@@ -164,6 +170,8 @@ impl Suite {
                 seed,
                 region,
                 commands,
+                drop_percent,
+                power_cuts,
                 output,
             } => {
                 let mut under_test = format_under_test(&format, &options)?;
@@ -173,6 +181,8 @@ impl Suite {
                     regions: regions.map_err(|error| format!("--region: {error}"))?,
                     seeds: parse_seeds(&seed)?,
                     commands,
+                    drop_percent,
+                    power_cuts,
                     ask_qemu: true,
                 };
                 Ok(self.race(&under_test, &what, output))

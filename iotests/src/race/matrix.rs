@@ -118,6 +118,10 @@ pub struct Matrix {
     pub seeds: std::ops::Range<u64>,
     /// Commands of one storm.
     pub commands: usize,
+    /// So many in a hundred requests are dropped, where everything must stay clean.
+    pub drop_percent: u64,
+    /// So often the power is cut, where everything must stay clean.
+    pub power_cuts: usize,
     /// Also ask the installed qemu-img about each image.
     pub ask_qemu: bool,
 }
@@ -128,6 +132,8 @@ impl Default for Matrix {
             regions: vec![8, 16, 32],
             seeds: 1..9,
             commands: 5000,
+            drop_percent: 0,
+            power_cuts: 0,
             ask_qemu: true,
         }
     }
@@ -160,6 +166,8 @@ pub fn matrix(
                         let config = StormConfig {
                             gate,
                             commands: what.commands,
+                            drop_percent: if gate { what.drop_percent } else { 0 },
+                            power_cuts: if gate { what.power_cuts } else { 0 },
                             ask_qemu: what.ask_qemu && expect != Expect::Corrupt,
                             ..StormConfig::new(seed, *region)
                         };

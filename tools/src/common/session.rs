@@ -111,5 +111,5 @@ pub fn drivers() -> Registry {
         .with(file)
         .with(format_raw::RawFactory)
         .with(format_qcow2::Qcow2Factory::default())
-        .with(format_vmdk::VmdkFactory::default())
+        .with(format_vmdk::VmdkFactory)
 }

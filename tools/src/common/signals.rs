@@ -79,11 +79,6 @@ impl Signals {
         }
     }
 
-    /// Whether the command was asked to end.
-    pub fn is_interrupted(&self) -> bool {
-        self.state.interrupted.load(Ordering::SeqCst)
-    }
-
     /// Completes when the command is asked to end.
     pub fn interrupted(&self) -> impl Future<Output = ()> + Send + 'static {
         self.ended.clone()

@@ -49,7 +49,7 @@ pub const COMMAND: Command = Command {
 };
 
 /// Bytes that are copied at a time.
-const CHUNK: u64 = 2 << 20;
+const CHUNK: u64 = 1 << 20;
 
 async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     let cache = args::cache(

@@ -153,7 +153,12 @@ impl Layer {
             actual_size: info.actual_size.or(sum),
             filename,
             driver: node.driver().name(),
-            length: node.length(),
+            length: if session.program.is_qemu() {
+                // qemu counts in sectors.
+                node.length().next_multiple_of(512)
+            } else {
+                node.length()
+            },
             info,
             children,
         })

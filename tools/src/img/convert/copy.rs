@@ -453,7 +453,7 @@ impl Pace {
         let start = self.free_at.map_or(now, |at| at.max(now));
         self.free_at = Some(start + Duration::from_secs_f64(bytes as f64 / self.rate as f64));
         if start > now {
-            env.sleep(start - now).await;
+            env.sleep(start.saturating_sub(now)).await;
         }
     }
 }

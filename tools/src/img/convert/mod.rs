@@ -37,14 +37,14 @@ pub const COMMAND: Command = Command {
     options: &[
         QUIET,
         PROGRESS,
+        IMAGE_OPTS,
+        Opt::flag(' ', "source-image-opts", "the same as --image-opts"),
         Opt::value(
             'f',
             "source-format",
             "FMT",
             "format of FILE (default: found by probing)",
         ),
-        IMAGE_OPTS,
-        Opt::flag(' ', "source-image-opts", "the same as --image-opts"),
         Opt::value(
             'T',
             "source-cache",
@@ -54,11 +54,10 @@ pub const COMMAND: Command = Command {
         FORCE_SHARE,
         Opt::value(
             'l',
-            "source-snapshot",
+            "snapshot",
             "SNAPSHOT",
             "(internal snapshots; not supported yet)",
         ),
-        Opt::value(' ', "snapshot", "SNAPSHOT", "the same as -l"),
         Opt::value(
             'O',
             "target-format",
@@ -227,7 +226,7 @@ impl Arguments {
         if source_image_opts && parsed.has("source-format") {
             return Err(args::exclusive());
         }
-        if parsed.has("source-snapshot") || parsed.has("snapshot") {
+        if parsed.has("snapshot") {
             return Err(Failure::new(
                 "Converting from an internal snapshot (-l) is not supported yet",
             ));

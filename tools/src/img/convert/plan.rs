@@ -6,8 +6,9 @@ use block_core::{BlockHandle, Node, RequestFlags};
 
 use crate::common::failure::Failure;
 
-/// The longest piece of data that is no compressed cluster, in bytes.
-pub const CHUNK: u64 = 2 << 20;
+/// The longest piece of data that is no compressed cluster, in bytes: what buffered files do without a change of
+/// threads. Measured: larger ones are slower, because they fall out of the CPU's caches between read and write.
+pub const CHUNK: u64 = 1 << 20;
 /// The longest piece of zeroes or nothing, in bytes: the progress bar should move.
 const LARGE: u64 = 1 << 30;
 

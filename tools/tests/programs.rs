@@ -1,0 +1,167 @@
+//! `blk` by itself: what qemu-img has no counterpart for, signals, and images that are damaged or in use.
+
+mod support;
+
+use std::{
+    fs,
+    io::{BufRead, BufReader, Read},
+    process::{Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use support::Alone;
+
+#[test]
+fn help_and_version_are_there() {
+    let blk = Alone::new();
+    let (code, out, _) = blk.blk(&["--help"]);
+    assert_eq!(code, 0);
+    for command in
+        ["bench", "check", "commit", "compare", "convert", "create", "info", "map", "measure", "rebase", "resize"]
+    {
+        assert!(out.contains(&format!("  {command} ")), "{out}");
+        let (code, out, _) = blk.blk(&[command, "--help"]);
+        assert_eq!(code, 0, "{command}");
+        assert!(out.contains(&format!("Usage: blk {command} ")), "{out}");
+        assert!(out.contains("--help"), "{out}");
+    }
+    let (code, out, _) = blk.blk(&["-V"]);
+    assert_eq!((code, out.trim()), (0, concat!("blk ", env!("CARGO_PKG_VERSION"))));
+}
+
+#[test]
+fn commands_of_a_later_issue_say_so() {
+    let blk = Alone::new();
+    for command in ["snapshot", "amend", "bitmap", "dd"] {
+        let (code, out, err) = blk.blk(&[command, "x"]);
+        assert_eq!((code, out.as_str()), (1, ""));
+        assert_eq!(err.trim(), format!("blk: The command '{command}' is not supported yet"));
+    }
+    blk.blk(&["create", "-q", "a.raw", "1M"]);
+    for args in [
+        &["convert", "-l", "snap", "a.raw", "b.raw"][..],
+        &["convert", "--bitmaps", "a.raw", "b.raw"],
+        &["info", "--object", "secret,id=a,data=b", "a.raw"],
+    ] {
+        let (code, _, err) = blk.blk(args);
+        assert_eq!(code, 1);
+        assert!(err.contains("not supported yet"), "{err}");
+    }
+    assert!(!blk.path("b.raw").exists());
+}
+
+#[test]
+fn a_message_names_file_and_field() {
+    let blk = Alone::new();
+    assert_eq!(blk.blk(&["create", "-q", "-f", "qcow2", "a.qcow2", "1M"]).0, 0);
+    let mut bytes = fs::read(blk.path("a.qcow2")).unwrap();
+    // cluster_bits
+    bytes[23] = 63;
+    blk.write("bad.qcow2", &bytes);
+    let (code, _, err) = blk.blk(&["info", "bad.qcow2"]);
+    assert_eq!(code, 1);
+    assert!(err.starts_with("blk: Could not open 'bad.qcow2': "), "{err}");
+    assert!(err.contains("field 'cluster_bits' is 63, allowed: "), "{err}");
+}
+
+#[test]
+fn info_never_opens_the_files_that_an_image_names() {
+    let blk = Alone::new();
+    // Opening a FIFO for reading would wait forever.
+    assert!(Command::new("mkfifo").arg(blk.path("fifo")).status().unwrap().success());
+    let create = ["create", "-q", "-u", "-f", "qcow2", "-b", "fifo", "-F", "raw", "a.qcow2", "1M"];
+    assert_eq!(blk.blk(&create).0, 0);
+    let (code, out, _) = blk.blk(&["info", "--output=json", "a.qcow2"]);
+    assert_eq!(code, 0);
+    let value: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(value["backing-filename"], "fifo");
+}
+
+#[test]
+fn repaired_leaks_are_gone() {
+    let blk = Alone::new();
+    assert_eq!(blk.blk(&["create", "-q", "-f", "qcow2", "a.qcow2", "1M"]).0, 0);
+    let mut bytes = fs::read(blk.path("a.qcow2")).unwrap();
+    let be = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
+    let block = be(be(48));
+    let end = bytes.len().div_ceil(65536);
+    bytes[block + 2 * end + 1] = 1;
+    bytes.resize((end + 1) * 65536, 0);
+    blk.write("a.qcow2", &bytes);
+    let (code, out, err) = blk.blk(&["check", "a.qcow2"]);
+    assert_eq!(code, 3, "{out}{err}");
+    assert!(out.contains("1 leaked clusters were found on the image."), "{out}");
+    assert!(err.contains(&format!("Leaked cluster {end} refcount=1 reference=0")), "{err}");
+    let (code, out, _) = blk.blk(&["check", "-r", "leaks", "a.qcow2"]);
+    assert_eq!(code, 0, "{out}");
+    assert!(out.contains("    1 leaked clusters\n    0 corruptions\n"), "{out}");
+    assert_eq!(blk.blk(&["check", "-q", "a.qcow2"]).0, 0);
+}
+
+#[test]
+fn progress_is_printed_as_qemu_img_prints_it() {
+    let blk = Alone::new();
+    blk.write("a.raw", &vec![1; 8 << 20]);
+    let (code, out, _) = blk.blk(&["convert", "-p", "-f", "raw", "-O", "qcow2", "a.raw", "a.qcow2"]);
+    assert_eq!(code, 0);
+    assert!(out.starts_with("    (0.00/100%)\r"), "{out:?}");
+    assert!(out.contains("    (50.00/100%)\r"), "{out:?}");
+    assert!(out.ends_with("    (100.00/100%)\r\n"), "{out:?}");
+}
+
+fn send(signal: &str, pid: u32) {
+    assert!(Command::new("kill").args([signal, &pid.to_string()]).status().unwrap().success());
+}
+
+#[test]
+fn sigusr1_prints_a_line_of_progress_and_sigint_ends_cleanly() {
+    let blk = Alone::new();
+    blk.write("a.raw", &vec![1; 16 << 20]);
+    let mut child = blk
+        .command(&["convert", "-r", "1M", "-f", "raw", "-O", "qcow2", "a.raw", "a.qcow2"])
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let start = Instant::now();
+    // Once the target has been made, the copy is about to begin.
+    while !blk.path("a.qcow2").exists() && start.elapsed() < Duration::from_secs(20) {
+        thread::sleep(Duration::from_millis(10));
+    }
+    thread::sleep(Duration::from_millis(500));
+    send("-USR1", child.id());
+    let mut err = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    err.read_line(&mut line).unwrap();
+    assert!(line.starts_with("    (") && line.ends_with("/100%)\n"), "{line:?}");
+    send("-INT", child.id());
+    let status = child.wait().unwrap();
+    let mut rest = String::new();
+    err.read_to_string(&mut rest).unwrap();
+    assert_eq!(status.code(), Some(130), "{rest}");
+    assert!(rest.contains("blk: Interrupted"), "{rest}");
+    assert!(start.elapsed() < Duration::from_secs(30), "it didn't wait for the end of the copy");
+    // What was written so far is an image without errors.
+    let (code, out, err) = blk.blk(&["check", "a.qcow2"]);
+    assert_eq!(code, 0, "{out}{err}");
+}
+
+#[test]
+fn an_image_in_use_is_refused_and_can_be_shared() {
+    let blk = Alone::new();
+    assert_eq!(blk.blk(&["create", "-q", "-f", "qcow2", "a.qcow2", "4M"]).0, 0);
+    blk.write("src.raw", &vec![1; 4 << 20]);
+    let mut child = blk
+        .command(&["convert", "-n", "-r", "512k", "-f", "raw", "-O", "qcow2", "src.raw", "a.qcow2"])
+        .spawn()
+        .unwrap();
+    thread::sleep(Duration::from_millis(1500));
+    let (code, _, err) = blk.blk(&["info", "a.qcow2"]);
+    let shared = blk.blk(&["info", "-U", "a.qcow2"]);
+    send("-TERM", child.id());
+    child.wait().unwrap();
+    assert_eq!(code, 1);
+    assert!(err.contains("Failed to get shared \"write\" lock"), "{err}");
+    assert!(err.contains("Is another process using the image [a.qcow2]?"), "{err}");
+    assert_eq!(shared.0, 0, "{}", shared.2);
+}
