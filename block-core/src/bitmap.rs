@@ -52,6 +52,11 @@ impl DirtyBitmap {
         1 << self.granularity_bits
     }
 
+    /// Length of what it covers, in bytes.
+    pub fn length(&self) -> u64 {
+        self.state.read().length
+    }
+
     /// The number of granules that are dirty.
     pub fn dirty_granules(&self) -> u64 {
         self.dirty.load(Ordering::SeqCst)
@@ -59,7 +64,9 @@ impl DirtyBitmap {
 
     /// Dirty granules in bytes, at most the length.
     pub fn dirty_bytes(&self) -> u64 {
-        (self.dirty_granules() << self.granularity_bits).min(self.state.read().length)
+        self.dirty_granules()
+            .saturating_mul(self.granularity())
+            .min(self.length())
     }
 
     /// Switches recording on or off.
@@ -87,8 +94,10 @@ impl DirtyBitmap {
     /// Clears the granules that lie wholly inside `[offset, offset + len)`; the last, short granule of the node
     /// counts as whole when the range reaches the end.
     pub fn clear(&self, offset: u64, len: u64) {
-        let length = self.state.read().length;
-        let start = offset.next_multiple_of(self.granularity());
+        let length = self.length();
+        let Some(start) = offset.checked_next_multiple_of(self.granularity()) else {
+            return;
+        };
         let end = offset.saturating_add(len);
         let end = if end >= length {
             length
@@ -162,7 +171,8 @@ impl DirtyBitmap {
         let end = find(first, false).unwrap_or(bits);
         let start = first << self.granularity_bits;
         let cap = max.max(self.granularity()) & !(self.granularity() - 1);
-        let stop = (end << self.granularity_bits)
+        let stop = end
+            .saturating_mul(self.granularity())
             .min(start.saturating_add(cap))
             .min(state.length);
         Some((start, stop - start))
@@ -200,18 +210,34 @@ impl DirtyBitmap {
 
     /// Follows a resize of the node; what is new is clean.
     pub fn resize(&self, length: u64) {
-        let old = self.state.read().length;
-        if length < old {
-            let start = length.next_multiple_of(self.granularity());
-            if start < old {
-                self.change(start, old - start, false);
-            }
-        }
+        self.set_length(&mut self.state.write(), length);
+    }
+
+    /// Follows a node that was written past its end, if it is longer than what the bitmap covers: never shortens.
+    pub fn grow(&self, length: u64) {
         let mut state = self.state.write();
+        if length > state.length {
+            self.set_length(&mut state, length);
+        }
+    }
+
+    /// Nobody else changes bits meanwhile: that takes the lock for reading.
+    fn set_length(&self, state: &mut State, length: u64) {
         let mut new = words(length, self.granularity_bits);
         for (to, from) in new.iter_mut().zip(&state.words) {
             *to.get_mut() = from.load(Ordering::SeqCst);
         }
+        let rest = length.div_ceil(self.granularity()) % 64;
+        if rest != 0
+            && let Some(last) = new.last_mut()
+        {
+            *last.get_mut() &= u64::MAX >> (64 - rest);
+        }
+        let dirty = new
+            .iter_mut()
+            .map(|word| u64::from(word.get_mut().count_ones()))
+            .sum();
+        self.dirty.store(dirty, Ordering::SeqCst);
         state.words = new;
         state.length = length;
     }
@@ -271,6 +297,37 @@ mod tests {
         bitmap.resize(1 << 17);
         assert_eq!(bitmap.dirty_granules(), 64);
         assert!(!bitmap.is_dirty(1 << 15));
+    }
+
+    #[test]
+    fn a_shrink_into_a_granule_keeps_that_granule_and_counts_right() {
+        let bitmap = DirtyBitmap::new(512 * 100, 512).unwrap();
+        bitmap.set_all();
+        bitmap.resize(512 * 70 + 1);
+        assert_eq!(bitmap.dirty_granules(), 71);
+        bitmap.resize(512 * 100);
+        assert_eq!(bitmap.next_dirty(0, u64::MAX), Some((0, 512 * 71)));
+    }
+
+    #[test]
+    fn growing_never_shortens() {
+        let bitmap = DirtyBitmap::new(4096, 512).unwrap();
+        bitmap.grow(1024);
+        assert_eq!(bitmap.length(), 4096);
+        bitmap.grow(8192);
+        bitmap.mark(8191, 1);
+        assert!(bitmap.is_dirty(8191));
+        assert_eq!(bitmap.dirty_granules(), 1);
+    }
+
+    #[test]
+    fn offsets_at_the_end_of_the_number_space_are_no_trouble() {
+        let bitmap = DirtyBitmap::new(4096, 512).unwrap();
+        bitmap.set_all();
+        bitmap.clear(u64::MAX, 1);
+        bitmap.clear(u64::MAX - 1, u64::MAX);
+        bitmap.set(u64::MAX, u64::MAX);
+        assert_eq!(bitmap.dirty_granules(), 8);
     }
 
     #[test]

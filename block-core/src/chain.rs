@@ -73,7 +73,9 @@ async fn layer(node: &Arc<Node>, offset: u64, len: u64, want_zero: bool) -> Resu
                 mapped: None,
             });
         };
-        let below = Box::pin(layer(child.node(), file_offset, len, want_zero)).await?;
+        // The child as a whole: it may have a chain of its own.
+        let below = block_status(child.node(), None, file_offset, len, want_zero);
+        let below = Box::pin(below).await?;
         if below.len == 0 {
             // Beyond the end of the storage.
             return Ok(Layer {
@@ -85,6 +87,7 @@ async fn layer(node: &Arc<Node>, offset: u64, len: u64, want_zero: bool) -> Resu
         let reaches = below.len >= len;
         return Ok(Layer {
             flags: (below.flags - StatusFlags::EOF)
+                | StatusFlags::ALLOCATED
                 | if reaches { eof } else { StatusFlags::empty() },
             len: below.len.min(len),
             mapped: below.mapped,
@@ -166,7 +169,8 @@ async fn resolve(node: &Arc<Node>, offset: u64, len: u64) -> Result<Option<(Arc<
     }
 }
 
-/// Walks from `top` down, stopping at (before) `base`, to the first layer that decides the content at `offset`.
+/// Walks from `top` down, stopping at (before) `base`, to the first layer that decides the content at `offset`. Nothing
+/// is above `top` itself: with `top` as the base no layer is asked.
 pub(crate) async fn block_status(
     top: &Arc<Node>,
     base: Option<&Arc<Node>>,
@@ -174,16 +178,29 @@ pub(crate) async fn block_status(
     len: u64,
     want_zero: bool,
 ) -> Result<BlockStatus> {
+    let length = top.length();
+    let answer = |flags: StatusFlags, len: u64, mapped, depth| {
+        let at_end = offset.saturating_add(len) >= length;
+        let eof = if at_end {
+            StatusFlags::EOF
+        } else {
+            StatusFlags::empty()
+        };
+        Ok(BlockStatus {
+            flags: (flags - StatusFlags::EOF) | eof,
+            len,
+            mapped,
+            depth,
+        })
+    };
+    let mut len = len.min(length.saturating_sub(offset));
+    if len == 0 || base.is_some_and(|base| base.id() == top.id()) {
+        return answer(StatusFlags::empty(), len, None, 0);
+    }
     let mut node = top.clone();
-    let mut len = len;
     let mut depth = 0;
-    let mut eof = StatusFlags::empty();
     loop {
-        let is_filter = node.driver().kind() == DriverKind::Filter;
-        let found = if is_filter {
-            if node.id() == top.id() && offset + len >= node.length() {
-                eof = StatusFlags::EOF;
-            }
+        let found = if node.driver().kind() == DriverKind::Filter {
             Layer {
                 flags: StatusFlags::empty(),
                 len,
@@ -192,8 +209,9 @@ pub(crate) async fn block_status(
         } else {
             layer(&node, offset, len, want_zero).await?
         };
-        if node.id() == top.id() {
-            if found.len == 0 {
+        if found.len == 0 {
+            if node.id() == top.id() {
+                // It was shortened meanwhile.
                 return Ok(BlockStatus {
                     flags: StatusFlags::EOF,
                     len: 0,
@@ -201,51 +219,24 @@ pub(crate) async fn block_status(
                     depth: 0,
                 });
             }
-            if !is_filter {
-                eof = found.flags & StatusFlags::EOF;
-            }
-        } else if found.len == 0 {
             // A short layer hides what is below it.
-            let flags = StatusFlags::ZERO | StatusFlags::ALLOCATED | eof;
-            return Ok(BlockStatus {
-                flags,
-                len,
-                mapped: None,
-                depth,
-            });
-        }
-        if found.len < len {
-            eof = StatusFlags::empty();
-            if node.id() == top.id() {
-                eof = found.flags & StatusFlags::EOF;
-            }
+            let flags = StatusFlags::ZERO | StatusFlags::ALLOCATED;
+            return answer(flags, len, None, depth);
         }
         len = len.min(found.len);
-        let flags = (found.flags - StatusFlags::EOF) | eof;
-        let decided = flags.contains(StatusFlags::ALLOCATED);
         let next = node.edges().chain_child().map(|child| child.node().clone());
-        let at_end = match (&next, base) {
-            (None, _) => true,
-            (Some(next), Some(base)) => next.id() == base.id(),
-            (Some(_), None) => false,
-        };
-        if decided || at_end {
-            return Ok(BlockStatus {
-                flags,
-                len,
-                mapped: found.mapped,
-                depth,
-            });
-        }
-        // The layer below may end within the range: the rest reads as zeroes, and is asked for separately.
-        if let Some(next) = next {
-            let below = next.length();
-            if offset < below && offset + len > below {
-                len = below - offset;
-                eof = StatusFlags::empty();
+        let decided = found.flags.contains(StatusFlags::ALLOCATED);
+        match next {
+            Some(next) if !decided && base.is_none_or(|base| base.id() != next.id()) => {
+                // The layer below may end within the range: the rest reads as zeroes, and is asked for separately.
+                let below = next.length();
+                if offset < below {
+                    len = len.min(below - offset);
+                }
+                node = next;
+                depth += 1;
             }
-            node = next;
-            depth += 1;
+            _ => return answer(found.flags, len, found.mapped, depth),
         }
     }
 }
@@ -272,8 +263,11 @@ pub async fn is_allocated_above(
     offset: u64,
     len: u64,
 ) -> Result<(bool, u64)> {
+    let mut len = len.min(top.length().saturating_sub(offset));
+    if len == 0 {
+        return Ok((false, 0));
+    }
     let mut node = Some(top.clone());
-    let mut len = len;
     while let Some(at) = node {
         let is_base = base.is_some_and(|base| base.id() == at.id());
         if is_base && !include_base {
@@ -299,8 +293,8 @@ pub async fn is_allocated_above(
         // What a shorter layer below doesn't reach is asked for separately.
         if let Some(below) = &node {
             let end = below.length();
-            if offset < end && offset + len > end {
-                len = end - offset;
+            if offset < end {
+                len = len.min(end - offset);
             }
         }
     }

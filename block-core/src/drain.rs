@@ -65,13 +65,15 @@ impl Drains {
             id,
         };
         self.refresh(graph);
+        let watch = graph.deferred().watch();
         futures::future::poll_fn(|cx| {
             let roots = self.roots(id);
             for root in &roots {
                 root.wake_when_idle(cx.waker());
             }
-            graph.deferred().help(cx);
-            if roots.iter().all(|root| root.is_idle()) {
+            // Also what was dropped by handles that are gone, and what no handle counted.
+            let quiet = watch.help(cx);
+            if quiet && roots.iter().all(|root| root.is_idle()) {
                 Poll::Ready(())
             } else {
                 Poll::Pending

@@ -133,6 +133,8 @@ pub struct Graph {
     next_id: AtomicU64,
     gate: bool,
     claims: Mutex<HashMap<u64, String>>,
+    /// Nodes whose opening was given up.
+    orphans: Mutex<Vec<Arc<Node>>>,
 }
 
 impl Graph {
@@ -158,6 +160,7 @@ impl Graph {
             next_id: AtomicU64::new(1),
             gate,
             claims: Mutex::default(),
+            orphans: Mutex::default(),
         })
     }
 
@@ -329,6 +332,16 @@ impl Graph {
                     root.node.store(node.clone());
                 }
             }
+            // A flush through a node that came in between covers what was written below it before.
+            let moved = change.root_nodes.values();
+            let rewired = change
+                .edges
+                .iter()
+                .filter(|(_, edges)| edges.iter().next().is_some())
+                .filter_map(|(id, _)| topology.nodes.get(id));
+            for node in rewired.chain(moved) {
+                node.flush.written.fetch_add(1, Ordering::SeqCst);
+            }
             for (id, set) in &change.root_permissions {
                 if let Some(root) = topology.roots.get(id) {
                     *root.permissions.lock() = *set;
@@ -495,7 +508,7 @@ impl Graph {
             .await
     }
 
-    /// Changes the backing file's name in the header of `node`, drained.
+    /// Changes the backing file's name in the header of `node`, under a serialising request over the whole node.
     pub async fn change_backing_file(
         self: &Arc<Self>,
         node: &Arc<Node>,
@@ -509,6 +522,23 @@ impl Graph {
     /// other way round (when it becomes read-only).
     pub async fn reopen(self: &Arc<Self>, node: &Arc<Node>, changes: Reopen) -> Result<()> {
         let _drained = self.drain(node).await;
+        let result = self.reopen_drained(node, &changes).await;
+        if let (Err(_), Some(read_only)) = (&result, changes.read_only) {
+            // All or nothing: what was switched is switched back, as far as it goes.
+            let back = Reopen {
+                read_only: Some(!read_only),
+                ..Reopen::default()
+            };
+            if node.driver().is_read_only() == read_only
+                && let Err(error) = self.reopen_drained(node, &back).await
+            {
+                tracing::warn!(node = node.name(), %error, "a reopen that failed can't be undone");
+            }
+        }
+        result
+    }
+
+    async fn reopen_drained(self: &Arc<Self>, node: &Arc<Node>, changes: &Reopen) -> Result<()> {
         let run = |node: Arc<Node>, changes: Reopen| async move {
             let driver = node.driver().clone();
             path::exclusive(&node, None, move |request| driver.reopen(request, changes)).await
@@ -523,25 +553,20 @@ impl Graph {
             read_only: changes.read_only,
             ..Reopen::default()
         };
-        match changes.read_only {
-            Some(false) => {
-                for child in &storage {
-                    Box::pin(self.reopen(child, only_mode.clone())).await?;
-                }
-                run(node.clone(), changes.clone()).await?;
+        if changes.read_only == Some(false) {
+            for child in &storage {
+                Box::pin(self.reopen(child, only_mode.clone())).await?;
             }
-            Some(true) => {
-                run(node.clone(), changes.clone()).await?;
-                reset_after_reopen(node, &changes);
-                self.commit(Change::default())?;
-                for child in &storage {
-                    Box::pin(self.reopen(child, only_mode.clone())).await?;
-                }
-            }
-            None => run(node.clone(), changes.clone()).await?,
         }
-        reset_after_reopen(node, &changes);
-        self.commit(Change::default())
+        run(node.clone(), changes.clone()).await?;
+        reset_after_reopen(node, changes);
+        self.commit(Change::default())?;
+        if changes.read_only == Some(true) {
+            for child in &storage {
+                Box::pin(self.reopen(child, only_mode.clone())).await?;
+            }
+        }
+        Ok(())
     }
 
     /// Forbids changes of the chain edges from `top` down to `base` (or to the end), until the guard is dropped.
@@ -604,6 +629,7 @@ impl Graph {
     /// The first error of a driver's `close`. The nodes are gone all the same.
     pub async fn release(self: &Arc<Self>, node: &Arc<Node>) -> Result<()> {
         node.kept.store(false, Ordering::SeqCst);
+        self.collect_orphans().await;
         self.collect(node).await
     }
 
@@ -612,46 +638,72 @@ impl Graph {
     /// # Errors
     /// As with [`Self::release`].
     pub async fn collect(self: &Arc<Self>, node: &Arc<Node>) -> Result<()> {
+        let mut result = Ok(());
+        let mut todo = vec![node.clone()];
+        while let Some(node) = todo.pop() {
+            let closed = self.collect_one(&node, &mut todo).await;
+            result = result.and(closed);
+        }
+        result
+    }
+
+    /// Closes `node` if nobody has it, and adds its children to those that may be nobody's now.
+    async fn collect_one(
+        self: &Arc<Self>,
+        node: &Arc<Node>,
+        todo: &mut Vec<Arc<Node>>,
+    ) -> Result<()> {
         let in_use = self.with_topology(|topology| {
             !topology.nodes.contains_key(&node.id())
                 || node.kept.load(Ordering::SeqCst)
                 || !topology.parents(node.id()).is_empty()
                 || !topology.roots_at(node.id()).is_empty()
+                || node.closing.swap(true, Ordering::SeqCst)
         });
         if in_use {
             return Ok(());
         }
         // What the node's own close still wants to do to its children is admitted by nobody's handle.
         let drained = self.drain(node).await;
-        path::settle(node).await;
         let driver = node.driver().clone();
-        let mut result = path::exclusive(node, None, move |request| driver.close(request))
+        let closed = path::exclusive(node, None, move |request| driver.close(request))
             .await
             .map_err(|error| {
                 error
                     .with_operation(Operation::Close, 0, 0)
                     .with_node(node.name())
             });
-        let children: Vec<Arc<Node>> = node
-            .edges()
-            .iter()
-            .map(|edge| edge.child.node().clone())
-            .collect();
+        todo.extend(
+            node.edges()
+                .iter()
+                .rev()
+                .map(|edge| edge.child.node().clone()),
+        );
         let mut change = Change::default();
         change.edges.insert(node.id(), Arc::new(Edges::default()));
         let detached = self.commit(change);
         self.with_topology(|topology| topology.nodes.remove(&node.id()));
         drop(drained);
-        result = result.and(detached);
-        for child in children {
-            let closed = Box::pin(self.collect(&child)).await;
-            result = result.and(closed);
+        closed.and(detached)
+    }
+
+    /// Leaves a node, which somebody opened and then gave up, to the next who opens or closes anything.
+    pub(crate) fn orphan(&self, node: Arc<Node>) {
+        self.orphans.lock().push(node);
+    }
+
+    /// Closes what was orphaned.
+    pub(crate) async fn collect_orphans(self: &Arc<Self>) {
+        let orphans = std::mem::take(&mut *self.orphans.lock());
+        for node in orphans {
+            // Whoever opened it is gone, and so is the one who would want to know.
+            let _ = self.collect(&node).await;
         }
-        result
     }
 
     /// Closes every node that nobody holds a handle on, parents first.
     pub async fn close_all(self: &Arc<Self>) -> Result<()> {
+        self.collect_orphans().await;
         let mut result = Ok(());
         for node in self.nodes().into_iter().rev() {
             let closed = self.release(&node).await;

@@ -237,7 +237,34 @@ impl BlockHandle {
         self.root.enter().await
     }
 
+    pub(crate) fn try_enter(&self) -> Option<RootGuard> {
+        self.root.try_enter()
+    }
+
+    pub(crate) fn is_write_through(&self) -> bool {
+        self.root.write_through.load(Ordering::Relaxed)
+    }
+
+    /// Whether the handle may do this: before it waits, so that it is told at once, and again when it was let in.
+    fn may(&self, op: &Op) -> Result<()> {
+        let (operation, at, len) = (op.operation(), op.offset, op.len);
+        match op.action {
+            path::Action::Read(_) if op.flags.contains(RequestFlags::COPY_ON_READ) => {
+                self.need_write(RequestFlags::WRITE_UNCHANGED, operation, at, len)
+            }
+            path::Action::Read(_) => Ok(()),
+            path::Action::Write(_) | path::Action::Zero => {
+                self.need_write(op.flags, operation, at, len)
+            }
+            path::Action::Discard => self.need(Permissions::WRITE, operation, at, len),
+            path::Action::Truncate(_) => self.need(Permissions::RESIZE, operation, at, len),
+        }
+    }
+
     async fn submit(&self, mut op: Op) -> Result<()> {
+        self.may(&op)?;
+        let guard = self.root.enter().await;
+        self.may(&op)?;
         op.may_grow = op.may_grow
             && self
                 .root
@@ -245,12 +272,9 @@ impl BlockHandle {
                 .lock()
                 .used
                 .contains(Permissions::RESIZE);
-        if self.root.write_through.load(Ordering::Relaxed)
-            && !matches!(op.action, path::Action::Read(_))
-        {
+        if self.is_write_through() && !matches!(op.action, path::Action::Read(_)) {
             op.flags |= RequestFlags::FUA;
         }
-        let guard = self.root.enter().await;
         let node = self.root.node.load_full();
         path::submit(&node, Origin::Root(guard), op).await
     }
@@ -313,20 +337,16 @@ impl BlockHandle {
         buf: impl Into<IoBuf>,
         flags: RequestFlags,
     ) -> Result<()> {
-        let op = Op::write(offset, buf.into(), flags);
-        self.need_write(flags, Operation::Write, offset, op.len)?;
-        self.submit(op).await
+        self.submit(Op::write(offset, buf.into(), flags)).await
     }
 
     /// Makes a range read as zeroes; with MAY_UNMAP it may be deallocated.
     pub async fn write_zeroes(&self, offset: u64, len: u64, flags: RequestFlags) -> Result<()> {
-        self.need_write(flags, Operation::WriteZeroes, offset, len)?;
         self.submit(Op::zero(offset, len, flags)).await
     }
 
     /// Tells that the content of a range isn't needed any more.
     pub async fn discard(&self, offset: u64, len: u64) -> Result<()> {
-        self.need(Permissions::WRITE, Operation::Discard, offset, len)?;
         self.submit(Op::discard(offset, len)).await
     }
 
@@ -340,7 +360,6 @@ impl BlockHandle {
 
     /// Changes the length to `length` bytes.
     pub async fn truncate(&self, length: u64, how: Truncate) -> Result<()> {
-        self.need(Permissions::RESIZE, Operation::Truncate, length, 0)?;
         self.submit(Op::truncate(length, how)).await
     }
 
@@ -400,6 +419,7 @@ impl BlockHandle {
 
     /// Records another backing file in the header. The graph isn't changed.
     pub async fn change_backing(&self, file: Option<&str>, format: Option<&str>) -> Result<()> {
+        self.need(Permissions::WRITE, Operation::Write, 0, 0)?;
         let guard = self.root.enter().await;
         let node = self.root.node.load_full();
         change_backing(&node, Some(guard), file, format).await

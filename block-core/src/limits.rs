@@ -50,18 +50,34 @@ const fn min_non_zero(a: u64, b: u64) -> u64 {
     }
 }
 
+/// The largest multiple of `align` that fits a maximum of `max` bytes: at least one unit, because a call can't be
+/// smaller; 0 stays 0, "no limit".
+pub(crate) const fn fit_max(max: u64, align: u64) -> u64 {
+    if max == 0 || align <= 1 {
+        return max;
+    }
+    if max < align {
+        align
+    } else {
+        max - max % align
+    }
+}
+
 impl Limits {
-    /// The limits that a filter or raw format inherits from a child: the larger alignments, the smaller maxima.
+    /// The limits that a filter or raw format inherits from a child: the larger alignments, the smaller maxima. The
+    /// maxima are multiples of the alignment that every call has to keep.
     #[must_use]
     pub fn merge(self, child: Self) -> Self {
+        let align = self.request_alignment.max(child.request_alignment);
+        let max = |a, b| fit_max(min_non_zero(a, b), align);
         Self {
-            request_alignment: self.request_alignment.max(child.request_alignment),
-            max_transfer: min_non_zero(self.max_transfer, child.max_transfer),
+            request_alignment: align,
+            max_transfer: max(self.max_transfer, child.max_transfer),
             opt_transfer: self.opt_transfer.max(child.opt_transfer),
             zeroes_alignment: self.zeroes_alignment.max(child.zeroes_alignment),
-            max_zeroes: min_non_zero(self.max_zeroes, child.max_zeroes),
+            max_zeroes: max(self.max_zeroes, child.max_zeroes),
             discard_alignment: self.discard_alignment.max(child.discard_alignment),
-            max_discard: min_non_zero(self.max_discard, child.max_discard),
+            max_discard: max(self.max_discard, child.max_discard),
             memory_alignment: self.memory_alignment.max(child.memory_alignment),
             max_segments: self.max_segments.min(child.max_segments),
             serialising_granularity: self

@@ -129,6 +129,10 @@ pub struct Node {
     permissions: Mutex<PermissionSet>,
     /// Held by the program itself, not only by parents (`blockdev-add`).
     pub(crate) kept: AtomicBool,
+    /// It is being closed: nobody may come to it any more.
+    pub(crate) closing: AtomicBool,
+    /// Bumped when something that requests look at before they have their ticket changes: length, edges, options.
+    epoch: AtomicU64,
 }
 
 impl Node {
@@ -159,6 +163,8 @@ impl Node {
             stats: NodeStats::default(),
             permissions: Mutex::new(PermissionSet::NONE),
             kept: AtomicBool::new(false),
+            closing: AtomicBool::new(false),
+            epoch: AtomicU64::new(0),
         }
     }
 
@@ -189,6 +195,15 @@ impl Node {
 
     pub(crate) fn set_edges(&self, edges: Arc<Edges>) {
         self.edges.store(edges);
+        self.bump_epoch();
+    }
+
+    pub(crate) fn epoch(&self) -> u64 {
+        self.epoch.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn bump_epoch(&self) {
+        self.epoch.fetch_add(1, Ordering::SeqCst);
     }
 
     /// The node's length in bytes, now.
@@ -272,6 +287,9 @@ impl Node {
     pub(crate) fn mark_dirty(&self, offset: u64, len: u64) {
         if self.has_bitmaps.load(Ordering::SeqCst) {
             for bitmap in self.bitmaps.read().iter() {
+                if offset.saturating_add(len) > bitmap.length() {
+                    bitmap.grow(self.length());
+                }
                 bitmap.mark(offset, len);
             }
         }

@@ -3,7 +3,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
 };
 
 use crate::{
@@ -95,6 +95,7 @@ pub(crate) fn plan(topology: &Topology, change: &Change) -> Result<Plan> {
                 node.name()
             )
         };
+        refuse_closing(&node)?;
         wanted.entry(node.id()).or_default().push((who, set));
     }
     let mut plan = Plan::new();
@@ -116,6 +117,9 @@ pub(crate) fn plan(topology: &Topology, change: &Change) -> Result<Plan> {
         }
         for edge in edges_after(node, change).iter() {
             let child = edge.child.node();
+            if !node.closing.load(Ordering::SeqCst) {
+                refuse_closing(child)?;
+            }
             let mut set = node.driver().child_permissions(edge.role, total);
             if node.option(|options| options.force_share) {
                 set.shared = Permissions::all();
@@ -132,6 +136,17 @@ pub(crate) fn plan(topology: &Topology, change: &Change) -> Result<Plan> {
         plan.insert(id, total);
     }
     Ok(plan)
+}
+
+/// Nobody comes to a node that is being closed.
+fn refuse_closing(node: &Node) -> Result<()> {
+    if node.closing.load(Ordering::SeqCst) {
+        return Err(Error::new(
+            ErrorKind::NoMedium,
+            format!("Node '{}' is being closed", node.name()),
+        ));
+    }
+    Ok(())
 }
 
 fn check_conflicts(node: &Node, parents: &[(String, PermissionSet)]) -> Result<()> {

@@ -12,6 +12,7 @@ pub(crate) enum Counted {
     Zero,
     Discard,
     Truncate,
+    Exclusive,
     Other,
 }
 
@@ -69,7 +70,7 @@ impl NodeStats {
             Counted::Write => (&self.write_ops, &self.write_bytes),
             Counted::Zero => (&self.zero_ops, &self.zero_bytes),
             Counted::Discard => (&self.discard_ops, &self.discard_bytes),
-            Counted::Truncate | Counted::Other => {
+            Counted::Truncate | Counted::Exclusive | Counted::Other => {
                 if !ok {
                     self.failed_ops.fetch_add(1, Ordering::Relaxed);
                 }

@@ -268,7 +268,11 @@ impl BlockDriver for Layer {
     }
 }
 
-fn over(graph: &Arc<Graph>, layer: Layer, node: &Arc<Node>) -> (Arc<Layer>, Arc<Node>, Arc<BlockHandle>) {
+fn over(
+    graph: &Arc<Graph>,
+    layer: Layer,
+    node: &Arc<Node>,
+) -> (Arc<Layer>, Arc<Node>, Arc<BlockHandle>) {
     let role = match layer.kind {
         DriverKind::Filter => ChildRole::Filtered,
         _ => ChildRole::DataFile,
@@ -312,7 +316,10 @@ fn dropped_requests_that_wait_at_a_childs_gate_are_polled_a_few_times_each() {
     let polls = layer.polls.load(Ordering::SeqCst);
     eprintln!("polls {polls}");
     disk.memory.let_go();
-    assert!(polls <= 8 * count, "one look at {count} dropped requests polled them {polls} times");
+    assert!(
+        polls <= 8 * count,
+        "one look at {count} dropped requests polled them {polls} times"
+    );
 }
 
 #[test]
@@ -430,7 +437,12 @@ fn a_failed_flush_of_a_fua_write_fails_later_flushes() {
     block_on(async {
         disk.handle.write(0, vec![1u8; 512], NONE).await.unwrap();
         disk.memory.fail_flush.store(1, Ordering::SeqCst);
-        assert!(disk.handle.write(512, vec![1u8; 512], RequestFlags::FUA).await.is_err());
+        assert!(
+            disk.handle
+                .write(512, vec![1u8; 512], RequestFlags::FUA)
+                .await
+                .is_err()
+        );
         disk.memory.fail_flush.store(0, Ordering::SeqCst);
         assert!(
             disk.handle.flush().await.is_err(),
@@ -446,7 +458,10 @@ fn a_write_that_grows_the_node_is_recorded_in_its_bitmaps() {
     disk.node.add_bitmap(bitmap.clone());
     block_on(disk.handle.write(8192, vec![1u8; 512], NONE)).unwrap();
     assert_eq!(disk.node.length(), 8704);
-    assert!(bitmap.is_dirty(8192), "the write past the old end isn't recorded");
+    assert!(
+        bitmap.is_dirty(8192),
+        "the write past the old end isn't recorded"
+    );
 }
 
 #[test]
@@ -469,7 +484,11 @@ fn a_write_that_looked_at_the_length_before_a_shrink_ended_is_refused() {
         Some(node.name().to_owned()),
         "the driver was given a request beyond the end: {error}"
     );
-    assert_eq!(layer.polls.load(Ordering::SeqCst), 0, "the driver was called");
+    assert_eq!(
+        layer.polls.load(Ordering::SeqCst),
+        0,
+        "the driver was called"
+    );
 }
 
 #[test]
@@ -478,13 +497,18 @@ fn a_copy_that_waits_to_be_let_in_doesnt_hold_up_a_drain() {
     let a = disk_in(graph.clone(), Memory::new(1 << 16));
     let b = disk_in(graph.clone(), Memory::new(1 << 16));
     let target_drained = block_on(graph.drain(&b.node));
-    let mut copy = pin!(block_core::copy_range(&a.handle, 0, &b.handle, 0, 4096, NONE));
+    let mut copy = pin!(block_core::copy_range(
+        &a.handle, 0, &b.handle, 0, 4096, NONE
+    ));
     assert!(poll_once(copy.as_mut()).is_pending());
     // As replace_node does: both nodes, one after the other.
     let mut second = Box::pin(graph.drain(&a.node));
     let quiet = poll_once(second.as_mut()).is_ready();
     drop(target_drained);
-    assert!(quiet, "a copy that isn't admitted anywhere counts as in flight");
+    assert!(
+        quiet,
+        "a copy that isn't admitted anywhere counts as in flight"
+    );
 }
 
 #[test]
@@ -493,15 +517,19 @@ fn a_copy_inside_one_file_doesnt_deadlock_with_a_zero_write_of_both_ends() {
     let disk = disk_in(graph.clone(), Memory::new(1 << 20));
     share(&disk);
     let (_, _, source) = over(&graph, Layer::new(DriverKind::Filter).mapped(0), &disk.node);
-    let (to, _, target) = over(&graph, Layer::new(DriverKind::Filter).mapped(1 << 19), &disk.node);
+    let (to, _, target) = over(
+        &graph,
+        Layer::new(DriverKind::Filter).mapped(1 << 19),
+        &disk.node,
+    );
     let zero: Arc<Mutex<Option<BoxFuture<'static, Result<()>>>>> = Arc::default();
     let (slot, handle) = (zero.clone(), disk.handle.clone());
     *to.in_map.lock() = Some(Box::new(move || {
         let mut future: BoxFuture<'static, Result<()>> =
             Box::pin(async move { handle.write_zeroes(0, 1 << 20, NONE).await });
-        let _ = future
-            .as_mut()
-            .poll(&mut std::task::Context::from_waker(futures::task::noop_waker_ref()));
+        let _ = future.as_mut().poll(&mut std::task::Context::from_waker(
+            futures::task::noop_waker_ref(),
+        ));
         *slot.lock() = Some(future);
     }));
     let done = ends(move || {
@@ -680,7 +708,10 @@ fn status_of_an_enormous_range_through_a_filter_doesnt_panic() {
     let (_, _, handle) = over(&disk.graph, Sharing::filter(), &disk.node);
     block_on(async {
         handle.block_status(1, u64::MAX).await.unwrap();
-        handle.is_allocated_above(None, false, 1, u64::MAX).await.unwrap();
+        handle
+            .is_allocated_above(None, false, 1, u64::MAX)
+            .await
+            .unwrap();
     });
 }
 
@@ -697,7 +728,9 @@ fn raw_over_an_overlay_shows_what_the_backing_file_holds() {
     let disk = disk(Memory::new(65536));
     let graph = &disk.graph;
     share(&disk);
-    let file = graph.add_node(NodeSpec::new(Arc::new(Memory::new(65536)))).unwrap();
+    let file = graph
+        .add_node(NodeSpec::new(Arc::new(Memory::new(65536))))
+        .unwrap();
     let overlay = Layer::new(DriverKind::Format);
     *overlay.status.lock() = Some(DriverStatus::unallocated(1));
     let overlay = graph
@@ -709,14 +742,19 @@ fn raw_over_an_overlay_shows_what_the_backing_file_holds() {
         .unwrap();
     let (_, _, raw) = over(graph, Layer::new(DriverKind::Format), &overlay);
     let status = block_on(raw.block_status(0, 4096)).unwrap();
-    assert!(status.is_data(), "the backing file has data there: {status:?}");
+    assert!(
+        status.is_data(),
+        "the backing file has data there: {status:?}"
+    );
 }
 
 #[test]
 fn a_node_that_two_release_at_once_is_closed_once() {
     let graph = Graph::new(env());
     let layer = Arc::new(Layer::new(DriverKind::Filter));
-    let file = graph.add_node(NodeSpec::new(Arc::new(Memory::new(512)))).unwrap();
+    let file = graph
+        .add_node(NodeSpec::new(Arc::new(Memory::new(512))))
+        .unwrap();
     let node = graph
         .add_node(NodeSpec::new(layer.clone()).with_child(ChildRole::Filtered, "file", &file))
         .unwrap();
@@ -724,10 +762,13 @@ fn a_node_that_two_release_at_once_is_closed_once() {
     let mut one = pin!(graph.release(&node));
     let mut two = pin!(graph.release(&node));
     assert!(poll_once(one.as_mut()).is_pending());
-    let _ = poll_once(two.as_mut());
+    let second = poll_once(two.as_mut());
     layer.let_go();
     block_on(async {
-        let _ = futures::join!(one, two);
+        one.await.unwrap();
+        if second.is_pending() {
+            two.await.unwrap();
+        }
     });
     assert_eq!(layer.closes.load(Ordering::SeqCst), 1);
 }
@@ -736,7 +777,9 @@ fn a_node_that_two_release_at_once_is_closed_once() {
 fn a_node_that_is_being_closed_takes_no_new_handle() {
     let graph = Graph::new(env());
     let layer = Arc::new(Layer::new(DriverKind::Filter));
-    let file = graph.add_node(NodeSpec::new(Arc::new(Memory::new(512)))).unwrap();
+    let file = graph
+        .add_node(NodeSpec::new(Arc::new(Memory::new(512))))
+        .unwrap();
     let node = graph
         .add_node(NodeSpec::new(layer.clone()).with_child(ChildRole::Filtered, "file", &file))
         .unwrap();
@@ -778,7 +821,9 @@ fn a_handle_without_write_permission_cant_copy_on_read() {
     let graph = Graph::new(env());
     let file = Arc::new(Memory::new(4096));
     let memory = graph.add_node(NodeSpec::new(file.clone())).unwrap();
-    let base = graph.add_node(NodeSpec::new(Arc::new(Memory::new(4096)))).unwrap();
+    let base = graph
+        .add_node(NodeSpec::new(Arc::new(Memory::new(4096))))
+        .unwrap();
     let overlay = Layer::new(DriverKind::Format);
     *overlay.status.lock() = Some(DriverStatus::unallocated(1));
     let node = graph
@@ -795,7 +840,10 @@ fn a_handle_without_write_permission_cant_copy_on_read() {
     let result = block_on(reader.readv(0, buf, RequestFlags::COPY_ON_READ));
     let log = file.log.lock().clone();
     assert!(
-        result.is_err() || !log.iter().any(|e| e.starts_with("write") || e.starts_with("zero")),
+        result.is_err()
+            || !log
+                .iter()
+                .any(|e| e.starts_with("write") || e.starts_with("zero")),
         "{log:?}"
     );
 }
@@ -914,8 +962,14 @@ fn a_copy_through_a_write_through_handle_is_durable() {
     let node = graph.add_node(NodeSpec::new(storage.clone())).unwrap();
     let handle = graph.attach(&node, ALL, "guest").unwrap();
     handle.set_write_through(true);
-    block_on(block_core::copy_range(&handle, 0, &handle, 32768, 4096, NONE)).unwrap();
-    assert!(storage.0.flushes.load(Ordering::SeqCst) > 0, "nothing was flushed");
+    block_on(block_core::copy_range(
+        &handle, 0, &handle, 32768, 4096, NONE,
+    ))
+    .unwrap();
+    assert!(
+        storage.0.flushes.load(Ordering::SeqCst) > 0,
+        "nothing was flushed"
+    );
 }
 
 struct Copier(Memory);

@@ -195,13 +195,12 @@ fn a_name_in_an_image_never_becomes_json_or_another_protocol() {
         "file:host_device:/dev/sda",
     ] {
         let house = house(move |file| (file == "top").then(|| name.to_owned()));
-        let result = block_on(house.registry.open_file(
-            &house.graph,
-            "top",
-            None,
-            Options::new(),
-            permit(),
-        ));
+        let result =
+            block_on(
+                house
+                    .registry
+                    .open_file(&house.graph, "top", None, Options::new(), permit()),
+            );
         let opened = house.opened.lock().clone();
         assert!(
             !opened.iter().any(|name| name.starts_with("host_device ")),
@@ -216,13 +215,12 @@ fn an_open_that_is_given_up_leaves_no_nodes() {
     let house = house(|_| None);
     house.stuck.store(true, Ordering::SeqCst);
     {
-        let mut open = Box::pin(house.registry.open_file(
-            &house.graph,
-            "top",
-            None,
-            Options::new(),
-            permit(),
-        ));
+        let mut open =
+            Box::pin(
+                house
+                    .registry
+                    .open_file(&house.graph, "top", None, Options::new(), permit()),
+            );
         assert!(poll_once(open.as_mut()).is_pending());
     }
     assert_eq!(house.graph.nodes().len(), 0, "{:?}", house.graph.nodes());
@@ -232,7 +230,8 @@ fn an_open_that_is_given_up_leaves_no_nodes() {
 fn the_deepest_chain_opens_reads_and_closes_on_a_small_stack() {
     let next = |file: &str| {
         let at: u64 = file.parse().unwrap();
-        (at < std::env::var("DEPTH").map_or(250, |d| d.parse().unwrap())).then(|| (at + 1).to_string())
+        (at < std::env::var("DEPTH").map_or(250, |d| d.parse().unwrap()))
+            .then(|| (at + 1).to_string())
     };
     std::thread::Builder::new()
         .stack_size(std::env::var("STACK").map_or(2 << 20, |d| d.parse().unwrap()))

@@ -97,7 +97,8 @@ fn reads_through_layers() {
         let graph = Graph::new(env());
         let mut node = graph.add_node(NodeSpec::new(Arc::new(Instantly))).unwrap();
         for _ in 0..layers {
-            let spec = NodeSpec::new(Arc::new(Mapped)).with_child(ChildRole::Filtered, "file", &node);
+            let spec =
+                NodeSpec::new(Arc::new(Mapped)).with_child(ChildRole::Filtered, "file", &node);
             node = graph.add_node(spec).unwrap();
         }
         let handle = graph.attach(&node, ALL, "guest").unwrap();
@@ -107,7 +108,10 @@ fn reads_through_layers() {
                 let mut buffer = Buffer::new(4096);
                 let start = Instant::now();
                 for at in 0..200_000u64 {
-                    buffer = handle.read_into(at * 4096 % (1 << 29), buffer).await.unwrap();
+                    buffer = handle
+                        .read_into(at * 4096 % (1 << 29), buffer)
+                        .await
+                        .unwrap();
                 }
                 start.elapsed().as_nanos() as f64 / 200_000.0
             }));
@@ -132,7 +136,10 @@ fn reads_through_layers() {
         let clone = time(&|| {
             std::hint::black_box(state.clone());
         });
-        println!("{} nodes: {best:.0} ns; length {length:.1} limits {limits:.1} edges {edges:.1} clone {clone:.1}", layers + 1);
+        println!(
+            "{} nodes: {best:.0} ns; length {length:.1} limits {limits:.1} edges {edges:.1} clone {clone:.1}",
+            layers + 1
+        );
         let future = handle.read(0, 4096);
         println!("  future: {} bytes", size_of_val(&future));
         if layers == 0 {

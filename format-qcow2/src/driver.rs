@@ -39,7 +39,7 @@ impl Qcow2 {
         if meta.header.is_dirty() {
             let bits = meta.header.incompatible - Incompatible::DIRTY;
             header_update::write_incompatible(file, &mut meta.header, bits).await?;
-            file.flush().await?;
+            self.writeback.failure.flush(file).await?;
         }
         Ok(())
     }
@@ -96,7 +96,7 @@ impl Qcow2 {
 
     /// After a failed flush: what is on disk counts.
     async fn recover(&self, request: &Request) -> Result<()> {
-        if self.writeback.check().is_ok() {
+        if self.writeback.failure.check().is_ok() {
             return Ok(());
         }
         let _turn = self.hold_batches().await;
@@ -275,7 +275,7 @@ impl BlockDriver for Qcow2 {
         let mut meta = self.lock_meta(child).await?;
         header_update::change_backing(child, &mut meta.header, file.as_deref(), format.as_deref())
             .await?;
-        child.flush().await?;
+        self.writeback.failure.flush(child).await?;
         self.names_backing
             .store(meta.header.backing_file.is_some(), Ordering::Release);
         Ok(())

@@ -202,9 +202,15 @@ impl Qcow2 {
         if !self.settings.lazy_refcounts || meta.header.is_dirty() {
             return Ok(());
         }
-        let bits = meta.header.incompatible | Incompatible::DIRTY;
+        let before = meta.header.incompatible;
+        let bits = before | Incompatible::DIRTY;
         header_update::write_incompatible(file, &mut meta.header, bits).await?;
-        file.flush().await
+        let durable = self.writeback.failure.flush(file).await;
+        if durable.is_err() {
+            // Whoever comes next must not take it for done.
+            meta.header.incompatible = before;
+        }
+        durable
     }
 
     /// Sees what an error means: damaged metadata of a writable image shuts it, durably marked corrupt. Not to be called

@@ -8,7 +8,12 @@ use std::{
     sync::Arc,
 };
 
-use block_core::{error::Result, flags::RequestFlags, request::Child};
+use block_core::{
+    error::{Error, Result},
+    flags::RequestFlags,
+    request::Child,
+};
+use parking_lot::Mutex;
 
 use crate::{
     alloc::{allocator::Orphans, quarantine::Quarantine},
@@ -44,6 +49,7 @@ pub(crate) struct Meta {
     pub durable: u64,
     pub orphans: Orphans,
     pub metadata: Arc<MetadataMap>,
+    pub failure: Arc<Failure>,
     /// Off in tests only.
     pub safeguards: bool,
 }
@@ -54,6 +60,7 @@ impl Meta {
         refcounts: RefcountStore,
         orphans: Orphans,
         metadata: Arc<MetadataMap>,
+        failure: Arc<Failure>,
         safeguards: bool,
     ) -> Self {
         Self {
@@ -71,6 +78,7 @@ impl Meta {
             durable: 0,
             orphans,
             metadata,
+            failure,
             safeguards,
         }
     }
@@ -89,8 +97,47 @@ impl Meta {
     }
 }
 
+/// What went wrong for good: after a flush that failed it is unknown what is durable, so no metadata is written any more
+/// until the image is reopened, which reads it again.
+#[derive(Debug, Default)]
+pub(crate) struct Failure(Mutex<Option<Error>>);
+
+impl Failure {
+    /// The error that was met, if one was.
+    pub fn check(&self) -> Result<()> {
+        match &*self.0.lock() {
+            Some(error) => Err(error.duplicate()),
+            None => Ok(()),
+        }
+    }
+
+    /// The image was reopened: its metadata in memory is to be trusted again.
+    pub fn forget(&self) {
+        *self.0.lock() = None;
+    }
+
+    /// Remembers an error after which it is unknown what is on disk.
+    pub fn note<T>(&self, result: Result<T>) -> Result<T> {
+        if let Err(error) = &result {
+            *self.0.lock() = Some(error.duplicate());
+        }
+        result
+    }
+
+    /// Makes what was written durable, and remembers if that fails.
+    pub async fn flush(&self, file: &Child) -> Result<()> {
+        self.note(file.flush().await)
+    }
+}
+
 /// Writes some bytes of the header in place, and makes that durable.
-pub(crate) async fn write_header_field(file: &Child, offset: u64, bytes: Vec<u8>) -> Result<()> {
-    file.write(offset, bytes, RequestFlags::empty()).await?;
-    file.flush().await
+pub(crate) async fn write_header_field(
+    file: &Child,
+    failure: &Failure,
+    offset: u64,
+    bytes: Vec<u8>,
+) -> Result<()> {
+    // A write that failed may have changed the header all the same.
+    failure.note(file.write(offset, bytes, RequestFlags::empty()).await)?;
+    failure.flush(file).await
 }

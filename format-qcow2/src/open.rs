@@ -189,6 +189,7 @@ async fn open_image(
     let l1 = Qcow2::read_l1(&child, &header).await?;
     let metadata = Arc::new(MetadataMap::new(safeguards));
     metadata.rebuild(&header, &l1, &refcounts);
+    let writeback = Writeback::default();
     let image = Qcow2 {
         geometry: header.geometry(),
         settings,
@@ -211,9 +212,10 @@ async fn open_image(
             refcounts,
             Orphans::default(),
             metadata.clone(),
+            writeback.failure.clone(),
             safeguards,
         )),
-        writeback: Writeback::default(),
+        writeback,
         counters: Counters::default(),
         quarantined: AtomicU64::new(0),
         cached_refcount_blocks: AtomicUsize::new(0),

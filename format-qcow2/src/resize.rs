@@ -75,7 +75,7 @@ impl Qcow2 {
         let file = request.file()?;
         let mut meta = self.lock_meta(file).await?;
         header_update::write_size(file, &mut meta.header, size).await?;
-        file.flush().await?;
+        self.writeback.failure.flush(file).await?;
         self.size.store(size, Ordering::Release);
         Ok(())
     }
@@ -106,22 +106,30 @@ impl Qcow2 {
         bytes.resize((clusters * self.geometry.cluster_size()) as usize, 0);
         file.write(place.0, bytes, RequestFlags::empty()).await?;
         self.write_refcounts(&mut meta, request).await?;
-        header_update::write_l1_pointer(file, &mut meta.header, place, entries).await?;
-        file.flush().await?;
-        let kept = old.entries.iter().map(|raw| raw.load(Ordering::SeqCst));
-        let new = kept.chain(std::iter::repeat(0)).take(needed as usize);
-        self.slices
-            .change_tables(|_| self.l1.store(Arc::new(L1Table::new(place, new))));
+        // From here on the header may point to the new table: its clusters aren't given out again whatever happens. When
+        // it is unknown which table counts, both stay allocated.
         for cluster in allocation.clusters() {
             meta.unlinked.remove(&cluster.0);
             self.metadata.add([cluster.0]);
         }
         allocation.linked();
-        // The header no longer points to the old table, durably.
+        let failure = &self.writeback.failure;
+        let switched =
+            header_update::write_l1_pointer(file, &mut meta.header, place, entries).await;
+        failure.note(switched)?;
+        failure.flush(file).await?;
+        let kept = old.entries.iter().map(|raw| raw.load(Ordering::SeqCst));
+        let new = kept.chain(std::iter::repeat(0)).take(needed as usize);
+        self.slices
+            .change_tables(|_| self.l1.store(Arc::new(L1Table::new(place, new))));
+        // The header no longer points to the old table, durably. The disk has grown: space that can't be given back now
+        // leaks.
         let first = self.geometry.host_cluster_of(old.offset).0;
         for cluster in first..first + self.geometry.clusters_for(old_bytes) {
             self.metadata.remove([cluster]);
-            meta.drop_reference(file, HostCluster(cluster)).await?;
+            if let Err(error) = meta.drop_reference(file, HostCluster(cluster)).await {
+                tracing::warn!("qcow2: a cluster of the old L1 table leaks: {error}");
+            }
         }
         Ok(())
     }
@@ -134,9 +142,9 @@ impl Qcow2 {
             file.write(copy.host.0, copy.bytes.clone(), RequestFlags::empty())
                 .await?;
         }
-        file.flush().await?;
+        self.writeback.failure.flush(file).await?;
         if meta.refcounts.publish(file, &copies).await? {
-            file.flush().await?;
+            self.writeback.failure.flush(file).await?;
         }
         for copy in &copies {
             meta.refcounts.wrote(copy);
@@ -233,6 +241,7 @@ impl Qcow2 {
             refcounts,
             orphans,
             metadata,
+            self.writeback.failure.clone(),
             self.settings.safeguards,
         );
         (meta.batch, meta.durable) = (batch, durable);
@@ -243,7 +252,7 @@ impl Qcow2 {
         self.size.store(meta.header.disk_size(), Ordering::Release);
         self.names_backing
             .store(meta.header.backing_file.is_some(), Ordering::Release);
-        self.writeback.forget_failure();
+        self.writeback.failure.forget();
         self.note_sizes(meta);
         Ok(())
     }

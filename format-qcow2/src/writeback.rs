@@ -23,7 +23,6 @@ use block_core::{
     request::{Child, Request},
 };
 use futures::{StreamExt, TryStreamExt, stream};
-use parking_lot::Mutex;
 
 use crate::{
     alloc::quarantine::{FreedRun, merge_clusters},
@@ -34,7 +33,7 @@ use crate::{
     counters::Counters,
     image::Qcow2,
     layout::{HostCluster, L1Entry},
-    meta::Meta,
+    meta::{Failure, Meta},
 };
 
 /// Metadata writes in flight at once.
@@ -44,34 +43,19 @@ const QUARANTINE_BYTES: u64 = 256 << 20;
 /// The largest merged metadata write.
 const MAX_MERGED: usize = 1 << 20;
 
-/// Whose turn it is, and what went wrong for good.
+/// Whose turn it is, and what went wrong for good (shared with [`Meta`]).
 #[derive(Default)]
 pub(crate) struct Writeback {
     turn: futures::lock::Mutex<Turn>,
     /// Batches begun.
     begun: AtomicU64,
-    /// A barrier failed: what is durable is unknown, until the image is reopened.
-    failed: Mutex<Option<Error>>,
+    pub failure: Arc<Failure>,
 }
 
 #[derive(Default)]
 struct Turn {
     last: u64,
     error: Option<Error>,
-}
-
-impl Writeback {
-    pub fn check(&self) -> Result<()> {
-        match &*self.failed.lock() {
-            Some(error) => Err(error.duplicate()),
-            None => Ok(()),
-        }
-    }
-
-    /// The image was reopened: its metadata in memory is to be trusted again.
-    pub fn forget_failure(&self) {
-        *self.failed.lock() = None;
-    }
 }
 
 /// What one batch writes.
@@ -129,7 +113,7 @@ impl Qcow2 {
     }
 
     async fn run_batch(self: &Arc<Self>, request: &Request) -> Result<()> {
-        self.writeback.check()?;
+        self.writeback.failure.check()?;
         let file = request.file()?;
         Counters::add(&self.counters.batches, 1);
         let snapshot = {
@@ -223,11 +207,7 @@ impl Qcow2 {
 
     async fn barrier(&self, file: &Child) -> Result<()> {
         Counters::add(&self.counters.barriers, 1);
-        let result = file.flush().await;
-        if let Err(error) = &result {
-            *self.writeback.failed.lock() = Some(error.duplicate());
-        }
-        result
+        self.writeback.failure.flush(file).await
     }
 
     /// The snapshot is durable: what hasn't changed since is clean.

@@ -17,9 +17,10 @@ fn help_and_version_are_there() {
     let blk = Alone::new();
     let (code, out, _) = blk.blk(&["--help"]);
     assert_eq!(code, 0);
-    for command in
-        ["bench", "check", "commit", "compare", "convert", "create", "info", "map", "measure", "rebase", "resize"]
-    {
+    for command in [
+        "bench", "check", "commit", "compare", "convert", "create", "info", "map", "measure",
+        "rebase", "resize",
+    ] {
         assert!(out.contains(&format!("  {command} ")), "{out}");
         let (code, out, _) = blk.blk(&[command, "--help"]);
         assert_eq!(code, 0, "{command}");
@@ -27,7 +28,10 @@ fn help_and_version_are_there() {
         assert!(out.contains("--help"), "{out}");
     }
     let (code, out, _) = blk.blk(&["-V"]);
-    assert_eq!((code, out.trim()), (0, concat!("blk ", env!("CARGO_PKG_VERSION"))));
+    assert_eq!(
+        (code, out.trim()),
+        (0, concat!("blk ", env!("CARGO_PKG_VERSION")))
+    );
 }
 
 #[test]
@@ -36,7 +40,10 @@ fn commands_of_a_later_issue_say_so() {
     for command in ["snapshot", "amend", "bitmap", "dd"] {
         let (code, out, err) = blk.blk(&[command, "x"]);
         assert_eq!((code, out.as_str()), (1, ""));
-        assert_eq!(err.trim(), format!("blk: The command '{command}' is not supported yet"));
+        assert_eq!(
+            err.trim(),
+            format!("blk: The command '{command}' is not supported yet")
+        );
     }
     blk.blk(&["create", "-q", "a.raw", "1M"]);
     for args in [
@@ -54,23 +61,40 @@ fn commands_of_a_later_issue_say_so() {
 #[test]
 fn a_message_names_file_and_field() {
     let blk = Alone::new();
-    assert_eq!(blk.blk(&["create", "-q", "-f", "qcow2", "a.qcow2", "1M"]).0, 0);
+    assert_eq!(
+        blk.blk(&["create", "-q", "-f", "qcow2", "a.qcow2", "1M"]).0,
+        0
+    );
     let mut bytes = fs::read(blk.path("a.qcow2")).unwrap();
     // cluster_bits
     bytes[23] = 63;
     blk.write("bad.qcow2", &bytes);
     let (code, _, err) = blk.blk(&["info", "bad.qcow2"]);
     assert_eq!(code, 1);
-    assert!(err.starts_with("blk: Could not open 'bad.qcow2': "), "{err}");
-    assert!(err.contains("field 'cluster_bits' is 63, allowed: "), "{err}");
+    assert!(
+        err.starts_with("blk: Could not open 'bad.qcow2': "),
+        "{err}"
+    );
+    assert!(
+        err.contains("field 'cluster_bits' is 63, allowed: "),
+        "{err}"
+    );
 }
 
 #[test]
 fn info_never_opens_the_files_that_an_image_names() {
     let blk = Alone::new();
     // Opening a FIFO for reading would wait forever.
-    assert!(Command::new("mkfifo").arg(blk.path("fifo")).status().unwrap().success());
-    let create = ["create", "-q", "-u", "-f", "qcow2", "-b", "fifo", "-F", "raw", "a.qcow2", "1M"];
+    assert!(
+        Command::new("mkfifo")
+            .arg(blk.path("fifo"))
+            .status()
+            .unwrap()
+            .success()
+    );
+    let create = [
+        "create", "-q", "-u", "-f", "qcow2", "-b", "fifo", "-F", "raw", "a.qcow2", "1M",
+    ];
     assert_eq!(blk.blk(&create).0, 0);
     let (code, out, _) = blk.blk(&["info", "--output=json", "a.qcow2"]);
     assert_eq!(code, 0);
@@ -81,7 +105,10 @@ fn info_never_opens_the_files_that_an_image_names() {
 #[test]
 fn repaired_leaks_are_gone() {
     let blk = Alone::new();
-    assert_eq!(blk.blk(&["create", "-q", "-f", "qcow2", "a.qcow2", "1M"]).0, 0);
+    assert_eq!(
+        blk.blk(&["create", "-q", "-f", "qcow2", "a.qcow2", "1M"]).0,
+        0
+    );
     let mut bytes = fs::read(blk.path("a.qcow2")).unwrap();
     let be = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
     let block = be(be(48));
@@ -91,11 +118,20 @@ fn repaired_leaks_are_gone() {
     blk.write("a.qcow2", &bytes);
     let (code, out, err) = blk.blk(&["check", "a.qcow2"]);
     assert_eq!(code, 3, "{out}{err}");
-    assert!(out.contains("1 leaked clusters were found on the image."), "{out}");
-    assert!(err.contains(&format!("Leaked cluster {end} refcount=1 reference=0")), "{err}");
+    assert!(
+        out.contains("1 leaked clusters were found on the image."),
+        "{out}"
+    );
+    assert!(
+        err.contains(&format!("Leaked cluster {end} refcount=1 reference=0")),
+        "{err}"
+    );
     let (code, out, _) = blk.blk(&["check", "-r", "leaks", "a.qcow2"]);
     assert_eq!(code, 0, "{out}");
-    assert!(out.contains("    1 leaked clusters\n    0 corruptions\n"), "{out}");
+    assert!(
+        out.contains("    1 leaked clusters\n    0 corruptions\n"),
+        "{out}"
+    );
     assert_eq!(blk.blk(&["check", "-q", "a.qcow2"]).0, 0);
 }
 
@@ -103,7 +139,9 @@ fn repaired_leaks_are_gone() {
 fn progress_is_printed_as_qemu_img_prints_it() {
     let blk = Alone::new();
     blk.write("a.raw", &vec![1; 8 << 20]);
-    let (code, out, _) = blk.blk(&["convert", "-p", "-f", "raw", "-O", "qcow2", "a.raw", "a.qcow2"]);
+    let (code, out, _) = blk.blk(&[
+        "convert", "-p", "-f", "raw", "-O", "qcow2", "a.raw", "a.qcow2",
+    ]);
     assert_eq!(code, 0);
     assert!(out.starts_with("    (0.00/100%)\r"), "{out:?}");
     assert!(out.contains("    (50.00/100%)\r"), "{out:?}");
@@ -111,7 +149,13 @@ fn progress_is_printed_as_qemu_img_prints_it() {
 }
 
 fn send(signal: &str, pid: u32) {
-    assert!(Command::new("kill").args([signal, &pid.to_string()]).status().unwrap().success());
+    assert!(
+        Command::new("kill")
+            .args([signal, &pid.to_string()])
+            .status()
+            .unwrap()
+            .success()
+    );
 }
 
 #[test]
@@ -119,7 +163,9 @@ fn sigusr1_prints_a_line_of_progress_and_sigint_ends_cleanly() {
     let blk = Alone::new();
     blk.write("a.raw", &vec![1; 16 << 20]);
     let mut child = blk
-        .command(&["convert", "-r", "1M", "-f", "raw", "-O", "qcow2", "a.raw", "a.qcow2"])
+        .command(&[
+            "convert", "-r", "1M", "-f", "raw", "-O", "qcow2", "a.raw", "a.qcow2",
+        ])
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
@@ -133,14 +179,20 @@ fn sigusr1_prints_a_line_of_progress_and_sigint_ends_cleanly() {
     let mut err = BufReader::new(child.stderr.take().unwrap());
     let mut line = String::new();
     err.read_line(&mut line).unwrap();
-    assert!(line.starts_with("    (") && line.ends_with("/100%)\n"), "{line:?}");
+    assert!(
+        line.starts_with("    (") && line.ends_with("/100%)\n"),
+        "{line:?}"
+    );
     send("-INT", child.id());
     let status = child.wait().unwrap();
     let mut rest = String::new();
     err.read_to_string(&mut rest).unwrap();
     assert_eq!(status.code(), Some(130), "{rest}");
     assert!(rest.contains("blk: Interrupted"), "{rest}");
-    assert!(start.elapsed() < Duration::from_secs(30), "it didn't wait for the end of the copy");
+    assert!(
+        start.elapsed() < Duration::from_secs(30),
+        "it didn't wait for the end of the copy"
+    );
     // What was written so far is an image without errors.
     let (code, out, err) = blk.blk(&["check", "a.qcow2"]);
     assert_eq!(code, 0, "{out}{err}");
@@ -149,10 +201,15 @@ fn sigusr1_prints_a_line_of_progress_and_sigint_ends_cleanly() {
 #[test]
 fn an_image_in_use_is_refused_and_can_be_shared() {
     let blk = Alone::new();
-    assert_eq!(blk.blk(&["create", "-q", "-f", "qcow2", "a.qcow2", "4M"]).0, 0);
+    assert_eq!(
+        blk.blk(&["create", "-q", "-f", "qcow2", "a.qcow2", "4M"]).0,
+        0
+    );
     blk.write("src.raw", &vec![1; 4 << 20]);
     let mut child = blk
-        .command(&["convert", "-n", "-r", "512k", "-f", "raw", "-O", "qcow2", "src.raw", "a.qcow2"])
+        .command(&[
+            "convert", "-n", "-r", "512k", "-f", "raw", "-O", "qcow2", "src.raw", "a.qcow2",
+        ])
         .spawn()
         .unwrap();
     thread::sleep(Duration::from_millis(1500));
@@ -162,6 +219,9 @@ fn an_image_in_use_is_refused_and_can_be_shared() {
     child.wait().unwrap();
     assert_eq!(code, 1);
     assert!(err.contains("Failed to get shared \"write\" lock"), "{err}");
-    assert!(err.contains("Is another process using the image [a.qcow2]?"), "{err}");
+    assert!(
+        err.contains("Is another process using the image [a.qcow2]?"),
+        "{err}"
+    );
     assert_eq!(shared.0, 0, "{}", shared.2);
 }

@@ -108,9 +108,12 @@ fn create_says_and_makes_what_qemu_img_does() {
         bogus
         ",
     );
-    for (format, name) in
-        [("qcow2", "m1.qcow2"), ("qcow2", "m2.qcow2"), ("qcow2", "m3.qcow2"), ("raw", "m.raw")]
-    {
+    for (format, name) in [
+        ("qcow2", "m1.qcow2"),
+        ("qcow2", "m2.qcow2"),
+        ("qcow2", "m3.qcow2"),
+        ("raw", "m.raw"),
+    ] {
         both.same_content(format, name);
     }
     both.finish();
@@ -123,8 +126,21 @@ fn info_shows_what_qemu_img_shows() {
     }
     let mut both = SideBySide::new(IMAGES);
     for image in [
-        "a.qcow2", "a2.qcow2", "c.qcow2", "v.vmdk", "vf.vmdk", "r.raw", "e.raw", "f.raw", "o.qcow2",
-        "o2.qcow2", "o3.qcow2", "sub/s.qcow2", "nope", "trunc.qcow2", "pm.qcow2",
+        "a.qcow2",
+        "a2.qcow2",
+        "c.qcow2",
+        "v.vmdk",
+        "vf.vmdk",
+        "r.raw",
+        "e.raw",
+        "f.raw",
+        "o.qcow2",
+        "o2.qcow2",
+        "o3.qcow2",
+        "sub/s.qcow2",
+        "nope",
+        "trunc.qcow2",
+        "pm.qcow2",
     ] {
         both.compare(&format!("info {image}"));
         both.compare(&format!("info --output=json {image}"));

@@ -197,9 +197,9 @@ fn rebase_does_what_qemu_img_does() {
         rebase -b Ltop3.qcow2 -F qcow2 Ltop3.qcow2
         rebase -u -b nope -F bogus gtop.qcow2",
     );
-    for name in
-        ["etop", "ftop", "gtop", "htop", "itop", "ktop", "Stop1", "Ltop2", "Ltop3"]
-    {
+    for name in [
+        "etop", "ftop", "gtop", "htop", "itop", "ktop", "Stop1", "Ltop2", "Ltop3",
+    ] {
         both.same_content("qcow2", &format!("{name}.qcow2"));
     }
     both.compare("rebase -u -b nope -F raw gtop.qcow2");

@@ -1,5 +1,8 @@
-//! Copy-range: both ends of a copy that the storage does by itself. Both tickets are taken at once, before either is
-//! waited for.
+//! Copy-range: both ends of a copy that the storage does by itself.
+//!
+//! A copy goes down two chains, and so it never waits while it holds something that another may wait for: the tickets of
+//! both ends are taken at once, before either is waited for; further down nothing is waited for. Where a ticket isn't
+//! free, all are given back, the busy place is waited for with empty hands, and it begins anew.
 
 use std::sync::Arc;
 
@@ -9,7 +12,7 @@ use crate::{
     driver::{Capabilities, MapIntent, Mapping},
     error::{Error, ErrorKind, Operation, Result},
     flags::{Permissions, RequestFlags},
-    handle::BlockHandle,
+    handle::{BlockHandle, RootGuard},
     node::Node,
     request::Request,
     stats::Counted,
@@ -18,16 +21,20 @@ use crate::{
 
 /// The most that the fallback copies through memory at a time.
 const CHUNK: u64 = 1 << 20;
+/// How often it begins anew before it takes the other way.
+const ATTEMPTS: u32 = 32;
 
 /// Copies `len` bytes from `source_offset` of `source` to `offset` of `target`.
 ///
 /// Where the bytes of both ends lie in storage of one kind and the target's place is already mapped, the storage copies
 /// by itself; otherwise the data goes through memory, unless `flags` has NO_FALLBACK.
 ///
+/// With FUA, or through a handle that writes through, it is durable when it has succeeded.
+///
 /// Cancellation: as with any write; the target's range may hold any mixture of old and new.
 ///
 /// # Errors
-/// ENOTSUP with NO_FALLBACK when the storage can't, with nothing changed.
+/// ENOTSUP with NO_FALLBACK when the storage can't (or others never leave its place free), with nothing changed.
 pub async fn copy_range(
     source: &BlockHandle,
     source_offset: u64,
@@ -36,12 +43,14 @@ pub async fn copy_range(
     len: u64,
     flags: RequestFlags,
 ) -> Result<()> {
-    if !target.permissions().used.contains(Permissions::WRITE) {
-        return Err(Error::new(ErrorKind::NotPermitted, "")
-            .with_operation(Operation::CopyRange, offset, len)
-            .with_node(target.node().name()));
-    }
+    permitted(target, offset, len)?;
+    let flags = if target.is_write_through() {
+        flags | RequestFlags::FUA
+    } else {
+        flags
+    };
     match offload(source, source_offset, target, offset, len, flags).await {
+        Ok(()) if flags.contains(RequestFlags::FUA) => return target.flush().await,
         Err(error) if error.kind() == ErrorKind::NotSupported => {
             if flags.contains(RequestFlags::NO_FALLBACK) {
                 return Err(error);
@@ -79,21 +88,53 @@ fn in_bounds(node: &Node, offset: u64, len: u64) -> Result<()> {
     }
 }
 
-/// Where the bytes are at the bottom. `held` collects tickets and pins of the layers below the top.
-async fn bottom(
+fn permitted(target: &BlockHandle, offset: u64, len: u64) -> Result<()> {
+    if target.permissions().used.contains(Permissions::WRITE) {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::NotPermitted, "")
+        .with_operation(Operation::CopyRange, offset, len)
+        .with_node(target.node().name()))
+}
+
+/// Admits a request at both handles. Whoever waits for one doesn't count as in flight at the other.
+async fn enter_both(source: &BlockHandle, target: &BlockHandle) -> (RootGuard, RootGuard) {
+    loop {
+        let from = source.enter().await;
+        if let Some(to) = target.try_enter() {
+            return (from, to);
+        }
+        drop(from);
+        let to = target.enter().await;
+        if let Some(from) = source.try_enter() {
+            return (from, to);
+        }
+    }
+}
+
+/// What came of the walk to the bottom.
+enum Bottom {
+    /// The node that holds the bytes, and where.
+    At(Arc<Node>, u64),
+    /// This range of this node is in use.
+    Busy(Arc<Node>, TrackedRange),
+}
+
+/// Where the bytes are at the bottom. `held` collects tickets and pins of the layers below the top. Waits for nothing.
+fn bottom(
     top: &Arc<Node>,
     offset: u64,
     len: u64,
     intent: MapIntent,
     held: &mut Held,
-) -> Result<(Arc<Node>, u64)> {
+) -> Result<Bottom> {
     let unsupported = || Error::from_kind(ErrorKind::NotSupported);
     let mut node = top.clone();
     let mut offset = offset;
     loop {
         let capabilities = node.driver().capabilities();
         if !capabilities.contains(Capabilities::TRY_MAP) {
-            return Ok((node, offset));
+            return Ok(Bottom::At(node, offset));
         }
         let edges = node.edges();
         let next = match node.driver().try_map(&edges, offset, len, intent) {
@@ -110,16 +151,27 @@ async fn bottom(
                     .map(|edge| edge.child.node().clone())
                     .ok_or_else(unsupported)?
             }
-            Mapping::Backing { len: covered } if covered >= len => edges
-                .child(crate::driver::ChildRole::Backing)
-                .filter(|child| offset + len <= child.length())
-                .map(|child| child.node().clone())
-                .ok_or_else(unsupported)?,
+            Mapping::Backing { len: covered } if covered >= len && intent == MapIntent::Read => {
+                edges
+                    .child(crate::driver::ChildRole::Backing)
+                    .map(|child| child.node().clone())
+                    .ok_or_else(unsupported)?
+            }
             _ => return Err(unsupported()),
         };
-        let kind = RequestKind::CopyRange;
+        let align = next.limits().request_alignment.max(1);
+        let end = offset.checked_add(len).ok_or_else(unsupported)?;
+        if end > next.length() || offset % align != 0 || len % align != 0 {
+            // What the storage doesn't have, or can't do in one call, is the business of the plain way.
+            return Err(unsupported());
+        }
         let range = TrackedRange::from_len(offset, len);
-        let tracked = ready(&next, next.tracker().begin(range, false, kind)).await;
+        let Some(tracked) = next
+            .tracker()
+            .try_begin(range, false, RequestKind::CopyRange)
+        else {
+            return Ok(Bottom::Busy(next, range));
+        };
         let counted = if intent == MapIntent::Overwrite {
             Counted::Write
         } else {
@@ -145,15 +197,40 @@ async fn offload(
     len: u64,
     flags: RequestFlags,
 ) -> Result<()> {
-    if flags.contains(RequestFlags::FUA) {
-        // Durable also means that the way to the data is: the plain way sees to that.
-        return Err(Error::from_kind(ErrorKind::NotSupported));
+    for _ in 0..ATTEMPTS {
+        match attempt(source, source_offset, target, offset, len, flags).await? {
+            Attempt::Done => return Ok(()),
+            Attempt::Busy(node, range) => {
+                let pending = node.tracker().begin(range, false, RequestKind::CopyRange);
+                drop(ready(&node, pending).await);
+            }
+        }
     }
-    let source_guard = source.enter().await;
-    let target_guard = target.enter().await;
+    Err(Error::from_kind(ErrorKind::NotSupported))
+}
+
+enum Attempt {
+    Done,
+    /// Nothing was changed and nothing is held; this has to become free first.
+    Busy(Arc<Node>, TrackedRange),
+}
+
+async fn attempt(
+    source: &BlockHandle,
+    source_offset: u64,
+    target: &BlockHandle,
+    offset: u64,
+    len: u64,
+    flags: RequestFlags,
+) -> Result<Attempt> {
+    let (source_guard, target_guard) = enter_both(source, target).await;
+    permitted(target, offset, len)?;
     let (from, to) = (source.node(), target.node());
     in_bounds(&from, source_offset, len)?;
     in_bounds(&to, offset, len)?;
+    if len == 0 {
+        return Ok(Attempt::Done);
+    }
     let align = from
         .limits()
         .request_alignment
@@ -211,8 +288,15 @@ async fn offload(
             root: Some(guard),
         });
     }
-    let (from, at) = bottom(&from, source_offset, len, MapIntent::Read, &mut held).await?;
-    let (to, offset) = bottom(&to, offset, len, MapIntent::Overwrite, &mut held).await?;
+    // Walked with the tickets of both ends in hand: nobody can move what is looked at.
+    let (from, at) = match bottom(&from, source_offset, len, MapIntent::Read, &mut held)? {
+        Bottom::At(node, at) => (node, at),
+        Bottom::Busy(node, range) => return Ok(Attempt::Busy(node, range)),
+    };
+    let (to, offset) = match bottom(&to, offset, len, MapIntent::Overwrite, &mut held)? {
+        Bottom::At(node, at) => (node, at),
+        Bottom::Busy(node, range) => return Ok(Attempt::Busy(node, range)),
+    };
     let driver = to.driver().clone();
     if !driver.capabilities().contains(Capabilities::COPY_RANGE)
         || driver.name() != from.driver().name()
@@ -221,9 +305,7 @@ async fn offload(
     }
     let request = Request::new(to.clone(), to.edges());
     let source = from.driver().clone();
-    Driven::new(
-        driver.copy_range_from(request, source, at, offset, len),
-        held,
-    )
-    .await
+    let copy = driver.copy_range_from(request, source, at, offset, len);
+    Driven::new(copy, held).await?;
+    Ok(Attempt::Done)
 }

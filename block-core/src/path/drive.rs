@@ -12,13 +12,15 @@ use crate::{
     driver::{BlockDriver, Capabilities, Truncate},
     error::{Error, ErrorKind, Result},
     flags::RequestFlags,
-    limits::Limits,
+    limits::{Limits, fit_max},
     request::Request,
     tracked::Tracked,
 };
 
 /// The most that is written at once when a driver has no zero writes.
 const MAX_ZERO_BUFFER: u64 = 16 << 20;
+/// The most that copy-on-read holds in memory and copies at once, unless one cluster is larger.
+const MAX_COPY_ON_READ: u64 = 1 << 20;
 
 /// What the driver-facing flags of a request are.
 fn driver_flags(flags: RequestFlags, capabilities: Capabilities) -> RequestFlags {
@@ -84,7 +86,7 @@ pub(super) fn drive(
                     split_write(&driver, &request, offset, buf, passed, &limits).await?;
                 }
                 if flush_after {
-                    driver.flush(request).await
+                    super::ranged::flush_now(request).await
                 } else {
                     Ok(())
                 }
@@ -103,7 +105,7 @@ pub(super) fn drive(
             )
             .await?;
             if flush_after {
-                driver.flush(request).await
+                super::ranged::flush_now(request).await
             } else {
                 Ok(())
             }
@@ -130,8 +132,9 @@ fn share_ticket(held: &mut Held) -> Option<Arc<Tracked>> {
     Some(shared)
 }
 
-/// The largest piece of `len` bytes that fits `max` (0: no limit).
-const fn piece(len: u64, max: u64) -> u64 {
+/// The first piece of `len` bytes that fits `max` (0: no limit), which is made a multiple of `align`.
+const fn piece(len: u64, max: u64, align: u64) -> u64 {
+    let max = fit_max(max, align);
     if max != 0 && len > max { max } else { len }
 }
 
@@ -143,7 +146,11 @@ async fn split_read(
     limits: Limits,
 ) -> Result<()> {
     while !buf.is_empty() {
-        let step = piece(buf.len() as u64, limits.max_transfer);
+        let step = piece(
+            buf.len() as u64,
+            limits.max_transfer,
+            limits.request_alignment,
+        );
         let head = buf.split_to(step as usize);
         driver.clone().read(request.clone(), offset, head).await?;
         offset += step;
@@ -218,7 +225,11 @@ async fn split_write(
     limits: &Limits,
 ) -> Result<()> {
     while !buf.is_empty() {
-        let step = piece(buf.len() as u64, limits.max_transfer);
+        let step = piece(
+            buf.len() as u64,
+            limits.max_transfer,
+            limits.request_alignment,
+        );
         let head = buf.split_to(step as usize);
         driver
             .clone()
@@ -278,7 +289,7 @@ async fn write_zeroes(
     capabilities: Capabilities,
 ) -> Result<()> {
     let align = limits.request_alignment.max(1);
-    let bulk = limits.zeroes_alignment.max(align);
+    let (bulk, max) = bulk(align, limits.zeroes_alignment, limits.max_zeroes);
     let end = offset + len;
     let mut at = offset;
     // Once the driver has said that it can't do bulk zeroes, it isn't asked again in this request.
@@ -294,18 +305,7 @@ async fn write_zeroes(
         }
         let aligned_end = end - end % align;
         let is_bulk = at % bulk == 0 && aligned_end - at >= bulk;
-        let stop = if at % bulk != 0 {
-            at.next_multiple_of(bulk).min(aligned_end)
-        } else if is_bulk {
-            let whole = (aligned_end - at) - (aligned_end - at) % bulk;
-            let max = match limits.max_zeroes {
-                0 => whole,
-                max => (max - max % bulk).max(bulk),
-            };
-            at + whole.min(max)
-        } else {
-            aligned_end
-        };
+        let stop = bulk_stop(at, aligned_end, bulk, max);
         let step = stop - at;
         let mut done = false;
         if can {
@@ -329,7 +329,7 @@ async fn write_zeroes(
             return Err(Error::from_kind(ErrorKind::NotSupported));
         }
         if !done {
-            let max = piece(MAX_ZERO_BUFFER, limits.max_transfer);
+            let max = piece(MAX_ZERO_BUFFER, limits.max_transfer, align);
             let data_flags = flags - RequestFlags::MAY_UNMAP;
             let mut from = at;
             while from < stop {
@@ -347,6 +347,36 @@ async fn write_zeroes(
     Ok(())
 }
 
+/// The alignment of bulk calls and the largest call, both multiples of `align`. Where a whole bulk unit is more than a
+/// call may have, there are none.
+const fn bulk(align: u64, preferred: u64, max: u64) -> (u64, u64) {
+    let bulk = if preferred > align { preferred } else { align };
+    let max = match fit_max(max, align) {
+        0 => u64::MAX,
+        max => max,
+    };
+    if bulk > max {
+        (align, max)
+    } else {
+        (bulk, max - max % bulk)
+    }
+}
+
+/// Where a call that begins at `at` ends: head and tail that aren't whole bulk units go in calls of their own, and no
+/// call is longer than `max`.
+const fn bulk_stop(at: u64, end: u64, bulk: u64, max: u64) -> u64 {
+    let rest = end - at;
+    let head = (bulk - at % bulk) % bulk;
+    let len = if head != 0 {
+        if head < rest { head } else { rest }
+    } else if rest >= bulk {
+        rest - rest % bulk
+    } else {
+        rest
+    };
+    at + if len < max { len } else { max }
+}
+
 /// Discard: what isn't aligned is dropped, head and tail go in calls of their own, "can't" counts as done.
 async fn discard(
     driver: Arc<dyn BlockDriver>,
@@ -356,7 +386,7 @@ async fn discard(
     limits: Limits,
 ) -> Result<()> {
     let align = limits.request_alignment.max(1);
-    let bulk = limits.discard_alignment.max(align);
+    let (bulk, max) = bulk(align, limits.discard_alignment, limits.max_discard);
     let node_end = request.node().length();
     let mut end = offset + len;
     // The short block at the node's end counts as whole.
@@ -365,18 +395,7 @@ async fn discard(
     }
     let mut at = offset.next_multiple_of(align);
     while at < end {
-        let stop = if at % bulk != 0 {
-            at.next_multiple_of(bulk).min(end)
-        } else if end - at >= bulk {
-            let whole = (end - at) - (end - at) % bulk;
-            let max = match limits.max_discard {
-                0 => whole,
-                max => (max - max % bulk).max(bulk),
-            };
-            at + whole.min(max)
-        } else {
-            end
-        };
+        let stop = bulk_stop(at, end, bulk, max);
         match driver.clone().discard(request.clone(), at, stop - at).await {
             Ok(()) => {}
             Err(error) if error.kind() == ErrorKind::NotSupported => {}
@@ -424,14 +443,23 @@ async fn copy_on_read(
         return Err(Error::io("copy-on-read without a ticket"));
     };
     let node = request.node().clone();
-    let granularity = node.limits().serialising_granularity.max(1);
+    let limits = node.limits();
+    let granularity = limits
+        .serialising_granularity
+        .max(limits.request_alignment)
+        .max(1);
+    let most = fit_max(MAX_COPY_ON_READ, granularity);
     let prefetch = flags.contains(RequestFlags::PREFETCH);
     let end = offset + buf.len() as u64;
     let length = node.length();
     let mut at = offset;
     while at < end {
         let (allocated, run) = chain::is_allocated_at(&node, at, end - at).await?;
-        let run = run.max(1).min(end - at);
+        let mut run = run.max(1).min(end - at);
+        if !allocated {
+            // Up to a whole number of clusters.
+            run = run.min(most - at % granularity);
+        }
         let out = buf.split_to(run as usize);
         if allocated {
             if !prefetch {

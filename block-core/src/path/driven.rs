@@ -60,7 +60,14 @@ impl Completion {
                 node.refresh_limits();
                 node.flush.written.fetch_add(1, Ordering::SeqCst);
             }
+            Counted::Exclusive => {
+                node.flush.written.fetch_add(1, Ordering::SeqCst);
+            }
             Counted::Read | Counted::Other => {}
+        }
+        if matches!(counted, Counted::Truncate | Counted::Exclusive) {
+            // Before the ticket goes: who takes one after this looks again.
+            node.bump_epoch();
         }
         node.stats().ended(counted, len, ok);
         drop(ticket);
@@ -74,7 +81,7 @@ impl Completion {
             Counted::Zero => Some(Operation::WriteZeroes),
             Counted::Discard => Some(Operation::Discard),
             Counted::Truncate => Some(Operation::Truncate),
-            Counted::Other => None,
+            Counted::Exclusive | Counted::Other => None,
         }
     }
 }
@@ -129,13 +136,17 @@ impl Driven {
 
     pub(crate) fn poll_driven(&mut self, cx: &mut Context<'_>) -> Poll<Result<()>> {
         self.started = true;
-        let Some(future) = self.future.as_mut() else {
+        // Taken out, so that a driver that panics leaves nothing behind that would be polled again.
+        let Some(mut future) = self.future.take() else {
             return Poll::Ready(Err(Error::io("a request was polled after its end")));
         };
         match future.as_mut().poll(cx) {
-            Poll::Pending => Poll::Pending,
+            Poll::Pending => {
+                self.future = Some(future);
+                Poll::Pending
+            }
             Poll::Ready(result) => {
-                self.future = None;
+                drop(future);
                 let result = result.map_err(|error| self.held.describe(error));
                 self.held.finish(&result);
                 Poll::Ready(result)

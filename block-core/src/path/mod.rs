@@ -10,7 +10,7 @@ mod drive;
 mod driven;
 mod ranged;
 
-use std::{sync::Arc, task::Poll};
+use std::sync::Arc;
 
 use smallvec::SmallVec;
 
@@ -126,7 +126,7 @@ impl Op {
         }
     }
 
-    fn operation(&self) -> Operation {
+    pub(crate) fn operation(&self) -> Operation {
         match self.action {
             Action::Read(_) => Operation::Read,
             Action::Write(_) => Operation::Write,
@@ -156,6 +156,13 @@ impl Op {
         }
     }
 
+    /// The same bytes as seen by a child. What was asked of this node's gate isn't asked of the child's.
+    fn descend(&mut self, offset: u64, intent: MapIntent) {
+        self.offset = offset;
+        self.may_grow = intent == MapIntent::Overwrite;
+        self.flags -= RequestFlags::SERIALISING | RequestFlags::NO_WAIT;
+    }
+
     fn is_truncate(&self) -> bool {
         matches!(self.action, Action::Truncate(_))
     }
@@ -182,7 +189,15 @@ fn rounded(offset: u64, len: u64, granularity: u64) -> TrackedRange {
 }
 
 /// Step 1. An error here has touched nothing.
-fn validate(node: &Node, op: &Op, capabilities: Capabilities, length: u64) -> Result<()> {
+///
+/// A driver above may read up to the end of the block in which the node ends: what lies beyond it reads as zeroes.
+fn validate(
+    node: &Node,
+    op: &Op,
+    capabilities: Capabilities,
+    length: u64,
+    by_parent: bool,
+) -> Result<()> {
     let fail = |kind: ErrorKind, text: &str| {
         Err(Error::new(kind, text)
             .with_operation(op.operation(), op.offset, op.len)
@@ -202,7 +217,13 @@ fn validate(node: &Node, op: &Op, capabilities: Capabilities, length: u64) -> Re
     if modifies && !capabilities.contains(Capabilities::WRITE) {
         return fail(ErrorKind::NotPermitted, "");
     }
-    if end > length && !op.is_truncate() {
+    let readable = if by_parent && !modifies {
+        length.saturating_add(node.limits().request_alignment - 1) / node.limits().request_alignment
+            * node.limits().request_alignment
+    } else {
+        length
+    };
+    if end > readable && !op.is_truncate() {
         let grows = op.may_grow && capabilities.contains(Capabilities::GROW);
         if !grows {
             return fail(
@@ -287,15 +308,9 @@ fn apply_node_options(node: &Node, op: &mut Op) -> bool {
 }
 
 /// Waits at the gate, and meanwhile works off what was dropped: it may be that which is waited for.
-pub(crate) async fn wait_at_gate(node: &Node, mut pending: Pending) -> Tracked {
+pub(crate) async fn wait_at_gate(node: &Node, pending: Pending) -> Tracked {
     node.stats().waited();
-    futures::future::poll_fn(|cx| {
-        if !node.deferred.is_empty() {
-            node.deferred.help(cx);
-        }
-        std::pin::Pin::new(&mut pending).poll(cx)
-    })
-    .await
+    node.deferred.help_until(pending).await
 }
 
 /// Whether `try_map` may be asked for this request.
@@ -336,12 +351,15 @@ pub(crate) async fn submit(node: &Arc<Node>, origin: Origin, mut op: Op) -> Resu
         Origin::Parent => (None, None),
         Origin::Nested(ticket) => (None, Some(ticket)),
     };
+    let mut top_is_root = root.is_some();
     let mut held = Held::default();
     // Refused, or read as zeroes, or mapped: at most one turn per layer.
     loop {
+        let epoch = node.epoch();
+        let by_parent = !top_is_root;
         let mut capabilities = node.driver().capabilities();
         let mut length = node.length();
-        validate(&node, &op, capabilities, length)?;
+        validate(&node, &op, capabilities, length, by_parent)?;
         if op.len == 0 && !op.is_truncate() {
             return Ok(());
         }
@@ -358,40 +376,42 @@ pub(crate) async fn submit(node: &Arc<Node>, origin: Origin, mut op: Op) -> Resu
             None => {
                 let kind = op.kind();
                 let tracker = node.tracker();
+                let Shape {
+                    range, serialising, ..
+                } = shape_now;
+                let mut waited = false;
                 let tracked = if op.flags.contains(RequestFlags::NO_WAIT) {
-                    tracker
-                        .try_begin(shape_now.range, shape_now.serialising, kind)
-                        .ok_or_else(|| {
-                            Error::from_kind(ErrorKind::Busy)
-                                .with_operation(op.operation(), op.offset, op.len)
-                                .with_node(node.name())
-                        })?
+                    tracker.try_begin(range, serialising, kind).ok_or_else(|| {
+                        Error::from_kind(ErrorKind::Busy)
+                            .with_operation(op.operation(), op.offset, op.len)
+                            .with_node(node.name())
+                    })?
                 } else {
-                    match tracker
-                        .begin(shape_now.range, shape_now.serialising, kind)
-                        .into_ready()
-                    {
+                    match tracker.begin(range, serialising, kind).into_ready() {
                         Ok(tracked) => tracked,
                         Err(pending) => {
-                            let tracked = wait_at_gate(&node, pending).await;
-                            capabilities = node.driver().capabilities();
-                            length = node.length();
-                            limits = node.limits();
-                            edges = node.edges();
-                            validate(&node, &op, capabilities, length)?;
-                            let again = shape(&op, &limits, capabilities, length);
-                            if !tracked.range().contains(again.range)
-                                || (again.serialising && !tracked.is_serialising())
-                            {
-                                // The node changed while we waited, and what we hold doesn't suffice: queue again.
-                                drop(tracked);
-                                continue;
-                            }
-                            shape_now.padded = again.padded;
-                            tracked
+                            waited = true;
+                            wait_at_gate(&node, pending).await
                         }
                     }
                 };
+                // What was looked at before the ticket was taken may have changed, and is looked at again.
+                if waited || node.epoch() != epoch {
+                    capabilities = node.driver().capabilities();
+                    length = node.length();
+                    limits = node.limits();
+                    edges = node.edges();
+                    validate(&node, &op, capabilities, length, by_parent)?;
+                    let again = shape(&op, &limits, capabilities, length);
+                    if !tracked.range().contains(again.range)
+                        || (again.serialising && !tracked.is_serialising())
+                    {
+                        // What we hold doesn't suffice any more: queue again.
+                        drop(tracked);
+                        continue;
+                    }
+                    shape_now.padded = again.padded;
+                }
                 Ticket::Own(tracked)
             }
         };
@@ -413,10 +433,16 @@ pub(crate) async fn submit(node: &Arc<Node>, origin: Origin, mut op: Op) -> Resu
                     len,
                     pin,
                 } if len >= op.len => {
-                    if let Some(edge) = edges.get(edge) {
+                    if let Some(edge) = edges.get(edge)
+                        // A read past the end of a short file takes the long way, which pads it.
+                        && (intent == MapIntent::Overwrite
+                            || offset
+                                .checked_add(op.len)
+                                .is_some_and(|end| end <= edge.child.length()))
+                    {
                         held.pins.extend(pin);
-                        op.offset = offset;
-                        op.may_grow = true;
+                        op.descend(offset, intent);
+                        top_is_root = false;
                         node = edge.child.node().clone();
                         continue;
                     }
@@ -437,6 +463,9 @@ pub(crate) async fn submit(node: &Arc<Node>, origin: Origin, mut op: Op) -> Resu
                                 return Ok(());
                             }
                             Some(child) if op.offset + op.len <= child.length() => {
+                                let offset = op.offset;
+                                op.descend(offset, intent);
+                                top_is_root = false;
                                 node = child.node().clone();
                                 continue;
                             }
@@ -465,15 +494,7 @@ pub(crate) async fn submit(node: &Arc<Node>, origin: Origin, mut op: Op) -> Resu
 /// Completes when every dropped request of the graph has ended, or at once when there is none.
 pub(crate) async fn settle(node: &Node) {
     if !node.deferred.is_empty() {
-        let deferred = node.deferred.clone();
-        futures::future::poll_fn(move |cx| {
-            if deferred.help(cx) {
-                Poll::Ready(())
-            } else {
-                Poll::Pending
-            }
-        })
-        .await;
+        node.deferred.settle().await;
     }
 }
 

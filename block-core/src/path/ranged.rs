@@ -28,7 +28,10 @@ pub(crate) async fn flush(node: &Arc<Node>, root: Option<RootGuard>) -> Result<(
     if state.flushed.load(Ordering::SeqCst) >= wanted {
         return Ok(());
     }
-    let turn = state.turn.clone().lock_owned().await;
+    let turn = node
+        .deferred
+        .help_until(state.turn.clone().lock_owned())
+        .await;
     if let Some(error) = &*state.failed.lock() {
         return Err(error.duplicate());
     }
@@ -36,34 +39,54 @@ pub(crate) async fn flush(node: &Arc<Node>, root: Option<RootGuard>) -> Result<(
         return Ok(());
     }
     let request = Request::new(node.clone(), node.edges());
-    let owner = node.clone();
     let future = Box::pin(async move {
         let _turn = turn;
-        let covers = owner.flush.written.load(Ordering::SeqCst);
-        owner.stats().flushed();
-        match owner.driver().clone().flush(request).await {
-            Ok(()) => {
-                owner.flush.flushed.fetch_max(covers, Ordering::SeqCst);
-                Ok(())
-            }
-            Err(error) => {
-                let error = error
-                    .with_operation(Operation::Flush, 0, 0)
-                    .with_node(owner.name());
-                *owner.flush.failed.lock() = Some(error.duplicate());
-                Err(error)
-            }
-        }
+        flush_driver(request).await
     });
     Driven::new(future, held(node, None, root)).await
 }
 
+/// The flush of a request that asked for FUA where the driver has none: always reaches the driver.
+pub(crate) async fn flush_now(request: Request) -> Result<()> {
+    let state = &request.node().flush;
+    let _turn = state.turn.clone().lock_owned().await;
+    if let Some(error) = &*state.failed.lock() {
+        return Err(error.duplicate());
+    }
+    flush_driver(request).await
+}
+
+/// Flushes, and remembers how it went. The caller has the turn.
+async fn flush_driver(request: Request) -> Result<()> {
+    let node = request.node().clone();
+    let covers = node.flush.written.load(Ordering::SeqCst);
+    node.stats().flushed();
+    match node.driver().clone().flush(request).await {
+        Ok(()) => {
+            node.flush.flushed.fetch_max(covers, Ordering::SeqCst);
+            Ok(())
+        }
+        Err(error) => {
+            let error = error
+                .with_operation(Operation::Flush, 0, 0)
+                .with_node(node.name());
+            *node.flush.failed.lock() = Some(error.duplicate());
+            Err(error)
+        }
+    }
+}
+
 fn held(node: &Arc<Node>, ticket: Option<Ticket>, root: Option<RootGuard>) -> Held {
+    let counted = if ticket.is_some() {
+        Counted::Exclusive
+    } else {
+        Counted::Other
+    };
     let mut held = Held::default();
     held.completions.push(Completion {
         node: node.clone(),
         ticket,
-        counted: Counted::Other,
+        counted,
         offset: 0,
         len: 0,
         root,
@@ -94,7 +117,6 @@ pub(crate) async fn exclusive<T: Send + 'static>(
         Ok(tracked) => tracked,
         Err(pending) => wait_at_gate(node, pending).await,
     };
-    node.flush.written.fetch_add(1, Ordering::SeqCst);
     let request = Request::new(node.clone(), node.edges());
     run(held(node, Some(Ticket::Own(tracked)), root), work(request)).await
 }

@@ -15,7 +15,7 @@ use smallvec::SmallVec;
 
 use super::quarantine::Freed;
 use crate::{
-    layout::{CompressedRun, HostCluster, HostOffset, entry},
+    layout::{CompressedRun, HostCluster, HostOffset, entry, header::field},
     meta::Meta,
 };
 
@@ -319,23 +319,25 @@ impl Meta {
     async fn grow_refcount_table(&mut self, file: &Child) -> Result<()> {
         let start = self.refcounts.table_covers();
         self.metadata.check_from(start, self.geometry)?;
-        let old = self
-            .refcounts
-            .grow_table(file, |place| {
-                let mut bytes = place.offset.0.to_be_bytes().to_vec();
-                bytes.extend_from_slice(&place.clusters.to_be_bytes());
-                crate::meta::write_header_field(file, 48, bytes)
-            })
-            .await?;
-        let place = self.refcounts.place();
-        self.header.refcount_table_offset = place.offset;
-        self.header.refcount_table_clusters = place.clusters;
+        let old = self.refcounts.place();
+        let limit = self.cluster_limit();
+        let failure = self.failure.clone();
+        let place = self.refcounts.grow_table(file, &failure, limit).await?;
+        // From here on the header may point to the new table, which stays allocated whatever happens. When it is
+        // unknown which table counts, the old one does, too.
         let end = self.geometry.host_cluster_of(place.offset).0 + u64::from(place.clusters);
         self.metadata.add(start..end);
+        let mut bytes = place.offset.0.to_be_bytes().to_vec();
+        bytes.extend_from_slice(&place.clusters.to_be_bytes());
+        crate::meta::write_header_field(file, &failure, field::REFCOUNT_TABLE, bytes).await?;
+        self.refcounts.moved(place);
+        self.header.refcount_table_offset = place.offset;
+        self.header.refcount_table_clusters = place.clusters;
         // The header on disk no longer refers to the old table.
-        for cluster in old {
-            self.metadata.remove([cluster.0]);
-            self.drop_reference(file, cluster).await?;
+        let first = self.geometry.host_cluster_of(old.offset).0;
+        for cluster in first..first + u64::from(old.clusters) {
+            self.metadata.remove([cluster]);
+            self.drop_reference(file, HostCluster(cluster)).await?;
         }
         Ok(())
     }

@@ -14,7 +14,10 @@ use block_core::{
 };
 
 use super::slice::NumberMap;
-use crate::layout::{Geometry, HostCluster, HostOffset, Refcounts, entry};
+use crate::{
+    layout::{Geometry, HostCluster, HostOffset, Refcounts, entry},
+    meta::Failure,
+};
 
 /// A refcount table may not be larger than this.
 const MAX_TABLE_BYTES: u64 = 8 << 20;
@@ -304,16 +307,17 @@ impl RefcountStore {
     }
 
     /// Replaces the full table by a larger one, which lies with the blocks that describe it in the first range that the
-    /// old one didn't cover. `switch` makes the header point to it, durably, once it is complete on disk.
-    /// Gives back the clusters of the old table, which are no longer referred to.
-    pub async fn grow_table<F>(
+    /// old one didn't cover, below cluster `limit`. It is durable then, and the caller makes the header point to it and
+    /// says so with [`Self::moved`].
+    ///
+    /// # Errors
+    /// ENOSPC at the limits of the format; whatever the storage reports. The old table is in use as before then.
+    pub async fn grow_table(
         &mut self,
         file: &Child,
-        switch: impl FnOnce(TablePlace) -> F,
-    ) -> Result<Vec<HostCluster>>
-    where
-        F: Future<Output = Result<()>>,
-    {
+        failure: &Failure,
+        limit: u64,
+    ) -> Result<TablePlace> {
         let cluster_size = self.geometry.cluster_size();
         let per_cluster = cluster_size / 8;
         let per_block = self.geometry.refcounts_per_block();
@@ -335,11 +339,17 @@ impl RefcountStore {
             ));
         }
         let start = old_len << self.geometry.refcount_block_bits();
+        if start + blocks + table_clusters > limit {
+            return Err(Error::new(
+                ErrorKind::NoSpace,
+                "No more host clusters in this format",
+            ));
+        }
         let mut new_table = self.table.clone();
         new_table.resize((table_clusters * per_cluster) as usize, 0);
         let old_table = std::mem::replace(&mut self.table, new_table);
         let result = self
-            .write_grown_table(file, start, blocks, table_clusters, switch)
+            .write_grown_table(file, failure, start, blocks, table_clusters)
             .await;
         if result.is_err() {
             for index in old_len..old_len + blocks {
@@ -347,26 +357,22 @@ impl RefcountStore {
             }
             self.table = old_table;
         }
-        let old = self.place;
-        let new = result?;
-        self.place = new;
-        let first = self.geometry.host_cluster_of(old.offset).0;
-        Ok((first..first + u64::from(old.clusters))
-            .map(HostCluster)
-            .collect())
+        result
     }
 
-    async fn write_grown_table<F>(
+    /// The header points to the table that was grown, durably.
+    pub fn moved(&mut self, place: TablePlace) {
+        self.place = place;
+    }
+
+    async fn write_grown_table(
         &mut self,
         file: &Child,
+        failure: &Failure,
         start: u64,
         blocks: u64,
         table_clusters: u64,
-        switch: impl FnOnce(TablePlace) -> F,
-    ) -> Result<TablePlace>
-    where
-        F: Future<Output = Result<()>>,
-    {
+    ) -> Result<TablePlace> {
         let first_index = start >> self.geometry.refcount_block_bits();
         for n in 0..blocks {
             self.place_block(first_index + n, HostCluster(start + n))?;
@@ -394,13 +400,11 @@ impl RefcountStore {
             bytes.extend_from_slice(&raw.to_be_bytes());
         }
         let offset = self.geometry.host_start(HostCluster(start + blocks));
-        file.write(offset.0, bytes, RequestFlags::empty()).await?;
-        file.flush().await?;
         let clusters = u32::try_from(table_clusters)
             .map_err(|_| Error::new(ErrorKind::TooBig, "Reference count table too large"))?;
-        let place = TablePlace { offset, clusters };
-        switch(place).await?;
-        Ok(place)
+        file.write(offset.0, bytes, RequestFlags::empty()).await?;
+        failure.flush(file).await?;
+        Ok(TablePlace { offset, clusters })
     }
 
     /// Copies of all dirty blocks.

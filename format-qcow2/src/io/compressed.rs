@@ -48,12 +48,14 @@ impl Qcow2 {
         let mut window = Window::new(WINDOW);
         let mut rest = buf;
         let mut at = offset;
-        while !rest.is_empty() && !window.has_failed() {
+        while !rest.is_empty() {
+            window.room().await;
+            if window.has_failed() {
+                break;
+            }
             let len = rest.len().min(size as usize);
             let piece = rest.split_to(len);
-            window
-                .push(self.write_compressed_cluster(request, at, piece).boxed())
-                .await;
+            window.push(self.write_compressed_cluster(request, at, piece).boxed());
             at += len as u64;
         }
         window.finish().await

@@ -43,7 +43,11 @@ impl Qcow2 {
     ) -> Result<()> {
         let file = request.file()?;
         let mut window = Window::new(WINDOW);
-        while !buf.is_empty() && !window.has_failed() {
+        while !buf.is_empty() {
+            window.room().await;
+            if window.has_failed() {
+                break;
+            }
             let located = async {
                 self.make_room(request).await.ok();
                 self.locate(file, offset, buf.len() as u64).await
@@ -60,7 +64,7 @@ impl Qcow2 {
             if buf.is_empty() && window.is_idle() {
                 return read.await;
             }
-            window.push(read.boxed()).await;
+            window.push(read.boxed());
             offset += run.len();
         }
         window.finish().await

@@ -53,13 +53,19 @@ impl<'a> Window<'a> {
         .await
     }
 
-    /// Begins a piece; waits first while the window is full.
-    pub async fn push(&mut self, piece: BoxFuture<'a, Result<()>>) {
+    /// Waits while the window is full. To be called before a pin is taken for the next piece: the pieces that it waits
+    /// for may themselves be waiting for all pins to end.
+    pub async fn room(&mut self) {
         while self.pieces.len() >= self.limit {
             if let Some(result) = self.pieces.next().await {
                 self.note(result);
             }
         }
+    }
+
+    /// Begins a piece; there is [`Self::room`] for it.
+    pub fn push(&mut self, piece: BoxFuture<'a, Result<()>>) {
+        debug_assert!(self.pieces.len() < self.limit);
         self.pieces.push(piece);
     }
 

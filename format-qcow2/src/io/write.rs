@@ -78,7 +78,11 @@ impl Qcow2 {
         self.check_writable()?;
         let file = request.file()?;
         let mut window = Window::new(WINDOW);
-        while !buf.is_empty() && !window.has_failed() {
+        while !buf.is_empty() {
+            window.room().await;
+            if window.has_failed() {
+                break;
+            }
             let len = (buf.len() as u64)
                 .min(self.left_in_slice(offset))
                 .min(MAX_STEP);
@@ -98,23 +102,26 @@ impl Qcow2 {
                     host,
                     len,
                     copied: true,
-                } => (len, Some(host)),
+                } => (len, Some((host, pin))),
                 // Let the plan find out how far it reaches.
-                _ => match window
-                    .alongside(self.until_overwritable(file, offset, len))
-                    .await
-                {
-                    Ok(step) => (step, None),
-                    Err(error) => {
-                        window.finish().await?;
-                        return Err(error);
+                _ => {
+                    drop(pin);
+                    match window
+                        .alongside(self.until_overwritable(file, offset, len))
+                        .await
+                    {
+                        Ok(step) => (step, None),
+                        Err(error) => {
+                            window.finish().await?;
+                            return Err(error);
+                        }
                     }
-                },
+                }
             };
             let piece = buf.split_to(step as usize);
             let whole = buf.is_empty() && window.is_idle();
             match in_place {
-                Some(host) => {
+                Some((host, pin)) => {
                     let allowed = self.check_target(host, step);
                     let write = async move {
                         allowed?;
@@ -125,15 +132,14 @@ impl Qcow2 {
                     if whole {
                         return write.await;
                     }
-                    window.push(write.boxed()).await;
+                    window.push(write.boxed());
                 }
                 None => {
-                    drop(pin);
                     let write = self.write_allocating(request, offset, piece);
                     if whole {
                         return write.await;
                     }
-                    window.push(write.boxed()).await;
+                    window.push(write.boxed());
                 }
             }
             offset += step;
@@ -378,14 +384,16 @@ impl Qcow2 {
             Target::New(allocation) => {
                 let mut window = Window::new(WINDOW);
                 for (first, count) in allocation.runs() {
+                    window.room().await;
+                    if window.has_failed() {
+                        break;
+                    }
                     let piece = all.split_to((count * size) as usize);
                     let host = self.geometry.host_start(*first);
                     if all.is_empty() && window.is_idle() {
                         return file.write(host.0, piece, RequestFlags::empty()).await;
                     }
-                    window
-                        .push(file.write(host.0, piece, RequestFlags::empty()).boxed())
-                        .await;
+                    window.push(file.write(host.0, piece, RequestFlags::empty()).boxed());
                 }
                 window.finish().await
             }

@@ -1,8 +1,8 @@
 //! One run of a command: the graph, the drivers, the environment, signals, and the orderly end of them all.
 
-use std::sync::Arc;
+use std::{sync::Arc, thread};
 
-use block_core::{Environment, Graph, Registry};
+use block_core::{Graph, Registry};
 use env_tokio::EnvTokio;
 use futures::{
     channel::oneshot,
@@ -15,10 +15,6 @@ use super::{
     program::Program,
     signals::Signals,
 };
-
-/// Threads that run tasks: a task may be in a blocking call on buffered files, so that this is also how many of
-/// those are under way at once.
-const THREADS: usize = 8;
 
 /// What a command works with.
 pub struct Session {
@@ -41,8 +37,7 @@ impl Session {
     /// # Errors
     /// When the system gives no threads.
     pub fn new(program: Program) -> Result<Self, Failure> {
-        let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        let env = EnvTokio::new(threads.max(THREADS))
+        let env = EnvTokio::new(0)
             .map_err(|error| Failure::new(format!("Could not start threads: {error}")))?;
         let env = Arc::new(env);
         Ok(Self {
@@ -55,7 +50,9 @@ impl Session {
         })
     }
 
-    /// Runs `task` in the background; the session isn't over before it has ended.
+    /// Runs `task` beside the command, on a thread of its own: storage that has the data at once completes requests on
+    /// the thread that asks, so that tasks which share threads would wait for each other. The session isn't over
+    /// before it has ended.
     ///
     /// Cancellation: dropping the answer doesn't stop the task.
     pub fn spawn<T: Send + 'static>(
@@ -63,12 +60,16 @@ impl Session {
         task: impl Future<Output = T> + Send + 'static,
     ) -> oneshot::Receiver<T> {
         let (tx, rx) = oneshot::channel();
-        let (ended, watch) = oneshot::channel();
+        let (ended, watch) = oneshot::channel::<()>();
         self.tasks.lock().push(watch);
-        self.env.spawn(Box::pin(async move {
-            let _ = tx.send(task.await);
+        // Without a thread the answer is dropped, which says that it won't come.
+        let started = thread::Builder::new().name("blk-copy".into()).spawn(move || {
+            let _ = tx.send(futures::executor::block_on(task));
             drop(ended);
-        }));
+        });
+        if let Err(error) = started {
+            tracing::error!(%error, "no thread for a part of the work");
+        }
         rx
     }
 
@@ -106,10 +107,12 @@ impl Session {
 /// All drivers that the programs have.
 pub fn drivers() -> Registry {
     let file = protocol_file::FileFactory::new().with_inline(protocol_file::Inline::Always);
-    Registry::new()
+    let mut registry = Registry::new()
         .with(file.host_device())
         .with(file)
         .with(format_raw::RawFactory)
         .with(format_qcow2::Qcow2Factory::default())
-        .with(format_vmdk::VmdkFactory)
+        .with(format_vmdk::VmdkFactory);
+    filters::register(&mut registry);
+    registry
 }

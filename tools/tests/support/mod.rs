@@ -40,7 +40,11 @@ impl SideBySide {
             .current_dir(theirs.path())
             .output()
             .unwrap();
-        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+        assert!(
+            made.status.success(),
+            "{}",
+            String::from_utf8_lossy(&made.stderr)
+        );
         let copied = Command::new("cp")
             .arg("-a")
             .arg(theirs.path().join("."))
@@ -48,23 +52,40 @@ impl SideBySide {
             .status()
             .unwrap();
         assert!(copied.success());
-        Self { theirs, ours, differences: Vec::new(), commands: 0 }
+        Self {
+            theirs,
+            ours,
+            differences: Vec::new(),
+            commands: 0,
+        }
     }
 
     fn run(program: &Path, dir: &Path, args: &[&str]) -> Output {
-        Command::new(program).arg0("qemu-img").args(args).current_dir(dir).output().unwrap()
+        Command::new(program)
+            .arg0("qemu-img")
+            .args(args)
+            .current_dir(dir)
+            .output()
+            .unwrap()
     }
 
     /// Runs one command line (words are split at spaces; `''` is an empty word) on both sides and notes differences.
     pub fn compare(&mut self, line: &str) {
-        let args: Vec<&str> =
-            line.split_whitespace().map(|word| if word == "''" { "" } else { word }).collect();
+        let args: Vec<&str> = line
+            .split_whitespace()
+            .map(|word| if word == "''" { "" } else { word })
+            .collect();
         let theirs = Self::run(Path::new("qemu-img"), self.theirs.path(), &args);
-        let ours = Self::run(Path::new(env!("CARGO_BIN_EXE_blk")), self.ours.path(), &args);
+        let ours = Self::run(
+            Path::new(env!("CARGO_BIN_EXE_blk")),
+            self.ours.path(),
+            &args,
+        );
         self.commands += 1;
         let (a, b) = (Said::of(&theirs), Said::of(&ours));
         if a != b {
-            self.differences.push(format!("qemu-img {line}\n  theirs: {a:?}\n  ours:   {b:?}"));
+            self.differences
+                .push(format!("qemu-img {line}\n  theirs: {a:?}\n  ours:   {b:?}"));
         }
     }
 
@@ -85,13 +106,18 @@ impl SideBySide {
             &["compare", "-f", format, "-F", format, paths[0], paths[1]],
         );
         if !compared.status.success() {
-            self.differences.push(format!("content of {name}: {:?}", Said::of(&compared)));
+            self.differences
+                .push(format!("content of {name}: {:?}", Said::of(&compared)));
         }
         if format != "raw" {
-            let checked =
-                Self::run(Path::new("qemu-img"), self.ours.path(), &["check", "-f", format, name]);
+            let checked = Self::run(
+                Path::new("qemu-img"),
+                self.ours.path(),
+                &["check", "-f", format, name],
+            );
             if !checked.status.success() {
-                self.differences.push(format!("check of {name}: {:?}", Said::of(&checked)));
+                self.differences
+                    .push(format!("check of {name}: {:?}", Said::of(&checked)));
             }
         }
     }
@@ -143,11 +169,19 @@ impl Said {
 
 /// Sizes of files on the host and times are nobody's promise.
 fn forget_sizes(text: &str) -> String {
-    const VARYING: [&str; 5] =
-        ["disk size: ", "file length: ", "Run completed in ", "Image end offset: ", "    cid: "];
+    const VARYING: [&str; 5] = [
+        "disk size: ",
+        "file length: ",
+        "Run completed in ",
+        "Image end offset: ",
+        "    cid: ",
+    ];
     let mut lines = Vec::new();
     for line in text.lines() {
-        match VARYING.iter().find(|prefix| line.trim_start().starts_with(prefix.trim_start())) {
+        match VARYING
+            .iter()
+            .find(|prefix| line.trim_start().starts_with(prefix.trim_start()))
+        {
             Some(prefix) => lines.push((*prefix).to_owned()),
             // Percentages of fragmentation follow from where clusters happen to be.
             None => match line.split_once("% allocated, ") {
@@ -187,9 +221,11 @@ fn forget_places(value: &mut Value) {
 /// Two entries of a map that were apart only because of their places become one.
 fn join(last: &mut Value, next: &Value) -> bool {
     let number = |value: &Value, key: &str| value[key].as_u64();
-    let (Some(start), Some(len), Some(next_len)) =
-        (number(last, "start"), number(last, "length"), number(next, "length"))
-    else {
+    let (Some(start), Some(len), Some(next_len)) = (
+        number(last, "start"),
+        number(last, "length"),
+        number(next, "length"),
+    ) else {
         return false;
     };
     let mut same = next.clone();

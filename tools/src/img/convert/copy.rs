@@ -50,6 +50,8 @@ pub struct Engine {
     pace: Option<Mutex<Pace>>,
     copy_range: AtomicBool,
     stop: AtomicBool,
+    /// The first that happened.
+    failure: SyncMutex<Option<Failure>>,
     /// The longest piece of data, in bytes.
     chunk: u64,
 }
@@ -66,6 +68,7 @@ impl Engine {
             pace: settings.rate.map(|rate| Mutex::new(Pace::new(rate))),
             copy_range: AtomicBool::new(settings.copy_range),
             stop: AtomicBool::new(false),
+            failure: SyncMutex::new(None),
             settings,
         }
     }
@@ -81,23 +84,21 @@ impl Engine {
             .map(|_| {
                 let (engine, env) = (engine.clone(), env.clone());
                 session.spawn(async move {
-                    let result = engine.work(&env).await;
-                    if result.is_err() {
+                    if let Err(failure) = engine.work(&env).await {
+                        // Those that follow are mostly its consequences.
+                        engine.failure.lock().get_or_insert(failure);
                         engine.halt();
                     }
-                    result
                 })
             })
             .collect();
-        let mut outcome = Ok(());
-        for result in future::join_all(workers).await {
-            let result = result.unwrap_or_else(|_| Err(Failure::new("a worker is gone")));
-            if outcome.is_ok() {
-                outcome = result;
-            }
-        }
+        let gone = future::join_all(workers).await.iter().any(Result::is_err);
         drop(guard);
-        outcome
+        match engine.failure.lock().take() {
+            Some(failure) => Err(failure),
+            None if gone => Err(Failure::new("a worker is gone")),
+            None => Ok(()),
+        }
     }
 
     fn halt(&self) {
