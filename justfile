@@ -38,9 +38,9 @@ bench:
     cargo bench -p protocol-file --bench inline_read
     cargo bench -p tools --bench stack
 
-# The race tests alone
-races:
-    cargo test --release -p iotests
+# The conformance suite and the race tests as a program: run, list, race, storm-commands
+iotests *args:
+    cargo run --release -p iotests --example iotests -- {{args}}
 
 # Licences, bans, advisories (needs cargo-deny)
 deny:

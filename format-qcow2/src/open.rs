@@ -104,7 +104,7 @@ impl Qcow2Options {
         let geometry = header.geometry();
         let (l2_bytes, refcount_bytes) = self.cache_sizes(header, geometry)?;
         let slice = self.slice_size(geometry)?;
-        let slices = (l2_bytes / slice).max(MIN_CACHED);
+        let slices = l2_bytes.div_ceil(slice).max(MIN_CACHED);
         let blocks = (refcount_bytes / geometry.cluster_size()).max(MIN_CACHED);
         Ok(Settings {
             l2_slices: usize::try_from(slices).unwrap_or(usize::MAX),

@@ -18,14 +18,14 @@ use std::sync::{
 };
 
 use block_core::{
-    error::{Error, Result},
+    error::{Error, ErrorKind, Result},
     flags::RequestFlags,
     request::{Child, Request},
 };
 use futures::{StreamExt, TryStreamExt, stream};
 
 use crate::{
-    alloc::quarantine::{FreedRun, merge_clusters},
+    alloc::quarantine::{Freed, FreedRun, merge_clusters},
     cache::{
         refcounts::BlockCopy,
         slice::{NumberMap, Slice, SliceIndex},
@@ -40,6 +40,9 @@ use crate::{
 const WINDOW: usize = 16;
 /// Bytes that the quarantine holds before a request that frees more has to run a batch.
 const QUARANTINE_BYTES: u64 = 256 << 20;
+/// Rounds in which nothing leaves the quarantine, after which settling is given up. What was dropped last is written in the
+/// next round, so a few are in order.
+const MAX_IDLE_ROUNDS: u32 = 8;
 /// The largest merged metadata write.
 const MAX_MERGED: usize = 1 << 20;
 
@@ -128,7 +131,14 @@ impl Qcow2 {
             let mut meta = self.meta.lock().await;
             self.commit(&mut meta, &snapshot);
         }
-        self.release_quarantine(file).await
+        match self.release_quarantine(file).await {
+            Err(error) if error.kind() != ErrorKind::Corrupt => {
+                // All that was asked for is durable; the space is released by a later batch.
+                tracing::warn!("qcow2: freed clusters could not be released yet: {error}");
+                Ok(())
+            }
+            done => done,
+        }
     }
 
     fn snapshot(&self, meta: &mut Meta) -> Result<Snapshot> {
@@ -186,6 +196,8 @@ impl Qcow2 {
         if publishes {
             let published = {
                 let mut meta = self.meta.lock().await;
+                // The table isn't to be written while it is unknown which one the header points to.
+                self.writeback.failure.check()?;
                 meta.refcounts.publish(file, &snapshot.blocks).await?
             };
             if published {
@@ -207,7 +219,9 @@ impl Qcow2 {
 
     async fn barrier(&self, file: &Child) -> Result<()> {
         Counters::add(&self.counters.barriers, 1);
-        self.writeback.failure.flush(file).await
+        self.writeback.failure.flush(file).await?;
+        // Another flush may have failed meanwhile.
+        self.writeback.failure.check()
     }
 
     /// The snapshot is durable: what hasn't changed since is clean.
@@ -231,13 +245,19 @@ impl Qcow2 {
     }
 
     /// Step 3 of the file's header: drops the references that nothing holds back any more.
+    ///
+    /// # Errors
+    /// Whatever the storage reports when refcounts can't be read; those references stay in quarantine.
     async fn release_quarantine(self: &Arc<Self>, file: &Child) -> Result<()> {
         let (ready, punches) = {
             let mut meta = self.meta.lock().await;
             let durable = meta.durable;
             let (ready, deferred) = meta.quarantine.take_ready(durable, &self.pins);
             Counters::add(&self.counters.frees_deferred, deferred);
-            let punches = meta.punchable(file, &ready).await?;
+            let punches = meta.punchable(file, &ready).await.unwrap_or_else(|error| {
+                tracing::debug!("qcow2: freed clusters are not punched: {error}");
+                Vec::new()
+            });
             (ready, punches)
         };
         if ready.is_empty() {
@@ -246,17 +266,39 @@ impl Qcow2 {
         self.punch(file, &punches).await;
         let mut meta = self.meta.lock().await;
         let mut result = Ok(());
-        for cluster in ready
+        let mut kept = Freed::default();
+        // The refcount block that couldn't be read last.
+        let mut unreadable = None;
+        for (cluster, punch) in ready
             .iter()
-            .flat_map(|run| run.first..run.first + run.count)
+            .flat_map(|run| (run.first..run.first + run.count).map(|cluster| (cluster, run.punch)))
         {
+            let host = HostCluster(cluster);
+            let block = self.geometry.refcount_table_index(host);
+            if unreadable == Some(block) {
+                kept.push(cluster, punch);
+                continue;
+            }
+            match meta.refcounts.get(file, host).await {
+                Err(error) if error.kind() != ErrorKind::Corrupt => {
+                    unreadable = Some(block);
+                    kept.push(cluster, punch);
+                    if result.is_ok() {
+                        result = Err(error);
+                    }
+                    continue;
+                }
+                _ => {}
+            }
             meta.quarantine.dropped(cluster);
             Counters::add(&self.counters.freed, 1);
-            if let Err(error) = meta.drop_reference(file, HostCluster(cluster)).await {
-                // The space leaks.
+            if let Err(error) = meta.drop_reference(file, host).await {
+                // The refcounts are damaged, and the space leaks.
                 result = Err(error);
             }
         }
+        // Their unlinks are durable already.
+        meta.quarantine.close(kept, 0, &self.pins);
         self.note_sizes(&meta);
         result
     }
@@ -282,15 +324,51 @@ impl Qcow2 {
         self.release_quarantine(request.file()?).await
     }
 
+    /// Takes a step that allocates, and takes it again when the storage was full and what is in quarantine has been
+    /// released meanwhile. The step must hold no pin, claim or lock when it fails, and be repeatable then.
+    pub async fn reclaiming<T, F>(
+        self: &Arc<Self>,
+        request: &Request,
+        mut step: impl FnMut() -> F,
+    ) -> Result<T>
+    where
+        F: Future<Output = Result<T>>,
+    {
+        match step().await {
+            Err(error) if error.kind() == ErrorKind::NoSpace => {
+                if self.reclaim(request).await.is_err() {
+                    return Err(error);
+                }
+                step().await
+            }
+            done => done,
+        }
+    }
+
     /// Brings disk and memory together: nothing dirty, nothing in quarantine. For close, check and reopen, while no
     /// request is under way.
+    ///
+    /// # Errors
+    /// What kept a round from getting any nearer to that.
     pub async fn settle(self: &Arc<Self>, request: &Request) -> Result<()> {
+        let mut idle_rounds = 0;
         loop {
-            self.reclaim(request).await?;
+            let waiting = self.meta.lock().await.quarantine.len();
+            let reclaimed = self.reclaim(request).await;
+            self.writeback.failure.check()?;
             let meta = self.lock_meta(request.file()?).await?;
             self.note_sizes(&meta);
+            if meta.quarantine.len() < waiting {
+                idle_rounds = 0;
+                continue;
+            }
+            reclaimed?;
             if !meta.is_dirty() && meta.quarantine.is_empty() {
                 return Ok(());
+            }
+            idle_rounds += 1;
+            if idle_rounds > MAX_IDLE_ROUNDS {
+                return Err(Error::io("Metadata doesn't settle"));
             }
         }
     }

@@ -161,7 +161,10 @@ fn bottom(
         };
         let align = next.limits().request_alignment.max(1);
         let end = offset.checked_add(len).ok_or_else(unsupported)?;
-        if end > next.length() || offset % align != 0 || len % align != 0 {
+        let grows = intent == MapIntent::Overwrite
+            && next.driver().capabilities().contains(Capabilities::GROW);
+        let inside = end <= super::MAX_END && (grows || end <= next.length());
+        if !inside || offset % align != 0 || len % align != 0 {
             // What the storage doesn't have, or can't do in one call, is the business of the plain way.
             return Err(unsupported());
         }

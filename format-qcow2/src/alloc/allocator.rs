@@ -7,7 +7,9 @@
 use std::sync::Arc;
 
 use block_core::{
+    buffer::IoBuf,
     error::{Error, ErrorKind, Result},
+    flags::RequestFlags,
     request::Child,
 };
 use parking_lot::Mutex;
@@ -114,35 +116,38 @@ impl Meta {
         Ok(())
     }
 
-    /// Notes that a reference to a cluster is being unlinked. The reference itself is dropped out of the quarantine
-    /// (or, without safeguards, at once).
+    /// Notes that a reference to each of the clusters from `first` to `last` is being unlinked. The references themselves
+    /// are dropped out of the quarantine (or, without safeguards, at once).
     ///
     /// # Errors
-    /// `Corrupt` when there is no reference left that could be dropped; nothing was changed then.
+    /// `Corrupt` when there is no reference left that could be dropped to one of them; nothing was changed then.
     pub async fn unreference(
         &mut self,
         file: &Child,
-        cluster: HostCluster,
+        first: u64,
+        last: u64,
         punch: bool,
         freed: &mut Freed,
     ) -> Result<()> {
-        if !self.safeguards {
+        for cluster in (first..=last).map(HostCluster) {
+            let references = self.refcounts.get(file, cluster).await?;
+            if self.safeguards && references <= self.quarantine.pending(cluster.0) {
+                return Err(Error::corrupt(format!(
+                    "Freeing host cluster at offset {}, whose refcount is {references}",
+                    self.geometry.host_start(cluster)
+                )));
+            }
             // The refcount may be 0 here in a race; a driver without safeguards doesn't notice.
-            if self.refcounts.get(file, cluster).await? > 0 {
+            if !self.safeguards && references > 0 {
                 self.drop_reference(file, cluster).await?;
             }
-            freed.push(cluster.0, punch);
-            return Ok(());
         }
-        let references = self.refcounts.get(file, cluster).await?;
-        if references <= self.quarantine.pending(cluster.0) {
-            return Err(Error::corrupt(format!(
-                "Freeing host cluster at offset {}, whose refcount is {references}",
-                self.geometry.host_start(cluster)
-            )));
+        for cluster in first..=last {
+            if self.safeguards {
+                self.quarantine.note(cluster);
+            }
+            freed.push(cluster, punch);
         }
-        self.quarantine.note(cluster.0);
-        freed.push(cluster.0, punch);
         Ok(())
     }
 
@@ -179,6 +184,7 @@ impl Meta {
 
     /// The first free run at or after the hint.
     async fn take_free(&mut self, file: &Child, want: u64) -> Result<HostRun> {
+        self.metadata.check_sound()?;
         loop {
             let Some((first, count)) = self
                 .refcounts
@@ -198,6 +204,7 @@ impl Meta {
             if self.refcounts.block_offset(table_index).is_none() {
                 let place = table_index << self.geometry.refcount_block_bits();
                 self.metadata.check(place, 1, self.geometry)?;
+                self.reserve(file, HostCluster(place), 1).await?;
                 self.refcounts.add_block(table_index)?;
                 self.metadata.add([place]);
                 continue;
@@ -215,6 +222,22 @@ impl Meta {
             self.hint = first.0 + count;
             return Ok((first, count));
         }
+    }
+
+    /// Makes sure that there is space for new refcount blocks before anything depends on them: a block that can't be
+    /// written would fail every batch from then on.
+    async fn reserve(&self, file: &Child, first: HostCluster, count: u64) -> Result<()> {
+        let size = self.geometry.cluster_size();
+        for n in 0..count {
+            let host = self.geometry.host_start(HostCluster(first.0 + n));
+            file.write(
+                host.0,
+                IoBuf::zeroes(size as usize),
+                RequestFlags::empty(),
+            )
+            .await?;
+        }
+        Ok(())
     }
 
     /// Clusters in one piece behind everything that any refcount block describes, with new blocks for them in front.
@@ -237,6 +260,7 @@ impl Meta {
             ));
         }
         self.metadata.check(start, blocks + want, self.geometry)?;
+        self.reserve(file, HostCluster(start), blocks).await?;
         self.refcounts.add_blocks(first_index, blocks)?;
         self.metadata.add(start..start + blocks);
         for cluster in start..start + blocks {

@@ -36,8 +36,10 @@ pub(crate) struct Slice {
     written: AtomicU64,
     /// It was looked up since the eviction's hand passed last.
     referenced: AtomicBool,
-    /// Some entry pointed to metadata when it was read: it isn't written by without a closer look.
-    suspect: bool,
+    /// Some entry was seen to point to metadata: nothing is written by it without a closer look.
+    suspect: AtomicBool,
+    /// The generation of the metadata's places that the entries were last compared with; 0 before the first time.
+    compared: AtomicU64,
 }
 
 impl Slice {
@@ -47,17 +49,22 @@ impl Slice {
             version: AtomicU64::new(0),
             written: AtomicU64::new(0),
             referenced: AtomicBool::new(true),
-            suspect: false,
+            suspect: AtomicBool::new(false),
+            compared: AtomicU64::new(0),
         }
     }
 
-    pub fn with_suspicion(self, suspect: bool) -> Self {
-        Self { suspect, ..self }
-    }
-
-    /// Whether some entry pointed to metadata when it was read.
-    pub fn is_suspect(&self) -> bool {
-        self.suspect
+    /// Whether some entry was seen to point to metadata; `compare` looks, if that wasn't done in this `generation`
+    /// (counted from 1) yet.
+    pub fn is_suspect(&self, generation: u64, compare: impl FnOnce() -> bool) -> bool {
+        if self.compared.load(Ordering::Acquire) < generation {
+            // Suspicion is never taken back, so that it doesn't matter who of several comes last.
+            if compare() {
+                self.suspect.store(true, Ordering::Release);
+            }
+            self.compared.fetch_max(generation, Ordering::Release);
+        }
+        self.suspect.load(Ordering::Acquire)
     }
 
     /// An entry's raw bits. A pin taken before keeps what it points to.

@@ -101,8 +101,7 @@ impl Qcow2 {
                 .read_padded(self.slice_host(index, table).0, len)
                 .await?;
             Counters::add(&self.counters.slice_loads, 1);
-            let suspect = !self.is_read_only() && self.points_to_metadata(&bytes);
-            let slice = Slice::new(entry::be64s(&bytes)).with_suspicion(suspect);
+            let slice = Slice::new(entry::be64s(&bytes));
             let changed = self.slices.tables_changed.read();
             if *changed == began {
                 return Ok(Some(self.slices.table.insert(index, slice)));
@@ -110,16 +109,20 @@ impl Qcow2 {
         }
     }
 
-    /// Whether any entry of a slice says that data is where metadata is known to be.
-    fn points_to_metadata(&self, bytes: &[u8]) -> bool {
-        let hosts =
-            entry::be64s(bytes).filter_map(|raw| match L2Entry::decode(raw, self.geometry) {
-                Ok(L2Entry::Normal { host, .. } | L2Entry::ZeroAllocated { host, .. }) => {
-                    Some(self.geometry.host_cluster_of(host).0)
+    /// Whether any entry of a slice says, or has said, that data is where metadata is known to be. A look at all
+    /// entries is only taken again after metadata was added somewhere.
+    pub fn is_suspect(&self, slice: &Slice) -> bool {
+        slice.is_suspect(self.metadata.generation(), || {
+            let hosts = (0..slice.len()).filter_map(|at| {
+                match L2Entry::decode(slice.load(at), self.geometry) {
+                    Ok(L2Entry::Normal { host, .. } | L2Entry::ZeroAllocated { host, .. }) => {
+                        Some(self.geometry.host_cluster_of(host).0)
+                    }
+                    _ => None,
                 }
-                _ => None,
             });
-        self.metadata.overlaps(hosts)
+            self.metadata.overlaps(hosts)
+        })
     }
 
     /// The slice of a guest cluster that is going to be changed, in an L2 table that may be changed in place: a shared one is
@@ -130,6 +133,7 @@ impl Qcow2 {
         file: &Child,
         index: SliceIndex,
     ) -> Result<Arc<Slice>> {
+        self.metadata.check_sound()?;
         let table = self.table_of(index)?;
         match table.l2 {
             None => self.make_table(meta, file, index).await?,
@@ -211,8 +215,10 @@ impl Qcow2 {
         file.write(host.0, bytes, block_core::flags::RequestFlags::empty())
             .await?;
         let mut freed = crate::alloc::quarantine::Freed::default();
-        meta.unreference(file, self.geometry.host_cluster_of(old), false, &mut freed)
+        let old = self.geometry.host_cluster_of(old);
+        meta.unreference(file, old.0, old.0, false, &mut freed)
             .await?;
+        let still_used = meta.refcounts.get(file, old).await? > meta.quarantine.pending(old.0);
         let l1 = self.l1.load_full();
         let new = L1Entry {
             l2: Some(host),
@@ -231,7 +237,9 @@ impl Qcow2 {
                 }
             }
         });
-        self.metadata.remove([self.geometry.host_cluster_of(old).0]);
+        if !still_used {
+            self.metadata.remove([old.0]);
+        }
         self.link_table(meta, at, allocation);
         let batch = meta.batch;
         meta.quarantine.close(freed, batch, &self.pins);
@@ -250,7 +258,7 @@ impl Qcow2 {
 
     async fn evict_slices(self: &Arc<Self>, request: &Request) -> Result<()> {
         let limit = self.settings.l2_slices;
-        if self.slices.table.count() < limit {
+        if self.slices.table.count() <= limit {
             return Ok(());
         }
         let target = limit - limit.div_ceil(8).min(limit);

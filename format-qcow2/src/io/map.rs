@@ -149,7 +149,7 @@ impl Qcow2 {
         let here = len.min(self.left_in_slice(offset));
         let index = self.slice_of(self.cluster_of(offset));
         let found = self.slices.table.with(index, |slice| {
-            if slice.is_suspect() && intent == MapIntent::Overwrite {
+            if intent == MapIntent::Overwrite && self.is_suspect(slice) {
                 return Err(Error::corrupt(""));
             }
             self.run_in(slice, offset, here)

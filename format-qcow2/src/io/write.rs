@@ -546,16 +546,11 @@ impl Qcow2 {
         };
         self.metadata
             .check(first, last - first + 1, self.geometry)?;
-        for host in first..=last {
-            let noted = meta
-                .unreference(file, HostCluster(host), punch, freed)
-                .await;
-            if noted.is_err() {
-                Counters::add(&self.counters.ownership_violations, 1);
-            }
-            noted?;
+        let noted = meta.unreference(file, first, last, punch, freed).await;
+        if noted.is_err() {
+            Counters::add(&self.counters.ownership_violations, 1);
         }
-        Ok(())
+        noted
     }
 }
 
