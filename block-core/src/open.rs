@@ -2,9 +2,16 @@
 
 use std::{
     path::{Component, Path, PathBuf},
+    pin::{Pin, pin},
     sync::Arc,
+    task::Poll,
 };
 
+use futures::{
+    channel::{mpsc, oneshot},
+    future::BoxFuture,
+    stream::{FuturesUnordered, Stream, StreamExt},
+};
 use parking_lot::Mutex;
 use serde_json::Value;
 
@@ -20,10 +27,132 @@ use crate::{
 
 /// How much of a file is looked at to tell its format, in bytes.
 const PROBE_LEN: usize = 2048;
-/// The deepest chain that is opened.
-const MAX_DEPTH: usize = 256;
+/// How deep other children than backing files may lie below the last image of the longest chain.
+const MORE_DEPTH: usize = 16;
 
-fn top_context(registry: &Arc<Registry>, graph: &Arc<Graph>, how: OpenOptions) -> OpenContext {
+/// Where the children of a node are opened: side by side with their parent's own opening, not inside of it, so that a
+/// deep chain needs no deep stack.
+#[derive(Clone)]
+pub(crate) struct Nest(mpsc::UnboundedSender<BoxFuture<'static, ()>>);
+
+impl Nest {
+    /// Runs `opening`, and what it and its children put into the nest that it is given.
+    async fn run<T, F: Future<Output = T>>(opening: impl FnOnce(Self) -> F) -> T {
+        let (sender, mut queue) = mpsc::unbounded();
+        let mut opening = pin!(opening(Self(sender)));
+        let mut children = FuturesUnordered::new();
+        futures::future::poll_fn(move |cx| {
+            loop {
+                if let Poll::Ready(value) = opening.as_mut().poll(cx) {
+                    return Poll::Ready(value);
+                }
+                let mut idle = true;
+                while let Poll::Ready(Some(child)) = Pin::new(&mut queue).poll_next(cx) {
+                    children.push(child);
+                    idle = false;
+                }
+                while let Poll::Ready(Some(())) = children.poll_next_unpin(cx) {
+                    idle = false;
+                }
+                if idle {
+                    return Poll::Pending;
+                }
+            }
+        })
+        .await
+    }
+
+    /// Opens a child.
+    async fn open(
+        &self,
+        graph: &Arc<Graph>,
+        opening: impl Future<Output = Result<Arc<Node>>> + Send + 'static,
+    ) -> Result<Arc<Node>> {
+        let (sender, answer) = oneshot::channel();
+        let graph = graph.clone();
+        let child = Box::pin(async move {
+            // Whoever wanted it may be gone.
+            let opened = opening.await.map(|node| Fresh::new(&graph, node));
+            let _ = sender.send(opened);
+        });
+        if let Err(refused) = self.0.unbounded_send(child) {
+            // The node above is open already, and its driver still opens others.
+            refused.into_inner().await;
+        }
+        match answer.await {
+            Ok(opened) => opened.and_then(Fresh::keep),
+            Err(oneshot::Canceled) => Err(Error::io("the opening of a child was given up")),
+        }
+    }
+}
+
+/// A node that is nobody's yet: if it isn't kept, it is left to the graph to close.
+struct Fresh {
+    graph: Arc<Graph>,
+    node: Option<Arc<Node>>,
+}
+
+impl Fresh {
+    fn new(graph: &Arc<Graph>, node: Arc<Node>) -> Self {
+        Self {
+            graph: graph.clone(),
+            node: Some(node),
+        }
+    }
+
+    fn keep(mut self) -> Result<Arc<Node>> {
+        self.node
+            .take()
+            .ok_or_else(|| Error::io("a node was taken twice"))
+    }
+}
+
+impl Drop for Fresh {
+    fn drop(&mut self) {
+        if let Some(node) = self.node.take() {
+            self.graph.orphan(node);
+        }
+    }
+}
+
+/// The children that were opened for a node that isn't open yet: left to the graph to close if its opening is given up.
+struct FreshChildren<'a> {
+    graph: &'a Arc<Graph>,
+    list: Arc<Mutex<Vec<Arc<Node>>>>,
+}
+
+impl FreshChildren<'_> {
+    /// They belong to a node now.
+    fn keep(&self) {
+        self.list.lock().clear();
+    }
+
+    /// Closes them, the last first.
+    async fn release(&self) {
+        loop {
+            let last = self.list.lock().last().cloned();
+            let Some(child) = last else { return };
+            // There is another error already, which the user has to see.
+            let _ = self.graph.release(&child).await;
+            self.list.lock().pop();
+        }
+    }
+}
+
+impl Drop for FreshChildren<'_> {
+    fn drop(&mut self) {
+        for child in self.list.lock().drain(..).rev() {
+            self.graph.orphan(child);
+        }
+    }
+}
+
+fn top_context(
+    registry: &Arc<Registry>,
+    graph: &Arc<Graph>,
+    how: OpenOptions,
+    nest: Nest,
+) -> OpenContext {
     OpenContext {
         graph: graph.clone(),
         registry: registry.clone(),
@@ -31,7 +160,9 @@ fn top_context(registry: &Arc<Registry>, graph: &Arc<Graph>, how: OpenOptions) -
         how,
         probed: false,
         chain: Vec::new(),
+        depth: 0,
         opened: Arc::default(),
+        nest,
     }
 }
 
@@ -41,7 +172,12 @@ pub(crate) async fn open(
     options: Options,
     how: OpenOptions,
 ) -> Result<Arc<Node>> {
-    open_in(&top_context(registry, graph, how), options, Wanted::Image).await
+    graph.collect_orphans().await;
+    Nest::run(|nest| async move {
+        let context = top_context(registry, graph, how, nest);
+        open_in(&context, options, Wanted::Image).await
+    })
+    .await
 }
 
 pub(crate) async fn open_file(
@@ -52,7 +188,12 @@ pub(crate) async fn open_file(
     node: Options,
     how: OpenOptions,
 ) -> Result<Arc<Node>> {
-    open_name(&top_context(registry, graph, how), filename, format, node).await
+    graph.collect_orphans().await;
+    Nest::run(|nest| async move {
+        let context = top_context(registry, graph, how, nest);
+        open_name(&context, filename, format, node).await
+    })
+    .await
 }
 
 /// Opens the image in file `filename` with the options in `node`; the format is probed when it isn't given.
@@ -63,12 +204,27 @@ async fn open_name(
     node: Options,
 ) -> Result<Arc<Node>> {
     let storage = filename_options(&context.registry, filename)?;
-    let is_json = filename.starts_with("json:");
-    let mut options = match format {
-        Some(format) => wrap(&context.registry, format, storage)?,
-        None if is_json => storage,
-        None => return open_probed(context, storage, node).await,
+    if format.is_none() && filename.starts_with("json:") {
+        let mut options = storage;
+        for (key, value) in node.0 {
+            options.set(&key, value);
+        }
+        return open_in(context, options, Wanted::Image).await;
+    }
+    open_storage(context, storage, format, node).await
+}
+
+/// Opens the image in `storage` with the options in `node`; the format is probed when it isn't given.
+async fn open_storage(
+    context: &OpenContext,
+    storage: Options,
+    format: Option<&str>,
+    node: Options,
+) -> Result<Arc<Node>> {
+    let Some(format) = format else {
+        return open_probed(context, storage, node).await;
     };
+    let mut options = wrap(&context.registry, format, storage)?;
     for (key, value) in node.0 {
         options.set(&key, value);
     }
@@ -131,10 +287,14 @@ pub(crate) fn filename_options(registry: &Registry, filename: &str) -> Result<Op
 
 /// Opens one node and everything that its options and its image name.
 async fn open_in(context: &OpenContext, mut options: Options, wanted: Wanted) -> Result<Arc<Node>> {
-    if context.chain.len() > MAX_DEPTH {
+    if context.chain.len() > Registry::MAX_DEPTH {
         return Err(Error::invalid(format!(
-            "the chain is deeper than {MAX_DEPTH} images"
+            "Backing chain is longer than {} images",
+            Registry::MAX_DEPTH
         )));
+    }
+    if context.depth > Registry::MAX_DEPTH + MORE_DEPTH {
+        return Err(Error::invalid("Nodes are nested too deeply"));
     }
     if let Some(driver) = options.get_str("driver").map(str::to_owned) {
         // `driver=qcow2,filename=x` is short for a file below it.
@@ -179,15 +339,17 @@ async fn open_probed(
     let node_options = NodeOptions::take(&mut peek, &context.node)?;
     let mut below = context.clone();
     below.node = node_options.for_child();
+    below.depth += 1;
     let storage = Box::pin(open_in(&below, storage, Wanted::Storage)).await?;
-    match probe_over(context, &storage, format).await {
-        Ok(node) => Ok(node),
-        Err(error) => {
-            // The first error is what the user has to see.
-            let _ = context.graph.release(&storage).await;
-            Err(error)
-        }
+    // Held until the format above it has it.
+    let fresh = Fresh::new(&context.graph, storage.clone());
+    let opened = probe_over(context, &storage, format).await;
+    if opened.is_err() {
+        // The first error is what the user has to see.
+        let _ = context.graph.release(&storage).await;
     }
+    fresh.keep()?;
+    opened
 }
 
 /// Finds the format of what is in `storage`, and opens it.
@@ -225,25 +387,26 @@ async fn open_driver(
     let mut inner = context.clone();
     inner.node = node_options.clone();
     inner.probed = probed;
-    let children = Arc::new(Mutex::new(Vec::new()));
-    inner.opened = children.clone();
-    let added = async {
-        let opened = factory.open(inner, options).await?;
-        context.graph.add_node(NodeSpec {
+    let children = FreshChildren {
+        graph: &context.graph,
+        list: Arc::default(),
+    };
+    inner.opened = children.list.clone();
+    let added = match factory.open(inner, options).await {
+        Ok(opened) => context.graph.add_node(NodeSpec {
             driver: opened.driver,
             edges: opened.edges,
             options: node_options,
-        })
-    }
-    .await;
+        }),
+        Err(error) => Err(error),
+    };
     match added {
-        Ok(node) => Ok(node),
+        Ok(node) => {
+            children.keep();
+            Ok(node)
+        }
         Err(error) => {
-            // Children that were opened for it are nobody's now. The first error is what the user has to see.
-            let children = std::mem::take(&mut *children.lock());
-            for child in children.iter().rev() {
-                let _ = context.graph.release(child).await;
-            }
+            children.release().await;
             Err(error)
         }
     }
@@ -274,13 +437,15 @@ pub(crate) async fn child(
             let mut below = context.clone();
             below.node = context.node.for_child();
             below.probed = false;
+            below.depth += 1;
             let mut wanted = Wanted::Storage;
             if key == "backing" {
                 below.node.read_only = true;
                 below.node.auto_read_only = false;
                 wanted = Wanted::Image;
             }
-            let node = Box::pin(open_in(&below, options, wanted)).await?;
+            let opening = async move { open_in(&below, options, wanted).await };
+            let node = context.nest.open(&context.graph, opening).await?;
             context.opened.lock().push(node.clone());
             Ok(Some(node))
         }
@@ -312,6 +477,7 @@ pub(crate) async fn backing(
     below.node.read_only = true;
     below.node.auto_read_only = false;
     below.probed = false;
+    below.depth += 1;
     if below.chain.contains(&canonical(&resolved)) {
         return Err(Error::invalid(format!(
             "Backing file '{resolved}' creates an infinite loop."
@@ -323,7 +489,11 @@ pub(crate) async fn backing(
             "a file that is not in the chain above",
         ));
     }
-    match Box::pin(open_name(&below, &resolved, format, Options::new())).await {
+    let storage = path_options(&resolved);
+    let format = format.map(str::to_owned);
+    let opening =
+        async move { open_storage(&below, storage, format.as_deref(), Options::new()).await };
+    match context.nest.open(&context.graph, opening).await {
         Ok(node) => {
             context.opened.lock().push(node.clone());
             Ok(Some(node))
@@ -345,15 +515,26 @@ pub(crate) async fn named(context: &OpenContext, owner: &Node, name: &str) -> Re
     let mut below = context.clone();
     below.node = context.node.for_child();
     below.probed = false;
-    let options = filename_options(&context.registry, &resolved)?;
-    let node = Box::pin(open_in(&below, options, Wanted::Storage))
+    below.depth += 1;
+    let options = path_options(&resolved);
+    let opening = async move { open_in(&below, options, Wanted::Storage).await };
+    let node = context
+        .nest
+        .open(&context.graph, opening)
         .await
         .map_err(|error| error.with_file(resolved))?;
     context.opened.lock().push(node.clone());
     Ok(node)
 }
 
-/// Resolves a name that an image holds, and asks whether it may be opened.
+/// A path, whatever it looks like.
+fn path_options(path: &str) -> Options {
+    Options::new()
+        .with("driver", "file")
+        .with("filename", path)
+}
+
+/// Resolves a name that an image holds to a path, and asks whether it may be opened.
 fn permit(context: &OpenContext, owner: &str, name: &str) -> Result<String> {
     let refuse = |why: &str| {
         Err(Error::new(
@@ -371,7 +552,11 @@ fn permit(context: &OpenContext, owner: &str, name: &str) -> Result<String> {
     if has_protocol {
         return refuse("a protocol name inside an image");
     }
-    let resolved = resolve_name(owner, name);
+    let mut resolved = resolve_name(owner, name);
+    if has_prefix(&resolved) {
+        // A path, also for whoever is asked about it.
+        resolved.insert_str(0, "./");
+    }
     match &context.how.implicit {
         ImplicitOpens::Permit => Ok(resolved),
         ImplicitOpens::Ask(ask) if ask(&resolved) => Ok(resolved),
@@ -379,6 +564,12 @@ fn permit(context: &OpenContext, owner: &str, name: &str) -> Result<String> {
             refuse("the caller doesn't allow files that images name")
         }
     }
+}
+
+/// Whether a file name would be taken for `json:…` or `protocol:…`.
+fn has_prefix(name: &str) -> bool {
+    name.split_once(':')
+        .is_some_and(|(prefix, _)| !prefix.contains('/'))
 }
 
 /// A name in an image is relative to the directory of that image.
@@ -432,6 +623,7 @@ pub(crate) async fn create(
         return factory.create(context, options).await;
     }
     let storage = create_storage(&context, filename, Options::new().with("size", 0)).await?;
+    let fresh = Fresh::new(graph, storage.clone());
     let created = async {
         let file = Child::unattached(storage.clone());
         factory
@@ -447,6 +639,7 @@ pub(crate) async fn create(
     }
     .await;
     let released = graph.release(&storage).await;
+    fresh.keep()?;
     created.and(released)
 }
 
@@ -468,9 +661,13 @@ async fn create_storage(
         file: None,
     };
     protocol.create(create, options).await?;
-    let open = top_context(&context.registry, &context.graph, OpenOptions::default());
     let options = Options::new().with("driver", driver).with("filename", name);
-    open_driver(&open, options, false).await
+    Nest::run(|nest| async move {
+        let how = OpenOptions::default();
+        let open = top_context(&context.registry, &context.graph, how, nest);
+        open_driver(&open, options, false).await
+    })
+    .await
 }
 
 pub(crate) async fn create_sibling(

@@ -14,7 +14,7 @@ use crate::{
     error::{Error, ErrorKind, Operation, Result},
     graph::Graph,
     node::Node,
-    open,
+    open::{self, Nest},
     options::{NodeOptions, Options},
     request::Child,
 };
@@ -137,8 +137,12 @@ pub struct OpenContext {
     pub probed: bool,
     /// The files of the overlays above, outermost first, to recognise loops.
     pub(crate) chain: Vec<String>,
+    /// How many nodes there are on the way from the top to this one.
+    pub(crate) depth: usize,
     /// Children opened for this node so far: released when its own opening fails.
     pub(crate) opened: Arc<Mutex<Vec<Arc<Node>>>>,
+    /// Where children are opened.
+    pub(crate) nest: Nest,
 }
 
 impl OpenContext {
@@ -225,6 +229,10 @@ pub struct Registry {
 }
 
 impl Registry {
+    /// The longest backing chain that is opened: so many backing files below the top image. Requests pass a chain layer
+    /// by layer, and have to get along with a thread's stack of 2 MiB.
+    pub const MAX_DEPTH: usize = 64;
+
     /// An empty one.
     pub fn new() -> Self {
         Self::default()

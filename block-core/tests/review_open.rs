@@ -230,7 +230,7 @@ fn an_open_that_is_given_up_leaves_no_nodes() {
 fn the_deepest_chain_opens_reads_and_closes_on_a_small_stack() {
     let next = |file: &str| {
         let at: u64 = file.parse().unwrap();
-        (at < std::env::var("DEPTH").map_or(250, |d| d.parse().unwrap()))
+        (at < std::env::var("DEPTH").map_or(block_core::registry::Registry::MAX_DEPTH as u64, |d: String| d.parse().unwrap()))
             .then(|| (at + 1).to_string())
     };
     std::thread::Builder::new()

@@ -23,7 +23,8 @@ use crate::{
 const ZERO_STEP: u64 = 4 << 20;
 
 impl Qcow2 {
-    /// Allocates every cluster from `old` to `new` that isn't yet. Nothing but this request is at that range.
+    /// Allocates every cluster from `old` to `new` that isn't yet, the reservation aside that a zero entry may hold. They
+    /// read as zeroes then. Nothing but this request is at that range.
     pub async fn preallocate(
         self: &Arc<Self>,
         request: &Request,
@@ -31,52 +32,71 @@ impl Qcow2 {
         new: u64,
         how: Preallocation,
     ) -> Result<()> {
-        let file = request.file()?;
-        let bits = self.geometry.cluster_bits();
+        // The cluster that the old end lies in shows the backing file, which zeroes must not cover.
+        let mut at = if self.has_backing(request) {
+            self.geometry.clusters_for(old)
+        } else {
+            old >> self.geometry.cluster_bits()
+        };
         let end = self.geometry.clusters_for(new);
-        let mut at = old >> bits;
         while at < end {
-            let first = ClusterIndex(at);
-            let index = self.slice_of(first);
-            let left = self.left_in_slice(at << bits) >> bits;
-            let stop = (at + left).min(end);
             self.make_room(request).await?;
-            // Where the run of unallocated clusters is, and what it gets.
-            let (start, allocation) = {
-                let mut meta = self.lock_meta(file).await?;
-                self.mark_in_use(&mut meta, file).await?;
-                let slice = self.slice_for_update(&mut meta, file, index).await?;
-                let free = |cluster: &u64| {
-                    let raw = slice.load(self.slice_entry(ClusterIndex(*cluster)));
-                    raw == L2Entry::Unallocated.encode(self.geometry)
-                };
-                let Some(start) = (at..stop).find(free) else {
-                    at = stop;
-                    continue;
-                };
-                let want = (start..stop).take_while(free).count() as u64;
-                let allocation = meta.allocate(file, want).await?;
-                self.note_sizes(&meta);
-                (start, allocation)
-            };
-            for (host, count) in allocation.runs() {
-                zero_host(file, self.geometry.host_start(*host), count << bits, how).await?;
-            }
-            let mut meta = self.lock_meta(file).await?;
-            let slice = self.slice_for_update(&mut meta, file, index).await?;
-            for (n, host) in allocation.clusters().enumerate() {
-                let entry = self.slice_entry(ClusterIndex(start + n as u64));
-                let host = self.geometry.host_start(host);
-                let new = L2Entry::Normal { host, copied: true }.encode(self.geometry);
-                meta.set_entry(index, &slice, entry, new);
-                meta.unlinked.remove(&(host.0 >> bits));
-            }
-            meta.linked = true;
-            Counters::add(&self.counters.allocated, allocation.count());
-            at = start + allocation.count();
-            allocation.linked();
+            at = self
+                .reclaiming(request, || self.preallocate_run(request, at, end, how))
+                .await?;
         }
         Ok(())
+    }
+
+    /// Allocates a run of clusters from `at` on, within one slice; gives back where to go on.
+    async fn preallocate_run(
+        self: &Arc<Self>,
+        request: &Request,
+        at: u64,
+        end: u64,
+        how: Preallocation,
+    ) -> Result<u64> {
+        let file = request.file()?;
+        let bits = self.geometry.cluster_bits();
+        let index = self.slice_of(ClusterIndex(at));
+        let left = self.left_in_slice(at << bits) >> bits;
+        let stop = (at + left).min(end);
+        // Where the run of clusters without space is, and what it gets.
+        let (start, allocation) = {
+            let mut meta = self.lock_meta(file).await?;
+            self.mark_in_use(&mut meta, file).await?;
+            let slice = self.slice_for_update(&mut meta, file, index).await?;
+            let free = |cluster: &u64| {
+                let raw = slice.load(self.slice_entry(ClusterIndex(*cluster)));
+                [L2Entry::Unallocated, L2Entry::ZeroPlain]
+                    .iter()
+                    .any(|entry| raw == entry.encode(self.geometry))
+            };
+            let Some(start) = (at..stop).find(free) else {
+                return Ok(stop);
+            };
+            let want = (start..stop).take_while(free).count() as u64;
+            let allocation = meta.allocate(file, want).await;
+            self.note_sizes(&meta);
+            (start, allocation?)
+        };
+        for (host, count) in allocation.runs() {
+            zero_host(file, self.geometry.host_start(*host), count << bits, how).await?;
+        }
+        let mut meta = self.lock_meta(file).await?;
+        let slice = self.slice_for_update(&mut meta, file, index).await?;
+        for (n, host) in allocation.clusters().enumerate() {
+            let entry = self.slice_entry(ClusterIndex(start + n as u64));
+            let host = self.geometry.host_start(host);
+            let new = L2Entry::Normal { host, copied: true }.encode(self.geometry);
+            meta.set_entry(index, &slice, entry, new);
+            meta.unlinked.remove(&(host.0 >> bits));
+        }
+        meta.linked = true;
+        Counters::add(&self.counters.allocated, allocation.count());
+        let next = start + allocation.count();
+        allocation.linked();
+        Ok(next)
     }
 }
 

@@ -56,7 +56,8 @@ impl Qcow2 {
         how: Truncate,
     ) -> Result<()> {
         self.make_room(request).await?;
-        self.grow_l1(request, self.geometry.l1_entries_for(new))
+        let entries = self.geometry.l1_entries_for(new);
+        self.reclaiming(request, || self.grow_l1(request, entries))
             .await?;
         if how.zero && self.has_backing(request) {
             self.zero_new(request, old, new).await?;
@@ -86,6 +87,7 @@ impl Qcow2 {
         // No batch may be writing entries to the old place.
         let _turn = self.hold_batches().await;
         let mut meta = self.lock_meta(file).await?;
+        self.writeback.failure.check()?;
         let old = self.l1.load_full();
         let old_bytes = old.entries.len() as u64 * 8;
         if needed <= old.entries.len() as u64 {

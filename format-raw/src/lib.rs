@@ -2,7 +2,7 @@
 //!
 //! [`RawFactory`] is what a program registers. The driver never interprets content, with one exception: when the
 //! format was guessed by probing, it refuses writes that would make the file look like another format
-//! (see [`mod@guard`]).
+//! (see `guard.rs`).
 
 #![forbid(unsafe_code)]
 

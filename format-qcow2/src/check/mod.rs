@@ -1,9 +1,9 @@
 //! Checking and repairing an image (digest, section 12).
 //!
 //! An offline check: it works on the file below the driver, which has written back and quiesced its caches before and
-//! reads everything again afterwards. One pass walks the metadata and counts references ([`walk`]), compares them with
-//! the stored refcounts ([`compare`]), and looks at the COPIED flags ([`copied`]); when the refcount structures
-//! are broken they are made anew ([`rebuild`]). After a repair a second pass, which changes nothing, decides what is
+//! reads everything again afterwards. One pass walks the metadata and counts references (`walk`), compares them with
+//! the stored refcounts (`compare`), and looks at the COPIED flags (`copied`); when the refcount structures
+//! are broken they are made anew (`rebuild`). After a repair a second pass, which changes nothing, decides what is
 //! left.
 //!
 //! Memory is bounded by two bytes per cluster of the file (and the L1 and refcount tables, whose size the header

@@ -71,10 +71,29 @@ impl Qcow2 {
         let size = self.geometry.cluster_size() as usize;
         let mut bytes = data.to_vec();
         bytes.resize(size, 0);
+        let cluster = self.cluster_of(offset);
         let Some(packed) = offload(request.env(), move || compress::compress(&bytes)).await? else {
+            let slice = self.slice(file, self.slice_of(cluster)).await?;
+            if let Some(slice) = slice {
+                self.check_unallocated(slice.load(self.slice_entry(cluster)), cluster)?;
+            }
             return self.write_guest(request, offset, data).await;
         };
-        let cluster = self.cluster_of(offset);
+        let packed = IoBuf::from(packed);
+        self.reclaiming(request, || {
+            self.write_packed(request, cluster, packed.clone())
+        })
+        .await
+    }
+
+    /// Stores a cluster's compressed bytes and links them.
+    async fn write_packed(
+        self: &Arc<Self>,
+        request: &Request,
+        cluster: ClusterIndex,
+        packed: IoBuf,
+    ) -> Result<()> {
+        let file = request.file()?;
         self.make_room(request).await?;
         let (_claim, waited) = self.claims.claim(cluster, cluster).await;
         Counters::add(&self.counters.claim_waits, u64::from(waited));

@@ -175,15 +175,17 @@ impl Qcow2 {
             self.make_room(request).await?;
             // Read it before the lock is taken, as far as that is possible.
             self.slice(file, index).await?;
-            let late = {
+            // A table may have to be made or copied.
+            let step = || async move {
                 let mut meta = self.lock_meta(file).await?;
                 self.check_writable()?;
                 let changed = self
                     .change_slice(&mut meta, request, at, stop, change, backing)
                     .await;
                 self.note_sizes(&meta);
-                changed?
+                changed
             };
+            let late = self.reclaiming(request, step).await?;
             self.punch(file, &late).await;
             at = ClusterIndex(stop);
         }

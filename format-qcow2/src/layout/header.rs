@@ -217,7 +217,7 @@ impl Header {
     /// Reads the header from the image's first cluster, whose missing bytes count as zeroes.
     ///
     /// All checks of the digest's section 11 that need no knowledge of how the image is to be used are made here; the
-    /// others are in [`super::refusal`].
+    /// others are in `super::refusal`.
     pub fn decode(cluster: &[u8]) -> Result<Self> {
         let cluster_size = Self::cluster_size_of(cluster)?;
         let fields = Fields(cluster);

@@ -1,23 +1,33 @@
-//! Moves the bytes: several workers, each with a chunk of its own, that read side by side and begin their writes in
-//! order, so that the target grows from front to back.
+//! Moves the bytes: several workers read side by side; what they have read is written in order, so that the target
+//! grows from front to back.
+//!
+//! There is one writer at a time: the worker that brings the piece whose turn it is goes on writing as long as the next
+//! pieces are there, while the others read. Nobody waits for a turn, and no thread is woken for one.
 
 use std::{
+    collections::BTreeMap,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
 };
 
 use block_core::{
-    BlockHandle, Buffer, Environment, Error, ErrorKind, IoBuf, RequestFlags, buffer::is_zero,
-    copy_range,
+    BlockHandle, Buffer, Environment, Error, ErrorKind, IoBuf, RequestFlags, copy_range,
 };
-use futures::{FutureExt, channel::oneshot, future, lock::Mutex};
+use futures::{
+    FutureExt, StreamExt,
+    channel::mpsc::{UnboundedReceiver, UnboundedSender, unbounded},
+    future,
+    lock::Mutex,
+    stream::FuturesUnordered,
+};
 use parking_lot::Mutex as SyncMutex;
 
 use super::{
+    pace::Pace,
     plan::{CHUNK, Kind, Piece, Plan, Source, ZEROES},
+    runs::{Run, runs},
     target::Target,
 };
 use crate::common::{failure::Failure, output::complain, progress::Meter, session::Session};
@@ -39,6 +49,23 @@ pub struct Settings {
     pub rate: Option<u64>,
 }
 
+/// A piece whose turn to be written will come.
+struct Job {
+    piece: Piece,
+    buffer: Buffer,
+    /// The storage is to copy it; `buffer` doesn't hold it.
+    offload: bool,
+}
+
+/// The jobs that wait for their turn.
+#[derive(Default)]
+struct Queue {
+    ready: BTreeMap<u64, Job>,
+    next: u64,
+    /// Somebody is writing.
+    active: bool,
+}
+
 /// What all workers share.
 pub struct Engine {
     plan: Mutex<Plan>,
@@ -46,7 +73,9 @@ pub struct Engine {
     target: Arc<Target>,
     settings: Settings,
     meter: Meter,
-    turns: Turns,
+    queue: SyncMutex<Queue>,
+    /// Buffers that nobody uses.
+    spare: (UnboundedSender<Buffer>, Mutex<UnboundedReceiver<Buffer>>),
     pace: Option<Mutex<Pace>>,
     copy_range: AtomicBool,
     stop: AtomicBool,
@@ -58,13 +87,15 @@ pub struct Engine {
 
 impl Engine {
     pub fn new(plan: Plan, target: Arc<Target>, settings: Settings, meter: Meter) -> Self {
+        let (spare, taken) = unbounded();
         Self {
             sources: plan.sources(),
             chunk: plan.chunk(),
             plan: Mutex::new(plan),
             target,
             meter,
-            turns: Turns::default(),
+            queue: SyncMutex::default(),
+            spare: (spare, Mutex::new(taken)),
             pace: settings.rate.map(|rate| Mutex::new(Pace::new(rate))),
             copy_range: AtomicBool::new(settings.copy_range),
             stop: AtomicBool::new(false),
@@ -77,6 +108,9 @@ impl Engine {
     ///
     /// Cancellation: the workers end after the piece that they are at; the session waits for them.
     pub async fn run(self, session: &Session) -> Result<(), Failure> {
+        for _ in 0..=self.settings.workers {
+            self.give_back(Buffer::try_new(self.chunk as usize)?);
+        }
         let engine = Arc::new(self);
         let guard = StopOnDrop(engine.clone());
         let env: Arc<dyn Environment> = session.env.clone();
@@ -101,69 +135,160 @@ impl Engine {
         }
     }
 
+    /// Ends all workers, also those that wait for a buffer.
     fn halt(&self) {
         self.stop.store(true, Ordering::SeqCst);
-        self.turns.open();
+        for _ in 0..self.settings.workers {
+            self.give_back(Buffer::new(0));
+        }
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.stop.load(Ordering::SeqCst)
+    }
+
+    fn give_back(&self, buffer: Buffer) {
+        let _ = self.spare.0.unbounded_send(buffer);
     }
 
     async fn work(&self, env: &Arc<dyn Environment>) -> Result<(), Failure> {
-        let mut buffer = Buffer::try_new(self.chunk as usize)?;
-        while !self.stop.load(Ordering::SeqCst) {
-            let piece = self.plan.lock().await.next().await?;
-            let Some(piece) = piece else { break };
+        loop {
+            // First the buffer, then the piece: the piece whose turn it is always has one.
+            let buffer = self.spare.1.lock().await.next().await;
+            let (false, Some(buffer)) = (self.is_stopped(), buffer) else {
+                return Ok(());
+            };
+            let Some(piece) = self.plan.lock().await.next().await? else {
+                self.give_back(buffer);
+                return Ok(());
+            };
             if let Some(pace) = &self.pace
                 && piece.kind == Kind::Data
             {
                 pace.lock().await.wait(env, piece.len).await;
             }
-            buffer = self.copy(piece, buffer).await?;
-            self.turns.pass(piece.index);
-            self.meter.advance(piece.len);
+            let job = self.prepare(piece, buffer).await?;
+            if self.settings.any_order {
+                self.write(job).await?;
+            } else {
+                self.write_in_order(job).await?;
+            }
+        }
+    }
+
+    /// Reads what has to be read.
+    async fn prepare(&self, piece: Piece, buffer: Buffer) -> Result<Job, Failure> {
+        if piece.kind != Kind::Data {
+            return Ok(Job {
+                piece,
+                buffer,
+                offload: false,
+            });
+        }
+        if self.copy_range.load(Ordering::Relaxed) {
+            return Ok(Job {
+                piece,
+                buffer,
+                offload: true,
+            });
+        }
+        let buffer = self.read(piece, buffer).await?;
+        Ok(Job {
+            piece,
+            buffer,
+            offload: false,
+        })
+    }
+
+    /// Leaves a job to whoever writes, or becomes that. Writes begin in order; they end when they end.
+    async fn write_in_order(&self, job: Job) -> Result<(), Failure> {
+        {
+            let mut queue = self.queue.lock();
+            queue.ready.insert(job.piece.index, job);
+            if queue.active {
+                return Ok(());
+            }
+            queue.active = true;
+        }
+        let mut begun = FuturesUnordered::new();
+        while !self.is_stopped() {
+            let job = {
+                let mut queue = self.queue.lock();
+                let next = queue.next;
+                match queue.ready.remove(&next) {
+                    Some(job) => {
+                        queue.next += 1;
+                        job
+                    }
+                    None => {
+                        queue.active = false;
+                        break;
+                    }
+                }
+            };
+            // Once polled it has claimed its place in the target.
+            let mut write = Box::pin(self.write(job));
+            match write.as_mut().now_or_never() {
+                Some(done) => done?,
+                None => begun.push(write),
+            }
+            while let Some(Some(done)) = begun.next().now_or_never() {
+                done?;
+            }
+        }
+        while let Some(done) = begun.next().await {
+            done?;
         }
         Ok(())
     }
 
-    async fn copy(&self, piece: Piece, mut buffer: Buffer) -> Result<Buffer, Failure> {
-        let source = &self.sources[piece.source].handle;
-        match piece.kind {
-            Kind::Below => {}
+    async fn write(&self, job: Job) -> Result<(), Failure> {
+        let Job {
+            piece,
+            buffer,
+            offload,
+        } = job;
+        let buffer = match piece.kind {
+            Kind::Below => buffer,
             Kind::Zero => {
-                if self.settings.sparse.is_none() {
-                    return self.write_plain_zeroes(piece, buffer).await;
-                }
-                if !self.target.is_zero {
-                    let write = self
-                        .target
-                        .handle
-                        .write_zeroes(piece.offset, piece.len, ZEROES);
-                    self.in_turn(piece, write).await?;
+                self.write_zeroes(piece)
+                    .await
+                    .map_err(|error| writing(piece.offset, &error))?;
+                buffer
+            }
+            Kind::Data if offload => {
+                if self.offload(piece).await? {
+                    buffer
+                } else {
+                    let buffer = self.read(piece, buffer).await?;
+                    self.write_data(piece, buffer).await?
                 }
             }
-            Kind::Data => {
-                if self.copy_range.load(Ordering::Relaxed) && self.offload(piece).await? {
-                    return Ok(buffer);
-                }
-                buffer.resize(piece.len as usize);
-                buffer = self.read(source, piece, buffer).await?;
-                return self.write(piece, buffer).await;
-            }
-        }
-        Ok(buffer)
+            Kind::Data => self.write_data(piece, buffer).await?,
+        };
+        self.give_back(buffer);
+        self.meter.advance(piece.len);
+        Ok(())
     }
 
     /// Lets the storage copy. Not when it can't, which is asked once.
     async fn offload(&self, piece: Piece) -> Result<bool, Failure> {
+        if !self.copy_range.load(Ordering::Relaxed) {
+            return Ok(false);
+        }
         let source = &self.sources[piece.source].handle;
         let target = &self.target.handle;
+        let flags = RequestFlags::NO_FALLBACK;
         let copy = copy_range(
             source,
             piece.source_offset,
             target,
             piece.offset,
             piece.len,
-            RequestFlags::NO_FALLBACK,
-        );
-        match self.turns_then(piece, copy).await {
+            flags,
+        )
+        .await;
+        match copy {
             Ok(()) => Ok(true),
             Err(error) if error.kind() == ErrorKind::NotSupported => {
                 self.copy_range.store(false, Ordering::Relaxed);
@@ -173,12 +298,9 @@ impl Engine {
         }
     }
 
-    async fn read(
-        &self,
-        source: &BlockHandle,
-        piece: Piece,
-        buffer: Buffer,
-    ) -> Result<Buffer, Failure> {
+    async fn read(&self, piece: Piece, mut buffer: Buffer) -> Result<Buffer, Failure> {
+        let source = &self.sources[piece.source].handle;
+        buffer.resize(piece.len as usize);
         match source.read_into(piece.source_offset, buffer).await {
             Ok(buffer) => Ok(buffer),
             Err(error) if !self.settings.salvage => Err(Failure::io(
@@ -214,39 +336,29 @@ impl Engine {
     }
 
     /// Writes what isn't zero, and zeroes where the target wouldn't have them by itself.
-    async fn write(&self, piece: Piece, buffer: Buffer) -> Result<Buffer, Failure> {
+    async fn write_data(&self, piece: Piece, buffer: Buffer) -> Result<Buffer, Failure> {
+        let target = &self.target.handle;
         let runs = self.runs(piece, &buffer);
         let data = IoBuf::from(buffer);
-        let write = async {
-            for run in &runs {
-                let at = piece.offset + run.start as u64;
-                let len = run.end - run.start;
-                if run.zero {
-                    if !self.target.is_zero {
-                        self.target
-                            .handle
-                            .write_zeroes(at, len as u64, ZEROES)
-                            .await
-                            .map_err(|error| (at, error))?;
-                    }
-                    continue;
-                }
-                let flags = if self.settings.compress && self.is_whole(at, len as u64) {
+        for run in runs {
+            let at = piece.offset + run.start as u64;
+            let len = (run.end - run.start) as u64;
+            let written = if !run.zero {
+                let flags = if self.settings.compress && self.is_whole(at, len) {
                     RequestFlags::WRITE_COMPRESSED
                 } else {
                     RequestFlags::empty()
                 };
-                self.target
-                    .handle
+                target
                     .write(at, data.slice(run.start..run.end), flags)
                     .await
-                    .map_err(|error| (at, error))?;
-            }
-            Ok::<(), (u64, Error)>(())
-        };
-        self.turns_then(piece, write)
-            .await
-            .map_err(|(at, error)| writing(at, &error))?;
+            } else if self.target.is_zero {
+                Ok(())
+            } else {
+                target.write_zeroes(at, len, ZEROES).await
+            };
+            written.map_err(|error| writing(at, &error))?;
+        }
         match data.try_into_buffer() {
             Ok(buffer) => Ok(buffer),
             // A driver still holds a part: it keeps all of it.
@@ -276,49 +388,26 @@ impl Engine {
         }
     }
 
-    async fn write_plain_zeroes(&self, piece: Piece, buffer: Buffer) -> Result<Buffer, Failure> {
-        let write = async {
-            let zeroes = IoBuf::zeroes(CHUNK.min(piece.len) as usize);
-            let mut done = 0;
-            while done < piece.len && !self.stop.load(Ordering::SeqCst) {
-                let step = (piece.len - done).min(CHUNK);
-                let at = piece.offset + done;
-                self.target
-                    .handle
-                    .write(at, zeroes.slice(..step as usize), RequestFlags::empty())
-                    .await?;
-                done += step;
+    /// Has a range read as zeroes: as data if the target is to be allocated in full.
+    async fn write_zeroes(&self, piece: Piece) -> block_core::Result<()> {
+        let target = &self.target.handle;
+        if self.settings.sparse.is_some() {
+            if self.target.is_zero {
+                return Ok(());
             }
-            Ok(())
-        };
-        self.in_turn(piece, write).await?;
-        Ok(buffer)
-    }
-
-    async fn in_turn(
-        &self,
-        piece: Piece,
-        write: impl Future<Output = block_core::Result<()>>,
-    ) -> Result<(), Failure> {
-        self.turns_then(piece, write)
-            .await
-            .map_err(|error| writing(piece.offset, &error))
-    }
-
-    /// Begins `write` when all pieces before have begun theirs.
-    async fn turns_then<T>(&self, piece: Piece, write: impl Future<Output = T>) -> T {
-        if self.settings.any_order || self.settings.workers == 1 {
-            return write.await;
+            return target.write_zeroes(piece.offset, piece.len, ZEROES).await;
         }
-        self.turns.wait(piece.index).await;
-        let mut write = Box::pin(write);
-        // Once polled it has claimed its place; the next may begin.
-        let first = write.as_mut().now_or_never();
-        self.turns.pass(piece.index);
-        match first {
-            Some(done) => done,
-            None => write.await,
+        let zeroes = IoBuf::zeroes(CHUNK.min(piece.len) as usize);
+        let mut done = 0;
+        while done < piece.len && !self.is_stopped() {
+            let step = (piece.len - done).min(CHUNK);
+            let data = zeroes.slice(..step as usize);
+            target
+                .write(piece.offset + done, data, RequestFlags::empty())
+                .await?;
+            done += step;
         }
+        Ok(())
     }
 }
 
@@ -331,202 +420,5 @@ struct StopOnDrop(Arc<Engine>);
 impl Drop for StopOnDrop {
     fn drop(&mut self) {
         self.0.halt();
-    }
-}
-
-/// A part of a chunk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Run {
-    start: usize,
-    end: usize,
-    zero: bool,
-}
-
-/// Cuts `bytes`, which begin at `offset` of the target, into runs. Zeroes count in whole multiples of `unit` of the
-/// target, and in runs of at least `least` bytes. With `each`, every unit of data is a run of its own.
-fn runs(bytes: &[u8], offset: u64, unit: u64, least: u64, each: bool) -> Vec<Run> {
-    let mut runs: Vec<Run> = Vec::new();
-    let mut start = 0;
-    while start < bytes.len() {
-        let to_boundary = unit - (offset + start as u64) % unit;
-        let end = bytes.len().min(start + to_boundary as usize);
-        let zero = is_zero(&bytes[start..end]);
-        match runs.last_mut() {
-            Some(last) if last.zero == zero && (zero || !each) => last.end = end,
-            _ => runs.push(Run { start, end, zero }),
-        }
-        start = end;
-    }
-    if runs
-        .iter()
-        .any(|run| run.zero && ((run.end - run.start) as u64) < least)
-    {
-        // Short holes aren't worth a request each.
-        let mut merged: Vec<Run> = Vec::new();
-        for mut run in runs {
-            run.zero = run.zero && (run.end - run.start) as u64 >= least;
-            match merged.last_mut() {
-                Some(last) if last.zero == run.zero && (run.zero || !each) => last.end = run.end,
-                _ => merged.push(run),
-            }
-        }
-        return merged;
-    }
-    runs
-}
-
-/// Whose turn it is to begin writing.
-#[derive(Default)]
-struct Turns(SyncMutex<TurnState>);
-
-#[derive(Default)]
-struct TurnState {
-    next: u64,
-    /// Turns that were passed before they came.
-    passed: Vec<u64>,
-    waiting: Vec<(u64, oneshot::Sender<()>)>,
-    open: bool,
-}
-
-impl Turns {
-    /// Waits for the turn of `index`.
-    async fn wait(&self, index: u64) {
-        let rx = {
-            let mut state = self.0.lock();
-            if state.open || state.next >= index {
-                return;
-            }
-            let (tx, rx) = oneshot::channel();
-            state.waiting.push((index, tx));
-            rx
-        };
-        let _ = rx.await;
-    }
-
-    /// `index` needs its turn no more.
-    fn pass(&self, index: u64) {
-        let mut state = self.0.lock();
-        if index < state.next || state.passed.contains(&index) {
-            return;
-        }
-        state.passed.push(index);
-        while let Some(at) = state.passed.iter().position(|passed| *passed == state.next) {
-            state.passed.swap_remove(at);
-            state.next += 1;
-        }
-        let next = state.next;
-        let mut at = 0;
-        while at < state.waiting.len() {
-            if state.waiting[at].0 <= next {
-                let (_, tx) = state.waiting.swap_remove(at);
-                let _ = tx.send(());
-            } else {
-                at += 1;
-            }
-        }
-    }
-
-    /// From here on nobody waits.
-    fn open(&self) {
-        let mut state = self.0.lock();
-        state.open = true;
-        state.waiting.clear();
-    }
-}
-
-/// Keeps to so many bytes per second.
-struct Pace {
-    rate: u64,
-    /// When the next byte may go.
-    free_at: Option<Duration>,
-}
-
-impl Pace {
-    fn new(rate: u64) -> Self {
-        Self {
-            rate,
-            free_at: None,
-        }
-    }
-
-    async fn wait(&mut self, env: &Arc<dyn Environment>, bytes: u64) {
-        let now = env.now();
-        let start = self.free_at.map_or(now, |at| at.max(now));
-        self.free_at = Some(start + Duration::from_secs_f64(bytes as f64 / self.rate as f64));
-        if start > now {
-            env.sleep(start.saturating_sub(now)).await;
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn run(start: usize, end: usize, zero: bool) -> Run {
-        Run { start, end, zero }
-    }
-
-    #[test]
-    fn zeroes_count_in_whole_units_of_the_target() {
-        let mut bytes = vec![0; 4096 * 4];
-        bytes[4096] = 1;
-        bytes[4096 * 2 - 1] = 1;
-        assert_eq!(
-            runs(&bytes, 0, 4096, 4096, false),
-            [
-                run(0, 4096, true),
-                run(4096, 8192, false),
-                run(8192, 16384, true)
-            ]
-        );
-        // The chunk begins in the middle of a unit.
-        assert_eq!(
-            runs(&bytes, 2048, 4096, 4096, false),
-            [run(0, 10240, false), run(10240, 16384, true)]
-        );
-    }
-
-    #[test]
-    fn short_runs_of_zeroes_are_data() {
-        let mut bytes = vec![0; 512 * 8];
-        bytes[0] = 1;
-        bytes[1024] = 1;
-        assert_eq!(
-            runs(&bytes, 0, 512, 2048, false),
-            [run(0, 1536, false), run(1536, 4096, true)]
-        );
-        assert_eq!(runs(&bytes, 0, 512, 4096, false), [run(0, 4096, false)]);
-    }
-
-    #[test]
-    fn each_unit_of_data_can_be_a_run_of_its_own() {
-        let mut bytes = vec![1; 1024 * 3];
-        bytes[1024..2048].fill(0);
-        assert_eq!(
-            runs(&bytes, 0, 512, 1, true),
-            [
-                run(0, 512, false),
-                run(512, 1024, false),
-                run(1024, 2048, true),
-                run(2048, 2560, false),
-                run(2560, 3072, false)
-            ]
-        );
-    }
-
-    #[test]
-    fn turns_come_in_order_however_they_are_passed() {
-        let turns = Turns::default();
-        let mut second = Box::pin(turns.wait(2));
-        assert!(second.as_mut().now_or_never().is_none());
-        turns.pass(1);
-        let mut second = Box::pin(turns.wait(2));
-        assert!(second.as_mut().now_or_never().is_none());
-        turns.pass(0);
-        assert!(turns.wait(2).now_or_never().is_some());
-        assert!(turns.wait(3).now_or_never().is_none());
-        turns.open();
-        assert!(turns.wait(9).now_or_never().is_some());
     }
 }

@@ -3,7 +3,9 @@
 //! This file reads the arguments and prepares both ends; [`plan`] finds out what is where, [`copy`] moves the bytes.
 
 mod copy;
+mod pace;
 mod plan;
+mod runs;
 mod target;
 
 use std::sync::Arc;
