@@ -287,12 +287,6 @@ pub(crate) fn filename_options(registry: &Registry, filename: &str) -> Result<Op
 
 /// Opens one node and everything that its options and its image name.
 async fn open_in(context: &OpenContext, mut options: Options, wanted: Wanted) -> Result<Arc<Node>> {
-    if context.chain.len() > Registry::MAX_DEPTH {
-        return Err(Error::invalid(format!(
-            "Backing chain is longer than {} images",
-            Registry::MAX_DEPTH
-        )));
-    }
     if context.depth > Registry::MAX_DEPTH + MORE_DEPTH {
         return Err(Error::invalid("Nodes are nested too deeply"));
     }
@@ -464,6 +458,7 @@ pub(crate) async fn backing(
     let mut below = context.clone();
     below.chain.push(canonical(&overlay_file));
     if let Some(options) = options {
+        within_depth(&below)?;
         return child(&below, Some(options), "backing").await;
     }
     let Some(name) = name.filter(|name| !name.is_empty()) else {
@@ -472,6 +467,7 @@ pub(crate) async fn backing(
     if context.how.no_backing {
         return Ok(None);
     }
+    within_depth(&below)?;
     let resolved = permit(context, &overlay_file, name)?;
     below.node = context.node.for_child();
     below.node.read_only = true;
@@ -498,6 +494,8 @@ pub(crate) async fn backing(
             context.opened.lock().push(node.clone());
             Ok(Some(node))
         }
+        // Not once for each of all those images.
+        Err(error) if is_too_deep(&error) => Err(error),
         Err(error) => Err(error
             .with_file(resolved)
             .with_field(
@@ -507,6 +505,31 @@ pub(crate) async fn backing(
             )
             .context("Could not open backing file")),
     }
+}
+
+/// What an error calls a chain that is too deep.
+const BACKING_CHAIN: &str = "backing chain";
+
+/// Whether the chain has room for one more backing file.
+fn within_depth(below: &OpenContext) -> Result<()> {
+    let depth = below.chain.len();
+    if depth <= Registry::MAX_DEPTH {
+        return Ok(());
+    }
+    let most = Registry::MAX_DEPTH;
+    Err(
+        Error::invalid(format!("The backing chain is deeper than {most} images")).with_field(
+            BACKING_CHAIN,
+            depth,
+            format!("at most {most}"),
+        ),
+    )
+}
+
+fn is_too_deep(error: &Error) -> bool {
+    error
+        .field()
+        .is_some_and(|field| field.name == BACKING_CHAIN)
 }
 
 /// Opens another file that an image names, as bare storage.
@@ -529,9 +552,7 @@ pub(crate) async fn named(context: &OpenContext, owner: &Node, name: &str) -> Re
 
 /// A path, whatever it looks like.
 fn path_options(path: &str) -> Options {
-    Options::new()
-        .with("driver", "file")
-        .with("filename", path)
+    Options::new().with("driver", "file").with("filename", path)
 }
 
 /// Resolves a name that an image holds to a path, and asks whether it may be opened.

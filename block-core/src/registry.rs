@@ -169,7 +169,8 @@ impl OpenContext {
     }
 
     /// Opens the backing file: what the options say under `backing` wins over what the image names. `name` is as it
-    /// stands in the image `overlay`; a relative one is resolved against the overlay's directory.
+    /// stands in the image `overlay`; a relative one is resolved against the overlay's directory. It is always a path:
+    /// what looks like JSON or a protocol is refused.
     pub async fn open_backing(
         &self,
         options: &mut Options,
@@ -180,7 +181,7 @@ impl OpenContext {
         open::backing(self, options.take_child("backing")?, overlay, name, format).await
     }
 
-    /// Opens another file that the image `owner` names (an extent), with the protocol driver that opened `owner`.
+    /// Opens another file that the image `owner` names (an extent), as bare storage. `name` is always a path.
     pub async fn open_named(&self, owner: &Node, name: &str) -> Result<Arc<Node>> {
         open::named(self, owner, name).await
     }
@@ -230,8 +231,8 @@ pub struct Registry {
 
 impl Registry {
     /// The longest backing chain that is opened: so many backing files below the top image. Requests pass a chain layer
-    /// by layer, and have to get along with a thread's stack of 2 MiB.
-    pub const MAX_DEPTH: usize = 64;
+    /// by layer, and have to get along with a thread's stack of 2 MiB, also in a debug build.
+    pub const MAX_DEPTH: usize = 32;
 
     /// An empty one.
     pub fn new() -> Self {

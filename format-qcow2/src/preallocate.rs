@@ -23,7 +23,7 @@ use crate::{
 const ZERO_STEP: u64 = 4 << 20;
 
 impl Qcow2 {
-    /// Allocates every cluster from `old` to `new` that isn't yet, the reservation aside that a zero entry may hold. They
+    /// Allocates every cluster from `old` to `new` that has no space yet; zero entries with a reservation are left alone. New ones
     /// read as zeroes then. Nothing but this request is at that range.
     pub async fn preallocate(
         self: &Arc<Self>,

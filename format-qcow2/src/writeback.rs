@@ -52,6 +52,7 @@ pub(crate) struct Writeback {
     turn: futures::lock::Mutex<Turn>,
     /// Batches begun.
     begun: AtomicU64,
+    /// What made all later batches fail.
     pub failure: Arc<Failure>,
 }
 

@@ -255,7 +255,9 @@ fn storm_and_cut(options: &str, open: &str, more: usize, seed: u64, cuts: usize)
 #[test]
 fn after_a_power_cut_flushed_data_is_there_and_nothing_is_corrupt() {
     let mut batches = 0;
-    for seed in 0..6 {
+    // Every class of image in every build; more seeds where they cost little.
+    let seeds = if cfg!(debug_assertions) { 3 } else { 6 };
+    for seed in 0..seeds {
         batches += storm_and_cut("cluster_size=4096", "", 0, seed, 60);
         batches += storm_and_cut("cluster_size=4096,compat=0.10", "", 0, 100 + seed, 40);
         let small = "l2-cache-size=1k,l2-cache-entry-size=512,refcount-cache-size=4k";
@@ -275,5 +277,5 @@ fn after_a_power_cut_flushed_data_is_there_and_nothing_is_corrupt() {
             20,
         );
     }
-    assert!(batches > 50, "{batches}");
+    assert!(batches > 25, "{batches}");
 }

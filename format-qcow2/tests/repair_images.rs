@@ -3,6 +3,8 @@
 mod damages;
 mod offline;
 
+use std::collections::HashSet;
+
 use block_core::image::{CheckMode, CheckReport};
 use damages::{C, COPIED, DAMAGES, Damage, L1, L2, damaged, sample, set_refcount};
 use offline::{Event, Image, Lab, assert_same_counts, exit_status};
@@ -180,6 +182,9 @@ fn a_repair_may_be_cut_off_at_any_write() {
             std::fs::read(lab.path("cut.raw")).unwrap()
         };
         let content = guest(&image);
+        // What was tried already, and the repaired images that were compared already: many states end alike.
+        let mut tried: HashSet<Vec<u8>> = HashSet::new();
+        let mut compared: HashSet<Vec<u8>> = HashSet::from([image.data()]);
         // Between two flushes each write may be there or not: all of them in order, and each alone.
         let mut durable = start;
         let mut pending: Vec<&Event> = Vec::new();
@@ -205,10 +210,15 @@ fn a_repair_may_be_cut_off_at_any_write() {
                 2.min(states.len())
             };
             for state in states.split_off(states.len() - new) {
+                if !tried.insert(state.clone()) {
+                    continue;
+                }
                 let cut = Image::new(state);
                 let report = cut.check(CheckMode::RepairAll).unwrap();
                 assert_eq!(exit_status(&report), 0, "{}: {report:?}", damage.name);
-                assert!(guest(&cut) == content, "{}", damage.name);
+                if compared.insert(cut.data()) {
+                    assert!(guest(&cut) == content, "{}", damage.name);
+                }
             }
             if matches!(event, Event::Flush) {
                 for event in pending.drain(..) {

@@ -230,12 +230,8 @@ impl Meta {
         let size = self.geometry.cluster_size();
         for n in 0..count {
             let host = self.geometry.host_start(HostCluster(first.0 + n));
-            file.write(
-                host.0,
-                IoBuf::zeroes(size as usize),
-                RequestFlags::empty(),
-            )
-            .await?;
+            file.write(host.0, IoBuf::zeroes(size as usize), RequestFlags::empty())
+                .await?;
         }
         Ok(())
     }

@@ -11,7 +11,9 @@ use std::{
 
 use block_core::{
     BlockHandle, Graph, OpenOptions, Options, PermissionSet, Permissions, Registry, RequestFlags,
-    Result, registry::ImplicitOpens,
+    Result,
+    image::{CheckMode, Progress},
+    registry::ImplicitOpens,
 };
 use env_tokio::EnvTokio;
 use format_qcow2::Qcow2Factory;
@@ -284,6 +286,52 @@ pub fn image_bytes(options: &str, size: u64) -> Vec<u8> {
         &size.to_string(),
     ]);
     std::fs::read(path).unwrap()
+}
+
+/// Runs `work` on a thread of its own; a hang is a failure.
+pub fn within(seconds: u64, work: impl FnOnce() + Send + 'static) {
+    let (done, wait) = std::sync::mpsc::channel();
+    let thread = std::thread::spawn(move || {
+        work();
+        done.send(()).unwrap();
+    });
+    match wait.recv_timeout(std::time::Duration::from_secs(seconds)) {
+        Ok(()) => thread.join().unwrap(),
+        Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => {
+            std::panic::resume_unwind(thread.join().unwrap_err())
+        }
+        Err(std::sync::mpsc::RecvTimeoutError::Timeout) => panic!("hangs"),
+    }
+}
+
+/// Writes `len` bytes of one value.
+pub async fn write(handle: &BlockHandle, at: u64, len: u64, value: u8) -> Result<()> {
+    handle
+        .write(at, vec![value; len as usize], RequestFlags::empty())
+        .await
+}
+
+/// A big-endian number in an image's bytes.
+pub fn be64(data: &[u8], at: usize) -> u64 {
+    u64::from_be_bytes(data[at..at + 8].try_into().unwrap())
+}
+
+/// Corruptions (with check errors) and leaks in the bytes of a storage whose image was closed, or not.
+pub fn check_bytes(storage: &storage::Storage) -> (u64, u64) {
+    let data = storage.state.lock().data.clone();
+    let rig = Rig::new();
+    rig.block_on(async {
+        let handle = rig
+            .open_storage(&storage::Storage::new(data), "read-only=on")
+            .await
+            .unwrap();
+        let report = handle
+            .check(CheckMode::ReadOnly, Progress::new())
+            .await
+            .unwrap();
+        rig.close(handle).await.unwrap();
+        (report.corruptions + report.check_errors, report.leaks)
+    })
 }
 
 /// A counter of a node's driver.

@@ -86,6 +86,18 @@ pub struct Storage {
     random: AtomicU64,
     /// How often a request lets others go first, at most.
     dawdle: AtomicU64,
+    /// Polls that a flush takes.
+    slow_flush: AtomicU64,
+    trap: Mutex<Trap>,
+}
+
+/// A flush that fails once, when there was a write at a certain place before it.
+#[derive(Default)]
+enum Trap {
+    #[default]
+    None,
+    Set(u64),
+    Sprung,
 }
 
 impl Storage {
@@ -103,6 +115,15 @@ impl Storage {
         self.state.lock().fault = fault;
     }
 
+    pub fn set_slow_flush(&self, polls: u64) {
+        self.slow_flush.store(polls, Ordering::Relaxed);
+    }
+
+    /// After the next write at `offset` a flush fails, once.
+    pub fn fail_flush_after_write_at(&self, offset: u64) {
+        *self.trap.lock() = Trap::Set(offset);
+    }
+
     pub fn position(&self) -> usize {
         self.state.lock().log.len()
     }
@@ -115,17 +136,8 @@ impl Storage {
         let n = self
             .random
             .fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed);
-        let mut left = (n ^ (n >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 40;
-        left %= most + 1;
-        poll_fn(|context| {
-            if left == 0 {
-                return Poll::Ready(());
-            }
-            left -= 1;
-            context.waker().wake_by_ref();
-            Poll::Pending
-        })
-        .await;
+        let left = (n ^ (n >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 40;
+        yield_for(left % (most + 1)).await;
     }
 
     fn event(&self, event: Event) -> Result<()> {
@@ -139,12 +151,34 @@ impl Storage {
             }
             _ => {}
         }
+        let trap = &mut *self.trap.lock();
+        match (&*trap, &event) {
+            (Trap::Set(offset), Event::Write(at, _)) if offset == at => *trap = Trap::Sprung,
+            (Trap::Sprung, Event::Flush) => {
+                *trap = Trap::None;
+                return Err(Error::io("injected"));
+            }
+            _ => {}
+        }
         event.apply(&mut state.data);
         if state.keep_log {
             state.log.push(event);
         }
         Ok(())
     }
+}
+
+/// Lets others go first, that many times.
+async fn yield_for(mut polls: u64) {
+    poll_fn(|context| {
+        if polls == 0 {
+            return Poll::Ready(());
+        }
+        polls -= 1;
+        context.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
 }
 
 /// The node over a storage.
@@ -211,6 +245,7 @@ impl BlockDriver for StorageDriver {
         self.0.event(Event::Zero(offset, len))
     }
     async fn flush(self: Arc<Self>, _: Request) -> Result<()> {
+        yield_for(self.0.slow_flush.load(Ordering::Relaxed)).await;
         self.0.event(Event::Flush)
     }
     async fn truncate(self: Arc<Self>, _: Request, length: u64, _: Truncate) -> Result<()> {

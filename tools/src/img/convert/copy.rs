@@ -384,7 +384,11 @@ impl Engine {
                 end,
                 zero: false,
             }],
-            Some(least) => runs(bytes, piece.offset, self.target.zero_unit, least, false),
+            Some(least) => {
+                // Parts of pages cost more than they save, unless they were asked for.
+                let unit = self.target.zero_unit.max(least.min(4096));
+                runs(bytes, piece.offset, unit, least, false)
+            }
         }
     }
 

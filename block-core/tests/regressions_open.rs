@@ -1,4 +1,4 @@
-//! Review of opening: names inside images, deep chains, opens that are given up.
+//! Opening, where it once went wrong: names inside images, deep chains, opens that are given up.
 
 mod common;
 
@@ -10,14 +10,14 @@ use std::sync::{
 use block_core::{
     ChildRole, IoBufMut, Options, async_trait,
     driver::{BlockDriver, Capabilities, DriverKind},
-    error::Result,
+    error::{ErrorKind, Result},
     graph::Graph,
     limits::Limits,
-    node::Edges,
+    node::{Edges, Node},
     registry::{DriverFactory, ImplicitOpens, OpenContext, OpenOptions, Opened, Registry},
     request::Request,
 };
-use common::{Memory, env, poll_once};
+use common::{env, poll_once};
 use futures::executor::block_on;
 use parking_lot::Mutex;
 
@@ -81,9 +81,12 @@ impl DriverFactory for AnyFile {
     }
 }
 
-/// A format whose every image has a backing file.
+/// The name of the backing file that the image of this name has.
+type Next = Arc<dyn Fn(&str) -> Option<String> + Send + Sync>;
+
+/// A format whose images have backing files.
 struct Overlay {
-    next: Arc<dyn Fn(&str) -> Option<String> + Send + Sync>,
+    next: Next,
     stuck: Arc<AtomicBool>,
 }
 
@@ -188,77 +191,135 @@ fn permit() -> OpenOptions {
     }
 }
 
+async fn open(house: &House, name: &str) -> Result<Arc<Node>> {
+    house
+        .registry
+        .open_file(&house.graph, name, None, Options::new(), permit())
+        .await
+}
+
 #[test]
 fn a_name_in_an_image_never_becomes_json_or_another_protocol() {
-    for name in [
-        r#"file:json:{"driver":"host_device","filename":"/dev/sda"}"#,
-        "file:host_device:/dev/sda",
+    for (name, path) in [
+        (
+            r#"file:json:{"driver":"host_device","filename":"/dev/sda"}"#,
+            r#"./json:{"driver":"host_device","filename":"/dev/sda"}"#,
+        ),
+        ("file:host_device:/dev/sda", "./host_device:/dev/sda"),
+        ("file:file:next", "./file:next"),
     ] {
         let house = house(move |file| (file == "top").then(|| name.to_owned()));
-        let result =
-            block_on(
-                house
-                    .registry
-                    .open_file(&house.graph, "top", None, Options::new(), permit()),
-            );
+        block_on(open(&house, "top")).unwrap();
         let opened = house.opened.lock().clone();
-        assert!(
-            !opened.iter().any(|name| name.starts_with("host_device ")),
-            "{opened:?} {:?}",
-            result.is_ok()
-        );
+        assert_eq!(opened, ["file top".to_owned(), format!("file {path}")]);
+    }
+    for name in [r#"json:{"driver":"file"}"#, "host_device:/dev/sda"] {
+        let house = house(move |file| (file == "top").then(|| name.to_owned()));
+        let error = block_on(open(&house, "top")).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::AccessDenied, "{error}");
+        assert_eq!(*house.opened.lock(), ["file top"]);
+        assert_eq!(house.graph.nodes().len(), 0);
     }
 }
 
 #[test]
-fn an_open_that_is_given_up_leaves_no_nodes() {
+fn who_is_asked_about_a_name_is_told_the_path_that_is_opened() {
+    let asked: Arc<Mutex<Vec<String>>> = Arc::default();
+    let house = house(|file| (file == "dir/top").then(|| "file:a:b".to_owned()));
+    let told = asked.clone();
+    let how = OpenOptions {
+        implicit: ImplicitOpens::Ask(Arc::new(move |name| {
+            told.lock().push(name.to_owned());
+            true
+        })),
+        ..OpenOptions::default()
+    };
+    let opening = house
+        .registry
+        .open_file(&house.graph, "dir/top", None, Options::new(), how);
+    block_on(opening).unwrap();
+    assert_eq!(*asked.lock(), ["dir/a:b"]);
+    assert_eq!(*house.opened.lock(), ["file dir/top", "file dir/a:b"]);
+}
+
+#[test]
+fn an_open_that_is_given_up_leaves_no_nodes_to_the_next() {
+    // Images 0, 1 and 2, of which the last never gets open; and one called 7.
+    let house = house(|file| match file {
+        "0" => Some("1".to_owned()),
+        "1" => Some("2".to_owned()),
+        _ => None,
+    });
+    house.stuck.store(true, Ordering::SeqCst);
+    {
+        let mut opening = Box::pin(open(&house, "0"));
+        assert!(poll_once(opening.as_mut()).is_pending());
+        assert_eq!(house.graph.nodes().len(), 3, "{:?}", house.graph);
+    }
+    house.stuck.store(false, Ordering::SeqCst);
+    let node = block_on(open(&house, "7")).unwrap();
+    assert_eq!(house.graph.nodes().len(), 2, "{:?}", house.graph);
+    block_on(house.graph.release(&node)).unwrap();
+    assert_eq!(house.graph.nodes().len(), 0);
+}
+
+#[test]
+fn closing_everything_closes_what_an_open_that_was_given_up_has_left() {
     let house = house(|_| None);
     house.stuck.store(true, Ordering::SeqCst);
     {
-        let mut open =
-            Box::pin(
-                house
-                    .registry
-                    .open_file(&house.graph, "top", None, Options::new(), permit()),
-            );
-        assert!(poll_once(open.as_mut()).is_pending());
+        let mut opening = Box::pin(open(&house, "0"));
+        assert!(poll_once(opening.as_mut()).is_pending());
     }
-    assert_eq!(house.graph.nodes().len(), 0, "{:?}", house.graph.nodes());
+    block_on(house.graph.close_all()).unwrap();
+    assert_eq!(house.graph.nodes().len(), 0);
 }
 
-#[test]
-fn the_deepest_chain_opens_reads_and_closes_on_a_small_stack() {
-    let next = |file: &str| {
-        let at: u64 = file.parse().unwrap();
-        (at < std::env::var("DEPTH").map_or(block_core::registry::Registry::MAX_DEPTH as u64, |d: String| d.parse().unwrap()))
-            .then(|| (at + 1).to_string())
-    };
+/// Image `0`, over `1`, and so on to `last`.
+fn chain(last: usize) -> House {
+    house(move |file| {
+        let at: usize = file.parse().unwrap();
+        (at < last).then(|| (at + 1).to_string())
+    })
+}
+
+fn on_a_small_stack(work: impl FnOnce() + Send + 'static) {
     std::thread::Builder::new()
-        .stack_size(std::env::var("STACK").map_or(2 << 20, |d| d.parse().unwrap()))
-        .spawn(move || {
-            let house = house(next);
-            let node = block_on(house.registry.open_file(
-                &house.graph,
-                "0",
-                None,
-                Options::new(),
-                permit(),
-            ))
-            .unwrap();
-            let handle = house.graph.attach(&node, common::ALL, "g").unwrap();
-            block_on(async {
-                handle.read(0, 512).await.unwrap();
-                handle.block_status(0, 512).await.unwrap();
-                handle.close().await.unwrap();
-            });
-            assert_eq!(house.graph.nodes().len(), 0);
-        })
+        .stack_size(2 << 20)
+        .spawn(work)
         .unwrap()
         .join()
         .unwrap();
 }
 
-#[allow(dead_code)]
-fn unused() -> Memory {
-    Memory::new(0)
+#[test]
+fn the_deepest_chain_opens_reads_and_closes_on_a_small_stack() {
+    on_a_small_stack(|| {
+        let house = chain(Registry::MAX_DEPTH);
+        let node = block_on(open(&house, "0")).unwrap();
+        let handle = house.graph.attach(&node, common::ALL, "guest").unwrap();
+        block_on(async {
+            handle.read(0, 512).await.unwrap();
+            handle.block_status(0, 512).await.unwrap();
+            handle.close().await.unwrap();
+        });
+        assert_eq!(house.graph.nodes().len(), 0);
+    });
+}
+
+#[test]
+fn a_chain_that_is_too_deep_is_refused_in_one_short_sentence() {
+    on_a_small_stack(|| {
+        let house = chain(Registry::MAX_DEPTH + 1);
+        let error = block_on(open(&house, "0")).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidInput);
+        assert_eq!(
+            error.reason(),
+            format!(
+                "The backing chain is deeper than {} images",
+                Registry::MAX_DEPTH
+            )
+        );
+        assert_eq!(house.graph.nodes().len(), 0);
+    });
 }

@@ -1,4 +1,4 @@
-//! Review of the core: each test is the smallest case of one suspected bug.
+//! The core, where it once went wrong: each test is the smallest case of one bug.
 
 mod common;
 
@@ -288,24 +288,16 @@ fn share(disk: &Disk) {
     disk.handle.set_permissions(ALL).unwrap();
 }
 
-/// The memory can share its node with a format that resizes.
-struct Sharing;
-impl Sharing {
-    fn filter() -> Layer {
-        Layer::new(DriverKind::Filter)
-    }
-}
-
 #[test]
 fn dropped_requests_that_wait_at_a_childs_gate_are_polled_a_few_times_each() {
     let graph = Graph::new(Arc::new(NoTasks));
     let disk = disk_in(graph.clone(), Memory::new(1 << 16));
     share(&disk);
-    let (layer, _, handle) = over(&graph, Sharing::filter(), &disk.node);
+    let (layer, _, handle) = over(&graph, Layer::new(DriverKind::Filter), &disk.node);
     disk.memory.hold();
     let mut discard = pin!(disk.handle.discard(0, 4096));
     assert!(poll_once(discard.as_mut()).is_pending());
-    let count: u64 = std::env::var("N").map_or(6, |n| n.parse().unwrap());
+    let count: u64 = 6;
     for at in 0..count {
         let mut write = Box::pin(handle.write(at * 512, vec![1u8; 512], NONE));
         assert!(poll_once(write.as_mut()).is_pending());
@@ -314,7 +306,6 @@ fn dropped_requests_that_wait_at_a_childs_gate_are_polled_a_few_times_each() {
     let mut flush = pin!(handle.flush());
     assert!(poll_once(flush.as_mut()).is_pending());
     let polls = layer.polls.load(Ordering::SeqCst);
-    eprintln!("polls {polls}");
     disk.memory.let_go();
     assert!(
         polls <= 8 * count,
@@ -399,7 +390,7 @@ fn a_flush_through_a_filter_that_was_just_inserted_covers_earlier_writes() {
     let disk = disk(Memory::new(1 << 16));
     block_on(async {
         disk.handle.write(0, vec![1u8; 512], NONE).await.unwrap();
-        let driver = Arc::new(Sharing::filter());
+        let driver = Arc::new(Layer::new(DriverKind::Filter));
         let spec = NodeSpec::new(driver).with_child(ChildRole::Filtered, "file", &disk.node);
         let filter = disk.graph.add_node(spec).unwrap();
         disk.graph.insert_filter(&filter).await.unwrap();
@@ -416,7 +407,7 @@ fn a_flush_through_a_filter_that_was_just_inserted_covers_earlier_writes() {
 fn a_flush_after_a_check_covers_what_the_check_wrote() {
     let disk = disk(Memory::new(1 << 16));
     share(&disk);
-    let (layer, _, handle) = over(&disk.graph, Sharing::filter(), &disk.node);
+    let (layer, _, handle) = over(&disk.graph, Layer::new(DriverKind::Filter), &disk.node);
     layer.hold();
     let mut check = pin!(handle.check(CheckMode::RepairAll, Progress::new()));
     assert!(poll_once(check.as_mut()).is_pending());
@@ -468,7 +459,7 @@ fn a_write_that_grows_the_node_is_recorded_in_its_bitmaps() {
 fn a_write_that_looked_at_the_length_before_a_shrink_ended_is_refused() {
     let disk = disk(Memory::new(65536).without(Capabilities::GROW));
     share(&disk);
-    let (layer, node, handle) = over(&disk.graph, Sharing::filter(), &disk.node);
+    let (layer, node, handle) = over(&disk.graph, Layer::new(DriverKind::Filter), &disk.node);
     assert_eq!(node.length(), 65536);
     let shrinker = handle.clone();
     // Another thread gets in between the look at the length and the ticket.
@@ -693,7 +684,7 @@ impl BlockDriver for Clipped {
 fn status_through_a_filter_ends_at_the_end() {
     let disk = disk(Memory::new(65536));
     share(&disk);
-    let (_, _, handle) = over(&disk.graph, Sharing::filter(), &disk.node);
+    let (_, _, handle) = over(&disk.graph, Layer::new(DriverKind::Filter), &disk.node);
     let beyond = block_on(handle.block_status(65536, 512)).unwrap();
     assert_eq!(beyond.len, 0, "beyond the end there is nothing: {beyond:?}");
     let across = block_on(handle.block_status(0, 1 << 20)).unwrap();
@@ -705,7 +696,7 @@ fn status_through_a_filter_ends_at_the_end() {
 fn status_of_an_enormous_range_through_a_filter_doesnt_panic() {
     let disk = disk(Memory::new(65536));
     share(&disk);
-    let (_, _, handle) = over(&disk.graph, Sharing::filter(), &disk.node);
+    let (_, _, handle) = over(&disk.graph, Layer::new(DriverKind::Filter), &disk.node);
     block_on(async {
         handle.block_status(1, u64::MAX).await.unwrap();
         handle
@@ -809,7 +800,7 @@ fn a_write_that_waited_behind_a_drain_is_refused_when_the_permission_is_gone() {
 fn a_handle_without_write_permission_cant_change_the_header() {
     let disk = disk(Memory::new(4096));
     share(&disk);
-    let (_, node, _) = over(&disk.graph, Sharing::filter(), &disk.node);
+    let (_, node, _) = over(&disk.graph, Layer::new(DriverKind::Filter), &disk.node);
     let read_only = PermissionSet::new(Permissions::CONSISTENT_READ, Permissions::all());
     let reader = disk.graph.attach(&node, read_only, "reader").unwrap();
     let error = block_on(reader.change_backing(Some("evil"), None)).expect_err("header changed");
@@ -846,6 +837,37 @@ fn a_handle_without_write_permission_cant_copy_on_read() {
                 .any(|e| e.starts_with("write") || e.starts_with("zero")),
         "{log:?}"
     );
+}
+
+#[test]
+fn copy_on_read_of_a_long_run_goes_in_pieces_of_a_mebibyte() {
+    const LEN: usize = (4 << 20) + 512;
+    let graph = Graph::new(env());
+    let file = Arc::new(Memory::new(LEN));
+    let memory = graph.add_node(NodeSpec::new(file.clone())).unwrap();
+    let base = graph
+        .add_node(NodeSpec::new(Arc::new(Memory::new(LEN))))
+        .unwrap();
+    let overlay = Layer::new(DriverKind::Format);
+    *overlay.status.lock() = Some(DriverStatus::unallocated(1));
+    let node = graph
+        .add_node(
+            NodeSpec::new(Arc::new(overlay))
+                .with_child(ChildRole::DataFile, "file", &memory)
+                .with_child(ChildRole::Backing, "backing", &base),
+        )
+        .unwrap();
+    let handle = graph.attach(&node, ALL, "guest").unwrap();
+    let (_lent, buf) = block_core::buffer::Buffer::new(LEN).lend();
+    block_on(handle.readv(0, buf, RequestFlags::COPY_ON_READ)).unwrap();
+    let copied: Vec<u64> = file
+        .log
+        .lock()
+        .iter()
+        .filter(|entry| !entry.starts_with("read"))
+        .map(|entry| entry.split_once('+').unwrap().1.parse().unwrap())
+        .collect();
+    assert_eq!(copied, [1 << 20, 1 << 20, 1 << 20, 1 << 20, 512]);
 }
 
 #[test]
