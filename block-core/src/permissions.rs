@@ -68,6 +68,31 @@ fn top_down(topology: &Topology, change: &Change) -> Result<Vec<u64>> {
     Ok(order)
 }
 
+/// The longest chain of backing files and filters that a graph may have: reads go down it layer by layer on one stack.
+const MAX_CHAIN: usize = crate::registry::Registry::MAX_DEPTH + 9;
+
+/// Refuses chains that are too deep to be read. `order` has every node after all of its parents.
+fn check_depth(topology: &Topology, change: &Change, order: &[u64]) -> Result<()> {
+    let mut depths: HashMap<u64, usize> = HashMap::new();
+    for id in order.iter().rev() {
+        let Some(node) = topology.nodes.get(id) else {
+            continue;
+        };
+        let below = edges_after(node, change)
+            .chain_child()
+            .and_then(|child| depths.get(&child.node().id()).copied())
+            .unwrap_or(0);
+        if below >= MAX_CHAIN {
+            return Err(Error::invalid(format!(
+                "the chain below node '{}' would be deeper than {MAX_CHAIN} nodes",
+                node.name()
+            )));
+        }
+        depths.insert(*id, below + 1);
+    }
+    Ok(())
+}
+
 /// Works the permissions out, or says who is in whose way.
 pub(crate) fn plan(topology: &Topology, change: &Change) -> Result<Plan> {
     // For each node: who its parents are (for messages), and what they use and share.
@@ -99,7 +124,9 @@ pub(crate) fn plan(topology: &Topology, change: &Change) -> Result<Plan> {
         wanted.entry(node.id()).or_default().push((who, set));
     }
     let mut plan = Plan::new();
-    for id in top_down(topology, change)? {
+    let order = top_down(topology, change)?;
+    check_depth(topology, change, &order)?;
+    for id in order {
         let Some(node) = topology.nodes.get(&id) else {
             continue;
         };

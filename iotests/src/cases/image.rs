@@ -18,7 +18,7 @@ use crate::{
     lab::{Guest, after_discard},
     oracle::Oracle,
     pattern::{Seen, Stamp, stamped},
-    storage::Disk,
+    storage::{Content, Disk},
 };
 
 /// Owners in stamps.
@@ -137,14 +137,61 @@ impl Image {
             base = Some(make_base(scene, size).await?);
             backing = Some((BASE, format.name.as_str()));
         }
+        let initial = setup
+            .backing
+            .then(|| stamped(owner::BASE, 0, 0, size).to_vec());
+        let image = Self::make(
+            scene,
+            setup,
+            backing,
+            size,
+            cluster,
+            initial.as_deref(),
+            base,
+        );
+        image.await.map(Some)
+    }
+
+    /// Makes and opens the image over the backing file (name and format), which shows `initial`. Nobody looks in the end
+    /// whether that has changed.
+    pub(super) async fn over(
+        scene: &Arc<Scene>,
+        backing: (&str, &str),
+        size: u64,
+        cluster: u64,
+        initial: &[u8],
+    ) -> Result<Self, Failure> {
+        let setup = Setup { backing: true };
+        Self::make(
+            scene,
+            setup,
+            Some(backing),
+            size,
+            cluster,
+            Some(initial),
+            None,
+        )
+        .await
+    }
+
+    async fn make(
+        scene: &Arc<Scene>,
+        setup: Setup,
+        backing: Option<(&str, &str)>,
+        size: u64,
+        cluster: u64,
+        initial: Option<&[u8]>,
+        base: Option<Vec<u8>>,
+    ) -> Result<Self, Failure> {
+        let (lab, format) = (&scene.lab, &scene.format);
         lab.create(&format.name, FILE, size, &format.create, backing)
             .await?;
         let node = lab
             .open(&format.name, FILE, backing, &Options::new())
             .await?;
         let oracle = Oracle::new(after_discard(&node));
-        if setup.backing {
-            oracle.set_initial(0, &stamped(owner::BASE, 0, 0, size));
+        if let Some(initial) = initial {
+            oracle.set_initial(0, initial);
         }
         let guest = Guest::new(&lab.attach(&node, "guest")?, &oracle, owner::OLD);
         let job = Guest::new(&lab.attach(&node, "job")?, &oracle, owner::OLD);
@@ -168,7 +215,16 @@ impl Image {
             image.guest.oracle().protect(at * cluster, cluster);
         }
         image.guest.handle().flush().await?;
-        Ok(Some(image))
+        Ok(image)
+    }
+
+    /// Closes the image without judging it, and gives what its storage holds.
+    pub(super) async fn close(self) -> Result<Content, Failure> {
+        let Self {
+            scene, node, disk, ..
+        } = self;
+        scene.lab.graph.release(&node).await?;
+        Ok(disk.content())
     }
 
     /// The setup that a kind of cluster needs.

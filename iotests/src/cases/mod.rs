@@ -8,6 +8,8 @@ mod graph;
 mod image;
 mod merge;
 mod resize;
+pub mod shared;
+pub mod with_jobs;
 
 pub use self::image::{ClusterKind, Image, Setup, cluster_size, owner};
 use crate::case::Case;

@@ -240,11 +240,7 @@ fn same(found: &[u8], expected: &[u8], what: &str) -> Result<(), Failure> {
 /// The job's end, for the target of a mirror or backup: its image is checked and closed.
 async fn close_second(scene: &Scene, node: &Arc<Node>) -> Result<(), Failure> {
     let handle = reader(scene, node)?;
-    if node
-        .driver()
-        .capabilities()
-        .contains(Capabilities::CHECK)
-    {
+    if node.driver().capabilities().contains(Capabilities::CHECK) {
         let mode = block_core::image::CheckMode::ReadOnly;
         let progress = block_core::image::Progress::new();
         if !handle.check(mode, progress).await?.is_clean() {
@@ -523,9 +519,7 @@ async fn chain(
     let initial = content(scene, &below.node).await?;
     let bytes = below.close().await?;
     lab.disks.insert(Disk::new(MIDDLE, bytes));
-    let node = lab
-        .open(format, MIDDLE, None, &Options::new())
-        .await?;
+    let node = lab.open(format, MIDDLE, None, &Options::new()).await?;
     let size = node.length();
     lab.graph.release(&node).await?;
     let image = Image::over(scene, (MIDDLE, format), size, cluster, &initial).await?;
@@ -543,12 +537,7 @@ async fn commit(scene: &Scene, image: &Image) -> Result<Arc<Job>, Failure> {
     Ok(manager.commit(options).await?)
 }
 
-async fn finish_commit(
-    scene: &Scene,
-    image: Image,
-    initial: &[u8],
-    job: &Job,
-) -> CaseResult {
+async fn finish_commit(scene: &Scene, image: Image, initial: &[u8], job: &Job) -> CaseResult {
     job.wait().await?;
     let Some(base) = image.node.backing() else {
         return Err("the commit left no backing file".into());

@@ -1,6 +1,13 @@
 //! The driver: how the third party does I/O. Its lock is never held over an await.
 
-use std::{any::Any, sync::Arc, task::Poll};
+use std::{
+    any::Any,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::Poll,
+};
 
 use async_trait::async_trait;
 use block_core::{
@@ -26,6 +33,7 @@ pub struct ThirdParty {
     table: Mutex<Table>,
     cluster: u64,
     read_only: bool,
+    snapshot_at_check: AtomicBool,
 }
 
 /// What a write to one cluster does.
@@ -40,6 +48,22 @@ impl ThirdParty {
             cluster: table.cluster,
             table: Mutex::new(table),
             read_only,
+            snapshot_at_check: AtomicBool::new(false),
+        }
+    }
+
+    /// The next check takes a snapshot, kept in memory until the image is closed: what has data then is copied before it
+    /// is written. (A check is a request over the whole node, as an internal snapshot is, and a test can send one.)
+    pub fn snapshot_at_next_check(&self) {
+        self.snapshot_at_check.store(true, Ordering::SeqCst);
+    }
+
+    /// Where in the file the snapshot's cluster at `offset` is, if it has data there.
+    pub fn snapshot_host(&self, offset: u64) -> Option<u64> {
+        let table = self.table.lock();
+        match table.snapshot.get((offset / self.cluster) as usize) {
+            Some(Entry::Data(host)) => Some(*host),
+            _ => None,
         }
     }
 
@@ -71,7 +95,9 @@ impl ThirdParty {
             let mut table = self.table.lock();
             match table.entries.get(at).copied() {
                 None => Poll::Ready(Err(Error::io("write beyond the end of the image"))),
-                Some(Entry::Data(host)) => Poll::Ready(Ok(Plan::InPlace(host))),
+                Some(Entry::Data(host)) if !table.shared.contains(&host) => {
+                    Poll::Ready(Ok(Plan::InPlace(host)))
+                }
                 Some(old) => {
                     if let Some(waiting) = table.allocating.get_mut(&at) {
                         waiting.push(cx.waker().clone());
@@ -117,11 +143,13 @@ impl ThirdParty {
             return file.write(host, data, RequestFlags::empty()).await;
         }
         let (lent, mut buf) = Buffer::try_new(self.cluster as usize)?.lend();
-        if old == Entry::Unallocated {
-            request.read_backing(at as u64 * self.cluster, buf).await?;
-        } else {
-            buf.fill(0);
-            drop(buf);
+        match old {
+            Entry::Unallocated => request.read_backing(at as u64 * self.cluster, buf).await?,
+            Entry::Data(shared) => file.read(shared, buf).await?,
+            Entry::Zero => {
+                buf.fill(0);
+                drop(buf);
+            }
         }
         let whole = lent
             .reclaim()
@@ -336,7 +364,11 @@ impl BlockDriver for ThirdParty {
                 "This image format does not support repair",
             ));
         }
-        Ok(self.table.lock().check())
+        let mut table = self.table.lock();
+        if self.snapshot_at_check.swap(false, Ordering::SeqCst) {
+            table.take_snapshot();
+        }
+        Ok(table.check())
     }
 
     async fn info(self: Arc<Self>, _: Request) -> Result<ImageInfo> {

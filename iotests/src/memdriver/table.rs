@@ -37,6 +37,9 @@ pub(super) struct Table {
     /// Guest clusters that somebody is allocating, and who waits for that.
     pub allocating: BTreeMap<usize, Vec<Waker>>,
     pub changed: bool,
+    /// The mapping that a snapshot keeps, and the clusters that it owns: a write to them copies. In memory only.
+    pub snapshot: Vec<Entry>,
+    pub shared: BTreeSet<u64>,
     /// The table's room in the file doesn't grow.
     pub max_clusters: u64,
 }
@@ -56,6 +59,8 @@ impl Table {
             end: table_bytes(max_clusters, cluster),
             allocating: BTreeMap::new(),
             changed: true,
+            snapshot: Vec::new(),
+            shared: BTreeSet::new(),
             max_clusters,
         }
     }
@@ -153,8 +158,24 @@ impl Table {
         host
     }
 
+    /// A cluster that a snapshot owns stays that.
     pub fn free(&mut self, host: u64) {
-        self.free.push(host);
+        if !self.shared.contains(&host) {
+            self.free.push(host);
+        }
+    }
+
+    /// From now on every cluster that has data belongs to a snapshot too. One snapshot is all there is.
+    pub fn take_snapshot(&mut self) {
+        self.snapshot = self.entries.clone();
+        self.shared = self
+            .entries
+            .iter()
+            .filter_map(|entry| match entry {
+                Entry::Data(host) => Some(*host),
+                _ => None,
+            })
+            .collect();
     }
 
     pub fn set(&mut self, at: usize, entry: Entry) -> Option<u64> {
@@ -199,6 +220,10 @@ impl Table {
                 let text = format!("ERROR cluster at {host:#x} is free twice");
                 report.add(Severity::Corruption, false, text);
             }
+            if self.shared.contains(host) {
+                let text = format!("ERROR cluster at {host:#x} is free but a snapshot has it");
+                report.add(Severity::Corruption, false, text);
+            }
             if let Some(owner) = owners.get(host) {
                 let text = format!("ERROR cluster at {host:#x} is free but belongs to {owner}");
                 report.add(Severity::Corruption, false, text);
@@ -206,7 +231,8 @@ impl Table {
         }
         let first = table_bytes(self.max_clusters, self.cluster);
         for host in (first..self.end).step_by(self.cluster as usize) {
-            if !free.contains(&host) && !owners.contains_key(&host) {
+            let owned = owners.contains_key(&host) || self.shared.contains(&host);
+            if !free.contains(&host) && !owned {
                 let text = format!("Leaked cluster at {host:#x}");
                 report.add(Severity::Leak, false, text);
             }
