@@ -72,9 +72,10 @@ async fn snapshot(scene: Arc<Scene>) -> CaseResult {
     let handle = image.job.handle().clone();
     let whole = scene.start(async move {
         let report = handle.check(CheckMode::ReadOnly, Progress::new()).await?;
-        match report.is_clean() {
-            true => Ok(()),
-            false => Err(Failure::from("the check isn't clean")),
+        if report.is_clean() {
+            Ok(())
+        } else {
+            Err(Failure::from("the check isn't clean"))
         }
     });
     scene.rest().await;

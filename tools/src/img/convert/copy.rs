@@ -74,8 +74,10 @@ pub struct Engine {
     settings: Settings,
     meter: Meter,
     queue: SyncMutex<Queue>,
-    /// Buffers that nobody uses.
-    spare: (UnboundedSender<Buffer>, Mutex<UnboundedReceiver<Buffer>>),
+    /// Buffers that nobody uses. The last one back is the first one out: it is the one in the CPU's caches.
+    spare: SyncMutex<Vec<Buffer>>,
+    /// One message for each of them.
+    spares: (UnboundedSender<()>, Mutex<UnboundedReceiver<()>>),
     pace: Option<Mutex<Pace>>,
     copy_range: AtomicBool,
     stop: AtomicBool,
@@ -95,7 +97,8 @@ impl Engine {
             target,
             meter,
             queue: SyncMutex::default(),
-            spare: (spare, Mutex::new(taken)),
+            spare: SyncMutex::default(),
+            spares: (spare, Mutex::new(taken)),
             pace: settings.rate.map(|rate| Mutex::new(Pace::new(rate))),
             copy_range: AtomicBool::new(settings.copy_range),
             stop: AtomicBool::new(false),
@@ -139,7 +142,7 @@ impl Engine {
     fn halt(&self) {
         self.stop.store(true, Ordering::SeqCst);
         for _ in 0..self.settings.workers {
-            self.give_back(Buffer::new(0));
+            let _ = self.spares.0.unbounded_send(());
         }
     }
 
@@ -148,13 +151,15 @@ impl Engine {
     }
 
     fn give_back(&self, buffer: Buffer) {
-        let _ = self.spare.0.unbounded_send(buffer);
+        self.spare.lock().push(buffer);
+        let _ = self.spares.0.unbounded_send(());
     }
 
     async fn work(&self, env: &Arc<dyn Environment>) -> Result<(), Failure> {
         loop {
             // First the buffer, then the piece: the piece whose turn it is always has one.
-            let buffer = self.spare.1.lock().await.next().await;
+            self.spares.1.lock().await.next().await;
+            let buffer = self.spare.lock().pop();
             let (false, Some(buffer)) = (self.is_stopped(), buffer) else {
                 return Ok(());
             };
