@@ -63,10 +63,12 @@ impl Session {
         let (ended, watch) = oneshot::channel::<()>();
         self.tasks.lock().push(watch);
         // Without a thread the answer is dropped, which says that it won't come.
-        let started = thread::Builder::new().name("blk-copy".into()).spawn(move || {
-            let _ = tx.send(futures::executor::block_on(task));
-            drop(ended);
-        });
+        let started = thread::Builder::new()
+            .name("blk-copy".into())
+            .spawn(move || {
+                let _ = tx.send(futures::executor::block_on(task));
+                drop(ended);
+            });
         if let Err(error) = started {
             tracing::error!(%error, "no thread for a part of the work");
         }
