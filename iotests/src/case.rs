@@ -147,20 +147,46 @@ pub type CaseResult = Result<Verdict, Failure>;
 pub enum Group {
     Rw,
     Status,
+    Backing,
+    Graph,
+    Jobs,
     Race,
+    Crash,
     Cancel,
+    Fault,
+    Hostile,
+    Interop,
 }
 
 impl Group {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Rw, Self::Status, Self::Race, Self::Cancel];
+    pub const ALL: [Self; 11] = [
+        Self::Rw,
+        Self::Status,
+        Self::Backing,
+        Self::Graph,
+        Self::Jobs,
+        Self::Race,
+        Self::Crash,
+        Self::Cancel,
+        Self::Fault,
+        Self::Hostile,
+        Self::Interop,
+    ];
 
     /// Its name on the command line.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Rw => "rw",
             Self::Status => "status",
+            Self::Backing => "backing",
+            Self::Graph => "graph",
+            Self::Jobs => "jobs",
             Self::Race => "race",
+            Self::Crash => "crash",
+            Self::Fault => "fault",
+            Self::Hostile => "hostile",
+            Self::Interop => "interop",
             Self::Cancel => "cancel",
         }
     }
