@@ -19,6 +19,8 @@ pub mod graph;
 pub mod handle;
 pub mod image;
 pub mod limits;
+#[doc(hidden)]
+pub mod mutant;
 pub mod node;
 mod open;
 pub mod options;

@@ -10,6 +10,7 @@ use block_core::{
     driver::{Preallocation, Truncate},
     error::{Error, ErrorKind, Result},
     flags::RequestFlags,
+    mutant,
     request::Request,
 };
 
@@ -59,7 +60,10 @@ impl Qcow2 {
         let entries = self.geometry.l1_entries_for(new);
         self.reclaiming(request, || self.grow_l1(request, entries))
             .await?;
-        if how.zero && self.has_backing(request) {
+        if how.zero
+            && self.has_backing(request)
+            && !mutant::is_active("qcow2-grown-range-shows-backing")
+        {
             self.zero_new(request, old, new).await?;
         }
         if how.preallocation != Preallocation::Off {
@@ -107,7 +111,9 @@ impl Qcow2 {
             .to_vec();
         bytes.resize((clusters * self.geometry.cluster_size()) as usize, 0);
         file.write(place.0, bytes, RequestFlags::empty()).await?;
-        self.write_refcounts(&mut meta, request).await?;
+        if !mutant::is_active("qcow2-new-l1-table-not-counted-durably") {
+            self.write_refcounts(&mut meta, request).await?;
+        }
         // From here on the header may point to the new table: its clusters aren't given out again whatever happens. When
         // it is unknown which table counts, both stay allocated.
         for cluster in allocation.clusters() {
@@ -192,7 +198,9 @@ impl Qcow2 {
             let (run, pin) = self.locate(request.file()?, new, edge - new).await?;
             drop(pin);
             use crate::io::map::Run;
-            if matches!(run, Run::Data { .. } | Run::Compressed { .. }) {
+            if matches!(run, Run::Data { .. } | Run::Compressed { .. })
+                && !mutant::is_active("qcow2-shrink-leaves-tail")
+            {
                 self.write_zero_data(request, new, edge).await?;
             }
         }

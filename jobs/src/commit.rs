@@ -11,6 +11,7 @@ use block_core::{
     flags::{PermissionSet, Permissions},
     graph::{FreezeGuard, Graph, JobClaim},
     handle::BlockHandle,
+    mutant,
     node::Node,
 };
 use futures::future::BoxFuture;
@@ -284,6 +285,9 @@ impl Commit {
             cursor: Cursor::new(len, CHUNK),
         };
         engine.pass(&mut plan).await?;
+        if mutant::is_active("commit-base-not-flushed") {
+            return Ok(());
+        }
         let admission = transfer.handle.admit().await;
         child(&admission, ChildRole::Target)?.flush().await
     }
@@ -299,7 +303,7 @@ impl Commit {
             let names_backing = overlay.edges().iter().any(|edge| {
                 edge.role == ChildRole::Backing && edge.child.node().id() == self.filter.id()
             });
-            if names_backing {
+            if names_backing && !mutant::is_active("commit-header-not-rewritten") {
                 let name = self.backing_file.as_deref();
                 chain::rewrite_backing(&self.graph, &overlay, Some(&self.base), name).await?;
             }

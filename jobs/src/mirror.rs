@@ -16,6 +16,7 @@ use block_core::{
     flags::PermissionSet,
     graph::{FreezeGuard, Graph, JobClaim},
     handle::BlockHandle,
+    mutant,
     node::Node,
 };
 use futures::future::BoxFuture;
@@ -429,12 +430,14 @@ impl Mirror {
             .graph
             .drain_except(&self.source, &plan.transfer.handle)
             .await;
-        while bitmap.dirty_granules() != 0 {
+        while bitmap.dirty_granules() != 0 && !mutant::is_active("mirror-no-last-pass") {
             plan.cursor = 0;
             engine.rush(&mut plan).await?;
         }
         job.set_remaining(0);
-        self.flush_target(&plan.transfer).await?;
+        if !mutant::is_active("mirror-target-not-flushed") {
+            self.flush_target(&plan.transfer).await?;
+        }
         drop(plan);
         if job.ending() == Some(Ending::Complete) {
             self.switch_over().await?;
@@ -550,7 +553,9 @@ impl Plan for MirrorPlan {
 
     /// The next pass finds it.
     fn take_back(&mut self, chunk: Chunk) -> bool {
-        self.state.bitmap.set(chunk.offset, chunk.len);
+        if !mutant::is_active("mirror-failed-chunk-forgotten") {
+            self.state.bitmap.set(chunk.offset, chunk.len);
+        }
         true
     }
 

@@ -11,6 +11,7 @@ use block_core::{
     error::{Error, Result},
     flags::RequestFlags,
     handle::{Admission, BlockHandle},
+    mutant,
     node::Node,
     request::Child,
     tracked::TrackedRange,
@@ -104,7 +105,7 @@ pub(crate) fn child(admission: &Admission, role: ChildRole) -> Result<Child> {
 impl Transfer {
     /// Admits an operation on a chunk.
     pub(crate) async fn admit(&self, chunk: Chunk) -> Admission {
-        if self.serialise {
+        if self.serialise && !mutant::is_active("job-chunk-without-ticket") {
             self.handle.admit_serialising(chunk.offset, chunk.len).await
         } else {
             self.handle.admit().await
@@ -115,10 +116,18 @@ impl Transfer {
     pub(crate) async fn copy(&self, chunk: Chunk, admitted: impl FnOnce() + Send) -> CopyResult {
         let busy = self.watch.as_ref().is_some_and(|watch| watch.begin(chunk));
         let admission = self.admit(chunk).await;
-        admitted();
+        let mut admitted = Some(admitted);
+        if !mutant::is_active("mirror-dirty-bit-cleared-after-copy")
+            && let Some(admitted) = admitted.take()
+        {
+            admitted();
+        }
         let source = child(&admission, ChildRole::Filtered).map_err(CopyError::read)?;
         let target = child(&admission, ChildRole::Target).map_err(CopyError::write)?;
         let mut copied = self.copier.copy(&source, &target, chunk).await?;
+        if let Some(admitted) = admitted.take() {
+            admitted();
+        }
         let wrote = self.watch.as_ref().is_some_and(|watch| watch.end(chunk));
         copied.beside_guest = busy || wrote;
         Ok(copied)
@@ -149,7 +158,9 @@ impl Copier {
                 .await
                 .map_err(CopyError::read)?;
             len = advance(status.len, len).map_err(CopyError::read)?;
-            if status.is_zero() {
+            if status.is_zero() && mutant::is_active("job-skips-zeroes") {
+                copied.skipped += len;
+            } else if status.is_zero() {
                 self.zero(target, at, len, &mut copied).await?;
             } else {
                 self.data(source, target, at, len, &mut copied).await?;

@@ -13,6 +13,7 @@ use crate::{
     error::{Error, ErrorKind, Result},
     flags::RequestFlags,
     limits::{Limits, fit_max},
+    mutant,
     request::Request,
     tracked::Tracked,
 };
@@ -270,6 +271,9 @@ async fn padded_write(
         if tail_len != 0 {
             let block = IoBuf::from(read_block(driver, request, last, align, limits).await?);
             tail = block.slice(block.len() - tail_len..);
+            if mutant::is_active("path-padded-write-zeroes-tail") {
+                tail = IoBuf::zeroes(tail_len);
+            }
         }
     }
     head.append(buf);
@@ -316,7 +320,9 @@ async fn write_zeroes(
             {
                 Ok(()) => done = true,
                 Err(error) if error.kind() == ErrorKind::NotSupported => {
-                    if flags.contains(RequestFlags::NO_FALLBACK) {
+                    if flags.contains(RequestFlags::NO_FALLBACK)
+                        && !mutant::is_active("path-no-fallback-ignored")
+                    {
                         return Err(error);
                     }
                     if is_bulk {
@@ -330,7 +336,10 @@ async fn write_zeroes(
         }
         if !done {
             let max = piece(MAX_ZERO_BUFFER, limits.max_transfer, align);
-            let data_flags = flags - RequestFlags::MAY_UNMAP;
+            let mut data_flags = flags - RequestFlags::MAY_UNMAP;
+            if mutant::is_active("path-fua-lost-in-fallback") {
+                data_flags -= RequestFlags::FUA;
+            }
             let mut from = at;
             while from < stop {
                 let len = (stop - from).min(max);
@@ -394,6 +403,10 @@ async fn discard(
         end -= end % align;
     }
     let mut at = offset.next_multiple_of(align);
+    if mutant::is_active("path-discard-enlarged") {
+        at = offset - offset % align;
+        end = (offset + len).next_multiple_of(align).min(node_end);
+    }
     while at < end {
         let stop = bulk_stop(at, end, bulk, max);
         match driver.clone().discard(request.clone(), at, stop - at).await {
@@ -422,6 +435,7 @@ async fn truncate(
     let old = request.node().length();
     // What a longer backing file has beyond the old end must not show through.
     if length > old
+        && !mutant::is_active("path-grown-range-not-zeroed")
         && request
             .backing()
             .is_some_and(|backing| backing.length() > old)

@@ -15,6 +15,7 @@ use super::Completions;
 use crate::{
     error::{Error, Operation, Result},
     handle::RootGuard,
+    mutant,
     node::Node,
     pins,
     stats::Counted,
@@ -52,7 +53,18 @@ impl Completion {
         } = self;
         match counted {
             Counted::Write | Counted::Zero | Counted::Discard => {
-                node.mark_dirty(offset, len);
+                let unmarked = match counted {
+                    Counted::Zero => mutant::is_active("bitmap-not-set-on-zero-write"),
+                    Counted::Discard => mutant::is_active("bitmap-not-set-on-discard"),
+                    _ => !ok && mutant::is_active("bitmap-not-set-on-failed-write"),
+                };
+                if !unmarked {
+                    node.mark_dirty(offset, len);
+                }
+                if counted == Counted::Discard && mutant::is_active("flush-forgets-discard") {
+                    node.stats().ended(counted, len, ok);
+                    return;
+                }
                 node.flush.written.fetch_add(1, Ordering::SeqCst);
             }
             Counted::Truncate => {
@@ -65,7 +77,9 @@ impl Completion {
             }
             Counted::Read | Counted::Other => {}
         }
-        if matches!(counted, Counted::Truncate | Counted::Exclusive) {
+        if matches!(counted, Counted::Truncate | Counted::Exclusive)
+            && !mutant::is_active("path-length-change-unnoticed")
+        {
             // Before the ticket goes: who takes one after this looks again.
             node.bump_epoch();
         }
@@ -175,6 +189,12 @@ impl Drop for Driven {
         let mut held = std::mem::take(&mut self.held);
         for completion in &mut held.completions {
             completion.node.stats().dropped();
+            if mutant::is_active("ticket-released-on-drop") {
+                completion.ticket = None;
+            }
+            if mutant::is_active("dropped-request-not-serialising") {
+                continue;
+            }
             if let Some(Ticket::Own(tracked)) = &mut completion.ticket {
                 tracked.upgrade_to_serialising();
             }

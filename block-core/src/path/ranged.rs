@@ -10,6 +10,7 @@ use super::{Completion, Driven, Held, Ticket, wait_at_gate};
 use crate::{
     error::{Error, Operation, Result},
     handle::RootGuard,
+    mutant,
     node::Node,
     request::Request,
     stats::Counted,
@@ -59,7 +60,11 @@ pub(crate) async fn flush_now(request: Request) -> Result<()> {
 /// Flushes, and remembers how it went. The caller has the turn.
 async fn flush_driver(request: Request) -> Result<()> {
     let node = request.node().clone();
-    let covers = node.flush.written.load(Ordering::SeqCst);
+    let covers = if mutant::is_active("flush-covers-later-writes") {
+        u64::MAX
+    } else {
+        node.flush.written.load(Ordering::SeqCst)
+    };
     node.stats().flushed();
     match node.driver().clone().flush(request).await {
         Ok(()) => {
@@ -70,7 +75,9 @@ async fn flush_driver(request: Request) -> Result<()> {
             let error = error
                 .with_operation(Operation::Flush, 0, 0)
                 .with_node(node.name());
-            *node.flush.failed.lock() = Some(error.duplicate());
+            if !mutant::is_active("flush-failure-forgotten") {
+                *node.flush.failed.lock() = Some(error.duplicate());
+            }
             Err(error)
         }
     }

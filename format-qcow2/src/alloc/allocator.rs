@@ -10,6 +10,7 @@ use block_core::{
     buffer::IoBuf,
     error::{Error, ErrorKind, Result},
     flags::RequestFlags,
+    mutant,
     request::Child,
 };
 use parking_lot::Mutex;
@@ -76,6 +77,14 @@ impl Allocation {
             .flat_map(|(first, count)| (first.0..first.0 + count).map(HostCluster))
     }
 
+    /// For a seeded bug: the same clusters once more.
+    pub fn copy_for_mutant(&self) -> Self {
+        Self {
+            runs: self.runs.clone(),
+            orphans: self.orphans.clone(),
+        }
+    }
+
     /// They are linked now.
     pub fn linked(mut self) {
         self.runs.clear();
@@ -97,6 +106,9 @@ impl Meta {
             let Some((first, count)) = self.orphans.lock().pop() else {
                 return Ok(());
             };
+            if mutant::is_active("qcow2-failed-allocation-leaks") {
+                continue;
+            }
             for cluster in first.0..first.0 + count {
                 self.unlinked.remove(&cluster);
                 self.drop_reference(file, HostCluster(cluster)).await?;
@@ -107,7 +119,9 @@ impl Meta {
     /// Lowers a refcount in memory; at 0 the cluster is allocatable.
     pub async fn drop_reference(&mut self, file: &Child, cluster: HostCluster) -> Result<()> {
         if self.refcounts.decrement(file, cluster).await? == 0 {
-            self.hint = self.hint.min(cluster.0);
+            if !mutant::is_active("qcow2-freed-space-never-reused") {
+                self.hint = self.hint.min(cluster.0);
+            }
             let packing = self.packing.map(|at| self.geometry.host_cluster_of(at));
             if packing == Some(cluster) {
                 self.packing = None;
@@ -288,7 +302,9 @@ impl Meta {
             let may_share = references > self.quarantine.pending(cluster.0)
                 && references < self.refcounts.max();
             if may_share && len <= room {
-                self.refcounts.increment(file, cluster).await?;
+                if !mutant::is_active("qcow2-packed-neighbour-not-counted") {
+                    self.refcounts.increment(file, cluster).await?;
+                }
                 allocation.push(cluster, 1);
                 return self.packed(at, len, allocation);
             }

@@ -10,6 +10,7 @@ use std::collections::BTreeSet;
 use block_core::{
     error::{Error, ErrorKind, Result},
     flags::RequestFlags,
+    mutant,
     request::Child,
 };
 
@@ -186,7 +187,8 @@ impl RefcountStore {
                 cluster.0
             ))
         })?;
-        let new = codec.increment(&mut block.bytes, index, 1)?;
+        let by = 1 + u64::from(mutant::is_active("qcow2-refcount-increment-by-two"));
+        let new = codec.increment(&mut block.bytes, index, by)?;
         block.version += 1;
         Ok(new)
     }
@@ -203,10 +205,11 @@ impl RefcountStore {
             ))
         };
         let block = self.block(file, table_index).await?.ok_or_else(none)?;
+        let by = u64::from(!mutant::is_active("qcow2-refcount-decrement-by-none"));
         let new = codec
-            .decrement(&mut block.bytes, index, 1)
+            .decrement(&mut block.bytes, index, by)
             .map_err(|_| none())?;
-        block.version += 1;
+        block.version += u64::from(!mutant::is_active("qcow2-refcount-decrement-not-dirty"));
         Ok(new)
     }
 
@@ -228,7 +231,8 @@ impl RefcountStore {
             let Some(block) = self.block(file, table_index).await? else {
                 return Ok(Some((HostCluster(at), want.min(per_block - start))));
             };
-            let free = |index: &u64| codec.get(&block.bytes, *index as usize) == 0;
+            let most = u64::from(mutant::is_active("qcow2-refcount-one-taken-for-free"));
+            let free = |index: &u64| codec.get(&block.bytes, *index as usize) <= most;
             if let Some(first) = (start..per_block).find(free) {
                 let end = (first + want).min(per_block);
                 let count = (first..end).take_while(free).count() as u64;
@@ -255,7 +259,9 @@ impl RefcountStore {
         self.unpublished.insert(table_index);
         let block = self.blocks.get_mut(&table_index);
         if let Some(block) = block {
-            self.codec.set(&mut block.bytes, 0, 1)?;
+            if !mutant::is_active("qcow2-refcount-block-does-not-count-itself") {
+                self.codec.set(&mut block.bytes, 0, 1)?;
+            }
             block.version += 1;
         }
         Ok(cluster)
@@ -430,7 +436,11 @@ impl RefcountStore {
     /// A copy is on disk; the block is clean unless it changed meanwhile.
     pub fn wrote(&mut self, copy: &BlockCopy) {
         if let Some(block) = self.blocks.get_mut(&copy.table_index) {
-            block.written = block.written.max(copy.version);
+            block.written = if mutant::is_active("qcow2-refcount-block-clean-although-changed") {
+                block.version
+            } else {
+                block.written.max(copy.version)
+            };
         }
     }
 

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use block_core::{
     driver::{ChildRole, MapIntent, Mapping},
     error::{Error, Result},
+    mutant,
     node::Edges,
     pins::Pin,
     request::Child,
@@ -166,7 +167,11 @@ impl Qcow2 {
         };
         match (run, intent) {
             (Run::Data { host, len, copied }, intent) => {
-                if intent == MapIntent::Overwrite && (!copied || len < here || self.claims.any()) {
+                if intent == MapIntent::Overwrite
+                    && (!copied
+                        || len < here
+                        || self.claims.any() && !mutant::is_active("qcow2-overwrite-beside-claim"))
+                {
                     return Mapping::NotCached;
                 }
                 let Some(edge) = edges.index(ChildRole::File) else {
@@ -181,7 +186,7 @@ impl Qcow2 {
                     edge,
                     offset: host.0,
                     len,
-                    pin: Some(pin),
+                    pin: (!mutant::is_active("qcow2-mapped-read-not-pinned")).then_some(pin),
                 }
             }
             (_, MapIntent::Overwrite) => Mapping::NotCached,
