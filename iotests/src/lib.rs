@@ -13,6 +13,7 @@
 //! | [`basic`] | what every driver must do |
 //! | [`race`] | storms: thousands of interleaved commands |
 //! | [`cancel`] | any case again, with one request dropped at each of its await points |
+//! | [`trace`] | what live nodes were asked, recorded and run again |
 //! | [`external`] | the installed qemu tools as a second opinion |
 //! | [`cli`] | the program |
 //!
@@ -35,6 +36,7 @@ pub mod race;
 pub mod relay;
 pub mod sim;
 pub mod storage;
+pub mod trace;
 
 /// Runs the program with the drivers of `registry`, on the process's arguments; gives its exit status.
 pub fn main(registry: &block_core::Registry) -> std::process::ExitCode {
