@@ -105,6 +105,14 @@ fn create_says_and_makes_what_qemu_img_does() {
         create -f qcow2 -b a,b -u -F qcow2 z.qcow2 1M
         create -f qcow2 z.qcow2 1M extra
         create -o help -f bogus
+        create -f qcow2 -o encryption=off e1.qcow2 1M
+        create -f qcow2 -o encryption=maybe x 1M
+        create -f raw -o preallocation=bogus x 1M
+        create -f vmdk -o subformat=bogus x 1M
+        info --image-opts driver=qcow2,file.filename=a.qcow2,detect-zeroes=bogus
+        info --image-opts driver=qcow2,file.filename=a.qcow2,discard=bogus
+        info --image-opts driver=qcow2,file.filename=a.qcow2,file.aio=bogus
+        info --image-opts driver=qcow2,file.filename=a.qcow2,file.locking=bogus
         bogus
         ",
     );
