@@ -9,6 +9,7 @@ use block_core::{RequestFlags, driver::Capabilities};
 use super::image::{ClusterKind, Image, Setup, owner};
 use crate::{
     case::{Case, CaseResult, Failure, Group, Scene, Verdict, ended},
+    duties::Duty,
     pattern::Stamp,
     storage::{Choose, OpKind, Stage},
 };
@@ -24,28 +25,32 @@ pub(super) fn cases() -> Vec<Case> {
             "race-late-punch-spares-recycled-cluster",
             late,
             late_punch,
-        ),
+        )
+        .duty(Duty::Punch),
         Case::new(
             Group::Race,
             "race-late-punch-spares-recycled-cluster-without-gate",
             late,
             late_punch,
         )
-        .without_gate(),
+        .without_gate()
+        .duty(Duty::Punch),
         Case::new(
             Group::Race,
             "race-old-write-spares-recycled-cluster-without-gate",
             write,
             old_write,
         )
-        .without_gate(),
+        .without_gate()
+        .duty(Duty::Pin),
         Case::new(
             Group::Race,
             "race-read-never-sees-recycled-cluster-without-gate",
             read,
             old_read,
         )
-        .without_gate(),
+        .without_gate()
+        .duty(Duty::Pin),
         Case::new(
             Group::Race,
             "race-discard-waits-for-read",
