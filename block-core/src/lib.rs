@@ -25,6 +25,7 @@ pub mod options;
 mod path;
 mod permissions;
 pub mod pins;
+pub mod producer;
 pub mod registry;
 pub mod request;
 pub mod stats;
@@ -47,6 +48,7 @@ pub use crate::{
     open::resolve_name,
     options::Options,
     path::copy_range,
+    producer::ProducerId,
     registry::{DriverFactory, OpenOptions, Registry},
     request::{Child, Request},
 };

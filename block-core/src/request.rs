@@ -14,6 +14,7 @@ use crate::{
     limits::Limits,
     node::{Edges, Node},
     path::{self, Op, Origin},
+    producer::ProducerId,
     status::BlockStatus,
     tracked::{RequestKind, Tracked, TrackedRange},
 };
@@ -23,11 +24,22 @@ use crate::{
 pub struct Request {
     node: Arc<Node>,
     edges: Arc<Edges>,
+    producer: ProducerId,
 }
 
 impl Request {
-    pub(crate) fn new(node: Arc<Node>, edges: Arc<Edges>) -> Self {
-        Self { node, edges }
+    pub(crate) fn new(node: Arc<Node>, edges: Arc<Edges>, producer: ProducerId) -> Self {
+        Self {
+            node,
+            edges,
+            producer,
+        }
+    }
+
+    /// On whose behalf it is made: the handle that the topmost request came through, however many layers above.
+    /// [`ProducerId::NONE`] for what a driver does by itself.
+    pub fn producer(&self) -> ProducerId {
+        self.producer
     }
 
     /// The node that the request is at.

@@ -225,3 +225,80 @@ fn an_image_in_use_is_refused_and_can_be_shared() {
     );
     assert_eq!(shared.0, 0, "{}", shared.2);
 }
+
+/// `base.qcow2` of 4 MiB, and `top.qcow2` over it with data in the first two.
+fn a_chain(blk: &Alone) {
+    for args in [
+        &["create", "-q", "-f", "qcow2", "base.qcow2", "4M"][..],
+        &[
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-b",
+            "base.qcow2",
+            "-F",
+            "qcow2",
+            "top.qcow2",
+        ],
+        &["io", "-c", "write -P 5 0 2M", "top.qcow2"],
+    ] {
+        let (code, out, err) = blk.blk(args);
+        assert_eq!(code, 0, "{out}{err}");
+    }
+}
+
+/// The images have no errors, and what is seen at the top is what was written.
+fn the_chain_is_as_it_was(blk: &Alone) {
+    for name in ["base.qcow2", "top.qcow2"] {
+        let (code, out, err) = blk.blk(&["check", name]);
+        assert_eq!(code, 0, "{name}: {out}{err}");
+    }
+    let (code, out, _) = blk.blk(&["io", "-r", "-c", "read -P 5 0 2M", "top.qcow2"]);
+    assert_eq!(code, 0, "{out}");
+    assert!(!out.contains("verification failed"), "{out}");
+}
+
+#[test]
+fn sigint_cancels_the_job_of_a_commit() {
+    let blk = Alone::new();
+    a_chain(&blk);
+    let mut child = blk
+        .command(&["commit", "-p", "-r", "64k", "top.qcow2"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // The first line of progress is printed right before the job starts.
+    let mut first = [0; 1];
+    child.stdout.take().unwrap().read_exact(&mut first).unwrap();
+    send("-INT", child.id());
+    let out = child.wait_with_output().unwrap();
+    let err = String::from_utf8_lossy(&out.stderr);
+    assert_eq!(out.status.code(), Some(130), "{err}");
+    assert!(err.contains("blk: Interrupted"), "{err}");
+    the_chain_is_as_it_was(&blk);
+}
+
+#[test]
+fn a_commit_that_cant_be_written_says_why_and_loses_nothing() {
+    let blk = Alone::new();
+    a_chain(&blk);
+    // No file may become longer than 1 MiB.
+    let out = Command::new("bash")
+        .args([
+            "-c",
+            "trap '' XFSZ; ulimit -f 1024; exec \"$0\" commit top.qcow2",
+            env!("CARGO_BIN_EXE_blk"),
+        ])
+        .current_dir(blk.path(""))
+        .output()
+        .unwrap();
+    let err = String::from_utf8_lossy(&out.stderr);
+    assert_eq!(out.status.code(), Some(1), "{err}");
+    assert!(
+        err.starts_with("blk: Block job failed: File too large"),
+        "{err}"
+    );
+    the_chain_is_as_it_was(&blk);
+}

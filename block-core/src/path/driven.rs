@@ -17,6 +17,7 @@ use crate::{
     handle::RootGuard,
     node::Node,
     pins,
+    producer::{self, ProducerId},
     stats::Counted,
     tracked::Tracked,
 };
@@ -91,6 +92,8 @@ impl Completion {
 pub(crate) struct Held {
     pub completions: Completions,
     pub pins: SmallVec<[pins::Pin; 3]>,
+    /// On whose behalf the driver works.
+    pub producer: ProducerId,
 }
 
 impl Held {
@@ -140,7 +143,11 @@ impl Driven {
         let Some(mut future) = self.future.take() else {
             return Poll::Ready(Err(Error::io("a request was polled after its end")));
         };
-        match future.as_mut().poll(cx) {
+        let polled = {
+            let _acting = producer::act_for(self.held.producer);
+            future.as_mut().poll(cx)
+        };
+        match polled {
             Poll::Pending => {
                 self.future = Some(future);
                 Poll::Pending

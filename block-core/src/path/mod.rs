@@ -28,6 +28,7 @@ use crate::{
     limits::Limits,
     node::{Edges, Node},
     options::{DetectZeroes, DiscardMode},
+    producer,
     request::Request,
     stats::Counted,
     tracked::{Pending, RequestKind, Tracked, TrackedRange},
@@ -352,7 +353,12 @@ pub(crate) async fn submit(node: &Arc<Node>, origin: Origin, mut op: Op) -> Resu
         Origin::Nested(ticket) => (None, Some(ticket)),
     };
     let mut top_is_root = root.is_some();
-    let mut held = Held::default();
+    let mut held = Held {
+        producer: root
+            .as_ref()
+            .map_or_else(producer::current, RootGuard::producer),
+        ..Held::default()
+    };
     // Refused, or read as zeroes, or mapped: at most one turn per layer.
     loop {
         let epoch = node.epoch();
@@ -478,7 +484,7 @@ pub(crate) async fn submit(node: &Arc<Node>, origin: Origin, mut op: Op) -> Resu
         }
 
         // The long way: the driver does it.
-        let request = Request::new(node.clone(), edges);
+        let request = Request::new(node.clone(), edges, held.producer);
         let future = drive::drive(
             request,
             &mut held,

@@ -8,6 +8,7 @@ use futures::{
     channel::oneshot,
     future::{self, Either},
 };
+use jobs::JobManager;
 use parking_lot::Mutex;
 
 use super::{
@@ -22,6 +23,8 @@ pub struct Session {
     pub program: Program,
     /// The nodes.
     pub graph: Arc<Graph>,
+    /// The block jobs. Those that still run when the command ends are cancelled.
+    pub jobs: Arc<JobManager>,
     /// The drivers.
     pub registry: Arc<Registry>,
     /// Clock, tasks, CPU workers.
@@ -40,9 +43,11 @@ impl Session {
         let env = EnvTokio::new(0)
             .map_err(|error| Failure::new(format!("Could not start threads: {error}")))?;
         let env = Arc::new(env);
+        let graph = Graph::new(env.clone());
         Ok(Self {
             program,
-            graph: Graph::new(env.clone()),
+            jobs: JobManager::new(&graph),
+            graph,
             registry: Arc::new(drivers()),
             env,
             signals: Signals::listen(),
@@ -89,6 +94,7 @@ impl Session {
             };
             let tasks = std::mem::take(&mut *self.tasks.lock());
             future::join_all(tasks).await;
+            self.jobs.cancel_all().await;
             if let Err(error) = self.graph.close_all().await
                 && outcome.is_ok()
             {
