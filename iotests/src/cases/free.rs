@@ -25,16 +25,14 @@ pub(super) fn cases() -> Vec<Case> {
             "race-late-punch-spares-recycled-cluster",
             late,
             late_punch,
-        )
-        .duty(Duty::Punch),
+        ),
         Case::new(
             Group::Race,
             "race-late-punch-spares-recycled-cluster-without-gate",
             late,
             late_punch,
         )
-        .without_gate()
-        .duty(Duty::Punch),
+        .without_gate(),
         Case::new(
             Group::Race,
             "race-old-write-spares-recycled-cluster-without-gate",
@@ -115,7 +113,10 @@ async fn late_punch(scene: Arc<Scene>) -> CaseResult {
             let overlaps = entry.op.offset < punch.offset + punch.len
                 && punch.offset < entry.op.offset + entry.op.len;
             if overlaps && entry.op.kind == OpKind::Write {
-                return Err(format!("{} while {punch} hasn't ended", entry.op).into());
+                return Err(Duty::Punch.forgotten(format_args!(
+                    "{} while {punch} hasn't ended: it may wipe the new data",
+                    entry.op
+                )));
             }
         }
     }

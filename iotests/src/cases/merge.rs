@@ -8,7 +8,6 @@ use block_core::{ErrorKind, RequestFlags, driver::Capabilities};
 use super::image::{BASE, ClusterKind, Image, Setup, owner};
 use crate::{
     case::{Case, CaseResult, Group, Scene, Verdict, ended},
-    duties::Duty,
     pattern::Stamp,
     storage::{Choose, Stage},
 };
@@ -25,14 +24,9 @@ pub(super) fn cases() -> Vec<Case> {
              surrounds them",
             kind.name()
         );
-        let mut case = Case::new(Group::Race, name, proves, move |scene| {
+        cases.push(Case::new(Group::Race, name, proves, move |scene| {
             two_writes(scene, kind)
-        });
-        // Nothing but the allocation can be the reason there: no data in place, nothing to copy.
-        if kind == ClusterKind::Unallocated {
-            case = case.duty(Duty::Claim);
-        }
-        cases.push(case);
+        }));
     }
     cases.push(Case::new(
         Group::Race,

@@ -125,6 +125,7 @@ async fn cut_everywhere(scene: Arc<Scene>, backing: bool) -> CaseResult {
     image.disk.track_durability();
 
     let mut knife = Knife::new(&scene, &image);
+    knife.cut("anything is changed");
     let mut fresh = Vec::new();
     for round in 0..2 {
         if frees && round == 0 {
@@ -182,11 +183,18 @@ async fn cut_everywhere(scene: Arc<Scene>, backing: bool) -> CaseResult {
         cluster,
     };
     let points = cuts.len() / CUTS;
+    // What is wrong without any cut is no question of order, and other cases know more about it.
+    image.judge("without a power cut", false).await?;
     let mut worst: Option<(Duty, String)> = None;
-    for cut in cuts {
+    for (number, cut) in cuts.into_iter().enumerate() {
         let Err((duty, seen)) = judge(&scene, &expect, cut.content, backing).await else {
             continue;
         };
+        if number < CUTS {
+            // Nothing had been changed yet since the flush.
+            let text = format!("what was flushed is gone after a power cut: {seen}");
+            return Err(Duty::Flush.forgotten(text));
+        }
         // Contradicting metadata is what the others lead to as well: they say more.
         let rank = |duty: Duty| match duty {
             Duty::UnlinkBeforeReuse => 2,
@@ -281,10 +289,13 @@ async fn judge(
         .map_err(broken)?;
     let mut result = Ok(());
     for start in expect.given_up.iter().chain(&expect.fresh) {
-        let bytes = handle
-            .read(*start, expect.cluster as usize)
-            .await
-            .map_err(broken)?;
+        let fresh = expect.fresh.contains(start);
+        let bytes = match handle.read(*start, expect.cluster as usize).await {
+            Ok(bytes) => bytes,
+            // The link is there, and the place that it leads to isn't.
+            Err(error) if fresh => return Err((Duty::DataBeforeLink, error.to_string())),
+            Err(error) => return Err(broken(error)),
+        };
         for (at, sector) in (*start..).step_by(512).zip(bytes.chunks(512)) {
             result = result.and_then(|()| expect.allows(*start, at, Seen::of(sector)));
         }

@@ -2,6 +2,7 @@
 //! failure of theirs says which duty was forgotten and where `docs/writing-a-driver.md` explains it. Cases that exercise
 //! many duties at once are elsewhere; they can't tell whose fault it is.
 
+mod claims;
 mod content;
 mod crash;
 mod edges;
@@ -87,7 +88,8 @@ impl Duty {
 
 /// The cases that are about one duty alone and have no other place.
 pub fn all() -> Vec<Case> {
-    let mut cases = content::cases();
+    let mut cases = claims::cases();
+    cases.extend(content::cases());
     cases.extend(edges::cases());
     cases.extend(crash::cases());
     cases
