@@ -11,7 +11,7 @@ use serde::Serialize;
 use crate::{
     basic, cancel,
     case::{self, Case, FormatUnderTest, Group, Verdict},
-    cases, memdriver,
+    cases, duties, memdriver,
     race::{self, Matrix, commands::Layout},
 };
 
@@ -360,6 +360,7 @@ struct CaseOutcome {
 /// Every case there is: the races once more under the name of their cancellation.
 pub fn all_cases() -> Vec<Case> {
     let mut all = basic::all();
+    all.extend(duties::all());
     let races = cases::all();
     let cancels = races.iter().cloned().map(|mut case| {
         case.group = Group::Cancel;

@@ -11,6 +11,7 @@
 //! | [`case`] | what a case is, how it is run, and what comes out |
 //! | [`cases`] | the deterministic races |
 //! | [`basic`] | what every driver must do |
+//! | [`duties`] | what the contract leaves to a driver, duty by duty: a failure says which was forgotten |
 //! | [`race`] | storms: thousands of interleaved commands |
 //! | [`cancel`] | any case again, with one request dropped at each of its await points |
 //! | [`trace`] | what live nodes were asked, recorded and run again |
@@ -27,6 +28,7 @@ pub mod cancel;
 pub mod case;
 pub mod cases;
 pub mod cli;
+pub mod duties;
 pub mod external;
 pub mod lab;
 pub mod memdriver;
