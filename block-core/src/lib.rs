@@ -26,6 +26,7 @@ mod path;
 mod permissions;
 pub mod pins;
 pub mod registry;
+mod reopen;
 pub mod request;
 pub mod stats;
 pub mod status;
