@@ -112,6 +112,27 @@ impl Bench {
         })
     }
 
+    /// A node of a case's own, without a model of its bytes.
+    pub fn bare(
+        scene: &Arc<Scene>,
+        node: Arc<Node>,
+        handle: Arc<BlockHandle>,
+        cluster: u64,
+    ) -> Result<Self, Stop> {
+        Ok(Self {
+            disk: scene.lab.disk(&node.filename().unwrap_or_default())?,
+            scene: scene.clone(),
+            node,
+            handle,
+            cluster,
+            model: Vec::new(),
+            below: Vec::new(),
+            layers: Vec::new(),
+            options: Options::new(),
+            seq: 0,
+        })
+    }
+
     /// An empty overlay of `clusters` clusters over this image, which is closed and only read from here on.
     pub async fn overlay(self, clusters: u64) -> Result<Self, Stop> {
         let size = clusters * self.cluster;

@@ -64,6 +64,59 @@ pub(super) async fn own_check(node: &Arc<Node>, handle: &BlockHandle) -> Outcome
 }
 
 impl Bench {
+    /// The driver's own check, if it has one.
+    pub async fn own_check(&self) -> Outcome {
+        own_check(&self.node, &self.handle).await
+    }
+
+    /// Flushes and closes the image without judging its content.
+    pub async fn close_only(self) -> Outcome {
+        self.own_check().await?;
+        self.close().await.map(drop)
+    }
+
+    /// What block status says of the whole disk is true: it covers every byte once, what it calls zero reads as zeroes, and
+    /// where it says that bytes are in the storage, there they are.
+    pub async fn truthful(&self) -> Outcome {
+        let mut at = 0;
+        while at < self.size() {
+            let status = self.handle.block_status(at, self.size() - at).await?;
+            must(status.len > 0 && status.len <= self.size() - at, || {
+                format!("{} bytes of status at {at:#x}", status.len)
+            })?;
+            let bytes = &self.model[at as usize..(at + status.len) as usize];
+            let zero = bytes.iter().all(|byte| *byte == 0);
+            must(zero || !status.is_zero(), || {
+                format!(
+                    "block status calls {:#x} bytes at {at:#x} zero, which they aren't",
+                    status.len
+                )
+            })?;
+            must(zero || status.is_data(), || {
+                format!("block status says {:?} of data at {at:#x}", status.flags)
+            })?;
+            if status.is_data()
+                && let Some((node, offset)) = &status.mapped
+                && let Some(name) = node.filename()
+            {
+                let mut there = vec![0; status.len as usize];
+                self.scene
+                    .lab
+                    .disk(&name)?
+                    .content()
+                    .read(*offset, &mut there);
+                same(
+                    &there,
+                    bytes,
+                    at,
+                    "what is in the storage where block status says",
+                )?;
+            }
+            at += status.len;
+        }
+        Ok(())
+    }
+
     /// The driver's check finds nothing worse than leaks, which a power cut may leave behind.
     pub async fn only_leaks(&self) -> Outcome {
         if !self.capabilities().contains(Capabilities::CHECK) {
