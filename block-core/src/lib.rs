@@ -28,6 +28,7 @@ mod permissions;
 pub mod pins;
 pub mod producer;
 pub mod registry;
+mod reopen;
 pub mod request;
 pub mod stats;
 pub mod status;
