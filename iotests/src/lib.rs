@@ -13,6 +13,7 @@
 //! | [`basic`] | what every driver must do |
 //! | [`race`] | storms: thousands of interleaved commands |
 //! | [`cancel`] | any case again, with one request dropped at each of its await points |
+//! | [`faults`] | nodes that misbehave on command: `blkdebug`, `blkverify`, `blklogwrites`, `blkreplay` |
 //! | [`external`] | the installed qemu tools as a second opinion |
 //! | [`cli`] | the program |
 //!
@@ -27,6 +28,7 @@ pub mod case;
 pub mod cases;
 pub mod cli;
 pub mod external;
+pub mod faults;
 pub mod lab;
 pub mod memdriver;
 pub mod oracle;
