@@ -14,7 +14,7 @@ use std::{
 
 use async_trait::async_trait;
 use block_core::{
-    Buffer, DebugEvent, Error, ErrorKind, Node, Result,
+    Buffer, DebugEvent, Error, ErrorKind, Graph, Node, Result,
     buffer::{IoBuf, IoBufMut},
     driver::{
         BlockDriver, Capabilities, ChildRole, DriverKind, Reopen, Truncate,
@@ -277,6 +277,16 @@ pub fn debugger_below(node: &Arc<Node>) -> Option<Arc<Debugger>> {
         let edges = at.edges();
         let next = edges.child(ChildRole::File).or_else(|| edges.primary())?;
         at = next.node().clone();
+    }
+}
+
+/// Removes all breakpoints of a graph and lets all requests go on that stand at one: to be called before nodes are
+/// closed, which waits for requests.
+pub fn resume_all(graph: &Graph) {
+    for node in graph.nodes() {
+        if let Some(found) = node.driver().as_any().downcast_ref::<Blkdebug>() {
+            found.debugger.resume_all();
+        }
     }
 }
 

@@ -225,6 +225,16 @@ impl Debugger {
         }
     }
 
+    /// Whether a request stands at a breakpoint with this tag, or may come to one.
+    pub fn may_suspend(&self, tag: &str) -> bool {
+        let state = self.state.lock();
+        let is_set = state
+            .rules
+            .iter()
+            .any(|(_, rule)| matches!(&rule.action, Action::Break(set) if set == tag));
+        is_set || state.suspended.iter().any(|stop| stop.tag == tag)
+    }
+
     /// Whether a request stands at a breakpoint with this tag.
     pub fn is_suspended(&self, tag: &str) -> bool {
         let state = self.state.lock();

@@ -26,7 +26,7 @@ use std::sync::Arc;
 use block_core::registry::Registry;
 
 pub use self::{
-    blkdebug::{Blkdebug, BlkdebugFactory, debugger_below},
+    blkdebug::{Blkdebug, BlkdebugFactory, debugger_below, resume_all},
     blklogwrites::{Blklogwrites, BlklogwritesFactory},
     blkreplay::{Blkreplay, BlkreplayFactory},
     blkverify::{Blkverify, BlkverifyFactory},
