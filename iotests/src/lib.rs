@@ -17,6 +17,7 @@
 //! | [`race`] | storms: thousands of interleaved commands |
 //! | [`cancel`] | any case again, with one request dropped at each of its await points |
 //! | [`trace`] | what live nodes were asked, recorded and run again |
+//! | [`faults`] | nodes that misbehave on command: `blkdebug`, `blkverify`, `blklogwrites`, `blkreplay` |
 //! | [`external`] | the installed qemu tools as a second opinion |
 //! | [`cli`] | the program |
 //!
@@ -36,6 +37,7 @@ pub mod cluster_cases;
 pub mod duties;
 pub mod external;
 pub mod graph_cases;
+pub mod faults;
 pub mod lab;
 pub mod life_cases;
 pub mod memdriver;
