@@ -3,9 +3,8 @@
 use block_core::Registry;
 use format_ledger::LedgerFactory;
 use iotests::{
-    cancel,
+    all_cases, cancel,
     case::{FormatUnderTest, Group, Verdict, run},
-    cli::all_cases,
     race::{StormConfig, storm},
 };
 

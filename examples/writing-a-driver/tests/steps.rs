@@ -1,5 +1,5 @@
 use block_core::{DriverFactory, Registry};
-use iotests::{case::*, cli::all_cases};
+use iotests::{all_cases, case::*};
 fn show(name: &str, f: impl DriverFactory, opts: &[(&str, u64)], safe: bool) {
     let registry = Registry::new().with(f);
     let mut format = FormatUnderTest::new(name);
