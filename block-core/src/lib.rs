@@ -20,6 +20,7 @@ pub mod handle;
 pub mod image;
 pub mod limits;
 pub mod node;
+pub mod observe;
 mod open;
 pub mod options;
 mod path;

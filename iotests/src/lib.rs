@@ -14,6 +14,7 @@
 //! | [`duties`] | what the contract leaves to a driver, duty by duty: a failure says which was forgotten |
 //! | [`race`] | storms: thousands of interleaved commands |
 //! | [`cancel`] | any case again, with one request dropped at each of its await points |
+//! | [`trace`] | what live nodes were asked, recorded and run again |
 //! | [`external`] | the installed qemu tools as a second opinion |
 //! | [`cli`] | the program |
 //!
@@ -37,6 +38,7 @@ pub mod race;
 pub mod relay;
 pub mod sim;
 pub mod storage;
+pub mod trace;
 
 /// Runs the program with the drivers of `registry`, on the process's arguments; gives its exit status.
 pub fn main(registry: &block_core::Registry) -> std::process::ExitCode {

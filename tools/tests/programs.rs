@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use support::Alone;
+use support::{Alone, qemu_is_installed};
 
 #[test]
 fn help_and_version_are_there() {
@@ -79,6 +79,64 @@ fn a_message_names_file_and_field() {
         err.contains("field 'cluster_bits' is 63, allowed: "),
         "{err}"
     );
+}
+
+#[test]
+fn a_refused_value_is_named_with_its_option_and_what_is_allowed() {
+    let blk = Alone::new();
+    for (option, first, second) in [
+        (
+            "preallocation=bogus",
+            "blk: x: invalid parameter value: bogus",
+            "field 'preallocation' is bogus, allowed: off, ",
+        ),
+        (
+            "nocow=maybe",
+            "blk: x: Parameter 'nocow' expects 'on' or 'off'",
+            "",
+        ),
+    ] {
+        let (code, _, err) = blk.blk(&["create", "-q", "-f", "raw", "-o", option, "x", "1M"]);
+        assert_eq!(code, 1);
+        assert!(err.starts_with(first) && err.contains(second), "{err}");
+    }
+    let (code, _, err) = blk.blk(&[
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-o",
+        "encryption=on",
+        "x",
+        "1M",
+    ]);
+    assert_eq!(code, 1);
+    assert!(
+        err.contains("Creating images with AES encryption is not supported"),
+        "{err}"
+    );
+}
+
+#[test]
+fn create_lists_options_in_qemu_imgs_words() {
+    if !qemu_is_installed() {
+        return;
+    }
+    let blk = Alone::new();
+    for help in ["help", "?"] {
+        let args = ["create", "-f", "qcow2", "-o", help];
+        let theirs = Command::new("qemu-img").args(args).output().unwrap();
+        let theirs = String::from_utf8_lossy(&theirs.stdout).into_owned();
+        let (code, ours, err) = blk.blk(&args);
+        assert_eq!((code, err.as_str()), (0, ""));
+        for line in ours.lines() {
+            assert!(theirs.lines().any(|other| other == line), "{line}");
+        }
+        // What is missing belongs to encryption, which isn't supported.
+        for line in theirs.lines().filter(|line| !line.contains("encrypt.")) {
+            assert!(ours.lines().any(|other| other == line), "{line}");
+        }
+    }
 }
 
 #[test]

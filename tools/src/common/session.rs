@@ -15,6 +15,7 @@ use super::{
     failure::{Failure, Outcome},
     program::Program,
     signals::Signals,
+    trace::{self, Tracing},
 };
 
 /// What a command works with.
@@ -31,6 +32,7 @@ pub struct Session {
     pub env: Arc<EnvTokio>,
     /// Signals.
     pub signals: Signals,
+    tracing: Mutex<Option<Tracing>>,
     tasks: Mutex<Vec<oneshot::Receiver<()>>>,
 }
 
@@ -44,6 +46,9 @@ impl Session {
             .map_err(|error| Failure::new(format!("Could not start threads: {error}")))?;
         let env = Arc::new(env);
         let graph = Graph::new(env.clone());
+        let tracing = trace::wanted()
+            .map(|options| Tracing::start(&graph, options))
+            .transpose()?;
         Ok(Self {
             program,
             jobs: JobManager::new(&graph),
@@ -51,6 +56,7 @@ impl Session {
             registry: Arc::new(drivers()),
             env,
             signals: Signals::listen(),
+            tracing: Mutex::new(tracing),
             tasks: Mutex::default(),
         })
     }
@@ -102,11 +108,25 @@ impl Session {
             }
             outcome
         });
-        match outcome {
+        let status = match outcome {
             Ok(code) => code,
             Err(failure) => {
                 failure.report(self.program);
                 failure.code
+            }
+        };
+        self.end_trace(status)
+    }
+
+    /// Writes what is left of the trace, if one was asked for. Gives the exit status: `status`, unless that was 0 and the
+    /// trace couldn't be written.
+    pub fn end_trace(&self, status: u8) -> u8 {
+        let tracing = self.tracing.lock().take();
+        match tracing.map_or(Ok(()), Tracing::finish) {
+            Ok(()) => status,
+            Err(failure) => {
+                failure.report(self.program);
+                if status == 0 { failure.code } else { status }
             }
         }
     }
