@@ -9,6 +9,7 @@
 pub mod bitmap;
 pub mod buffer;
 pub mod chain;
+pub mod debug;
 mod deferred;
 mod drain;
 pub mod driver;
@@ -28,6 +29,7 @@ mod permissions;
 pub mod pins;
 pub mod producer;
 pub mod registry;
+mod reopen;
 pub mod request;
 pub mod stats;
 pub mod status;
@@ -38,6 +40,7 @@ pub use async_trait::async_trait;
 
 pub use crate::{
     buffer::{Buffer, IoBuf, IoBufMut},
+    debug::DebugEvent,
     drain::DrainGuard,
     driver::{BlockDriver, Capabilities, ChildRole, DriverKind},
     env::Environment,

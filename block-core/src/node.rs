@@ -135,6 +135,8 @@ pub struct Node {
     pub(crate) kept: AtomicBool,
     /// It is being closed: nobody may come to it any more.
     pub(crate) closing: AtomicBool,
+    /// A node below wants to be told of debug events: requests go through the drivers then, not past them.
+    debugged: AtomicBool,
     /// Bumped when something that requests look at before they have their ticket changes: length, edges, options.
     epoch: AtomicU64,
 }
@@ -170,6 +172,7 @@ impl Node {
             permissions: Mutex::new(PermissionSet::NONE),
             kept: AtomicBool::new(false),
             closing: AtomicBool::new(false),
+            debugged: AtomicBool::new(false),
             epoch: AtomicU64::new(0),
         }
     }
@@ -202,6 +205,17 @@ impl Node {
     pub(crate) fn set_edges(&self, edges: Arc<Edges>) {
         self.edges.store(edges);
         self.bump_epoch();
+    }
+
+    /// Whether a node below wants to be told of this node's debug events.
+    pub fn is_debugged(&self) -> bool {
+        self.debugged.load(Ordering::Relaxed)
+    }
+
+    /// After a change of edges anywhere below.
+    pub(crate) fn refresh_debugged(&self) {
+        let debugged = crate::debug::heard(&self.edges.load());
+        self.debugged.store(debugged, Ordering::Relaxed);
     }
 
     pub(crate) fn epoch(&self) -> u64 {
