@@ -54,7 +54,7 @@ pub(super) fn cases() -> Vec<Case> {
         case(
             Group::Rw,
             "rw-flush-reaches-the-storage-last",
-            "when a flush has ended, nothing was written to the storage after its last flush",
+            "when a flush has ended, nothing was written to the storage after its last flush (places may be given back)",
             storage_last,
         ),
     ]
