@@ -27,6 +27,8 @@ mod permissions;
 pub mod pins;
 pub mod registry;
 pub mod request;
+#[doc(hidden)]
+pub mod space;
 pub mod stats;
 pub mod status;
 pub mod sync;

@@ -13,6 +13,7 @@ use crate::{
     case::{self, Case, FormatUnderTest, Group, Verdict},
     cases, memdriver,
     race::{self, Matrix, commands::Layout},
+    simulate,
 };
 
 #[derive(Parser)]
@@ -88,6 +89,9 @@ enum Command {
         #[arg(long, value_enum, default_value = "human")]
         output: Output,
     },
+    Simulate(simulate::cli::Simulate),
+    Minimise(simulate::cli::Minimise),
+    Replay(simulate::cli::Replay),
     /// Prints a storm as commands for `blk io` and `qemu-io` on standard input
     StormCommands {
         /// The seed
@@ -187,6 +191,9 @@ impl Suite {
                 };
                 Ok(self.race(&under_test, &what, output))
             }
+            Command::Simulate(command) => command.run(&self.registry, self.bare.as_ref()),
+            Command::Minimise(command) => command.run(&self.registry, self.bare.as_ref()),
+            Command::Replay(command) => command.run(&self.registry, self.bare.as_ref()),
             Command::StormCommands {
                 seed,
                 cluster,

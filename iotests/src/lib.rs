@@ -13,6 +13,7 @@
 //! | [`basic`] | what every driver must do |
 //! | [`race`] | storms: thousands of interleaved commands |
 //! | [`cancel`] | any case again, with one request dropped at each of its await points |
+//! | [`simulate`] | the simulator: a seed decides guests, jobs, faults, power cuts and the schedule |
 //! | [`external`] | the installed qemu tools as a second opinion |
 //! | [`cli`] | the program |
 //!
@@ -34,6 +35,7 @@ pub mod pattern;
 pub mod race;
 pub mod relay;
 pub mod sim;
+pub mod simulate;
 pub mod storage;
 
 /// Runs the program with the drivers of `registry`, on the process's arguments; gives its exit status.
