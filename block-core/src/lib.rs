@@ -54,6 +54,8 @@ pub mod producer;
 pub mod registry;
 mod reopen;
 pub mod request;
+#[doc(hidden)]
+pub mod space;
 pub mod stats;
 pub mod status;
 pub mod sync;

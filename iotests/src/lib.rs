@@ -18,6 +18,7 @@
 //! | [`cancel`] | any case again, with one request dropped at each of its await points |
 //! | [`trace`] | what live nodes were asked, recorded and run again |
 //! | [`faults`] | nodes that misbehave on command: `blkdebug`, `blkverify`, `blklogwrites`, `blkreplay` |
+//! | [`simulate`] | the simulator: a seed decides guests, jobs, faults, power cuts and the schedule |
 //! | [`external`] | the installed qemu tools as a second opinion |
 //! | [`suite`] | all cases, and the drivers that they are run on |
 //! | [`runner`] | cases × formats × schedules, on several threads |
@@ -56,6 +57,7 @@ pub mod relay;
 pub mod report;
 pub mod runner;
 pub mod sim;
+pub mod simulate;
 pub mod storage;
 pub mod suite;
 pub mod trace;

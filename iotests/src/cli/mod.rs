@@ -12,7 +12,7 @@ use std::{ops::Range, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 
-use crate::suite::Suite;
+use crate::{simulate, suite::Suite};
 
 /// The exit status for wrong usage.
 const USAGE: u8 = 3;
@@ -37,6 +37,9 @@ enum Command {
     List(run::ListArgs),
     /// Runs storms with and without the gate and the driver's own safeguards
     Race(race::RaceArgs),
+    Simulate(simulate::cli::Simulate),
+    Minimise(simulate::cli::Minimise),
+    Replay(simulate::cli::Replay),
     /// Prints a storm as commands for `blk io` and `qemu-io` on standard input
     StormCommands(race::StormArgs),
 }
@@ -58,6 +61,9 @@ pub fn main(suite: &Suite) -> ExitCode {
         Command::Run(args) => run::run(suite, &args),
         Command::List(args) => run::list(suite, &args),
         Command::Race(args) => race::race(suite, &args),
+        Command::Simulate(args) => args.run(suite.registry(), suite.bare()),
+        Command::Minimise(args) => args.run(suite.registry(), suite.bare()),
+        Command::Replay(args) => args.run(suite.registry(), suite.bare()),
         Command::StormCommands(args) => race::storm_commands(&args),
     };
     match status {
