@@ -27,6 +27,7 @@ pub mod case;
 pub mod cases;
 pub mod cli;
 pub mod external;
+pub mod job_cases;
 pub mod lab;
 pub mod memdriver;
 pub mod oracle;
@@ -34,6 +35,7 @@ pub mod pattern;
 pub mod race;
 pub mod relay;
 pub mod sim;
+mod stack;
 pub mod storage;
 
 /// Runs the program with the drivers of `registry`, on the process's arguments; gives its exit status.
