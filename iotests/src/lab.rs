@@ -139,7 +139,7 @@ impl Lab {
             .await
     }
 
-    /// Whether images of the format name their backing files.
+    /// Whether images of the format name their backing file themselves.
     pub fn records_backing(&self, format: &str) -> bool {
         self.registry.get(format).is_ok_and(|factory| {
             factory
