@@ -7,7 +7,6 @@
 use std::{
     fmt,
     future::Future,
-    panic::AssertUnwindSafe,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -21,6 +20,7 @@ use serde::Serialize;
 use crate::{
     duties::Duty,
     lab::{Lab, LabOptions},
+    panics,
     sim::{CancelAt, Cancelled, DropWhen, Order, Running},
 };
 
@@ -57,6 +57,23 @@ impl FormatUnderTest {
     pub fn with_safeguards(mut self) -> Self {
         self.safeguards = true;
         self
+    }
+
+    /// Name and options, for tables: `qcow2:cluster_size=4k,compat=0.10`.
+    pub fn label(&self) -> String {
+        if self.create.0.is_empty() {
+            return self.name.clone();
+        }
+        format!("{}:{}", self.name, self.create_text())
+    }
+
+    /// The options as `-o` takes them.
+    pub fn create_text(&self) -> String {
+        let options = self.create.0.iter().map(|(key, value)| match value {
+            serde_json::Value::String(text) => format!("{key}={text}"),
+            other => format!("{key}={other}"),
+        });
+        options.collect::<Vec<String>>().join(",")
     }
 }
 
@@ -221,6 +238,8 @@ pub struct Case {
     pub alignment: u64,
     /// The one duty of a driver that it is about, if it is about one alone: a failure names it.
     pub duty: Option<Duty>,
+    /// It belongs to the subset that runs in a few seconds.
+    pub quick: bool,
     run: Arc<CaseFn>,
 }
 
@@ -248,6 +267,7 @@ impl Case {
             gate: true,
             alignment: 1,
             duty: None,
+            quick: true,
             run: Arc::new(move |scene| run(scene).boxed()),
         }
     }
@@ -263,6 +283,13 @@ impl Case {
     #[must_use]
     pub fn duty(mut self, duty: Duty) -> Self {
         self.duty = Some(duty);
+        self
+    }
+
+    /// Takes too long for the quick subset.
+    #[must_use]
+    pub fn slow(mut self) -> Self {
+        self.quick = false;
         self
     }
 
@@ -369,22 +396,14 @@ pub fn run(
     });
     let env = scene.lab.env.clone();
     let future = (case.run)(scene.clone());
-    let verdict = std::panic::catch_unwind(AssertUnwindSafe(|| env.try_run(future)));
-    let verdict = match verdict {
+    let verdict = match panics::catch(|| env.try_run(future)) {
         Ok(Ok(Ok(verdict))) => verdict,
         Ok(Ok(Err(Failure(text)))) => match text.strip_prefix(NOT_COVERED) {
             Some(why) => Verdict::NotCovered(why.to_owned()),
             None => Verdict::Failed(text),
         },
         Ok(Err(stuck)) => Verdict::Failed(stuck.to_string()),
-        Err(panic) => {
-            let text = panic
-                .downcast_ref::<String>()
-                .cloned()
-                .or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()))
-                .unwrap_or_default();
-            Verdict::Failed(format!("panic: {text}"))
-        }
+        Err(panic) => Verdict::Failed(panic),
     };
     let verdict = match (verdict, case.duty) {
         (Verdict::Failed(seen), Some(duty)) => Verdict::Failed(duty.explain(&seen)),

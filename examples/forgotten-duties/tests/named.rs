@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use block_core::{DriverFactory, Registry};
 use iotests::{
+    all_cases,
     case::{FormatUnderTest, Group, Verdict, run},
-    cli::all_cases,
     duties::Duty,
 };
 

@@ -5,8 +5,8 @@ use std::{collections::BTreeMap, sync::OnceLock};
 use block_core::{DriverFactory, Registry};
 use format_ledger::LedgerFactory;
 use iotests::{
+    all_cases,
     case::{FormatUnderTest, Group, Verdict, run},
-    cli::all_cases,
     duties::Duty,
 };
 use writing_a_driver::{Factory, step1, step2, step3, step4, step5};

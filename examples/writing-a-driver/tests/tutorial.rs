@@ -2,7 +2,7 @@
 
 use std::{fs, path::PathBuf};
 
-use iotests::{cli::all_cases, duties::Duty};
+use iotests::{all_cases, duties::Duty};
 
 fn read(path: &str) -> String {
     let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../..");
