@@ -14,13 +14,14 @@ use std::{
 };
 
 use block_core::{Options, Registry};
-use futures::{FutureExt, future::BoxFuture};
+use futures::{FutureExt, TryFutureExt as _, future::BoxFuture};
 use serde::Serialize;
 
 use crate::{
+    aftermath,
     lab::{Lab, LabOptions},
     panics,
-    sim::{CancelAt, Cancelled, DropWhen, Order, Running},
+    sim::{CancelAt, Cancelled, DropWhen, Order, Running, Stuck},
 };
 
 /// A format to be tested, and how its images are made.
@@ -226,6 +227,8 @@ pub struct Case {
     pub alignment: u64,
     /// It belongs to the subset that runs in a few seconds.
     pub quick: bool,
+    /// It leaves images behind that are damaged on purpose.
+    pub damages: bool,
     run: Arc<CaseFn>,
 }
 
@@ -253,6 +256,7 @@ impl Case {
             gate: true,
             alignment: 1,
             quick: true,
+            damages: false,
             run: Arc::new(move |scene| run(scene).boxed()),
         }
     }
@@ -268,6 +272,13 @@ impl Case {
     #[must_use]
     pub fn slow(mut self) -> Self {
         self.quick = false;
+        self
+    }
+
+    /// Leaves images behind that are damaged on purpose: nobody looks at them afterwards.
+    #[must_use]
+    pub fn leaves_damage(mut self) -> Self {
+        self.damages = true;
         self
     }
 
@@ -301,6 +312,7 @@ pub struct Scene {
     cancel: Option<CancelPlan>,
     started: AtomicUsize,
     reached: Arc<AtomicBool>,
+    damaged: AtomicBool,
 }
 
 impl Scene {
@@ -325,6 +337,15 @@ impl Scene {
         }
     }
 
+    /// The images of this run are damaged on purpose: nobody looks at them afterwards.
+    pub fn leaves_damage(&self) {
+        self.damaged.store(true, Ordering::SeqCst);
+    }
+
+    pub(crate) fn is_damaged(&self) -> bool {
+        self.damaged.load(Ordering::SeqCst)
+    }
+
     /// Everything that can happen by itself has happened.
     pub async fn rest(&self) {
         self.lab.env.idle().await;
@@ -344,7 +365,18 @@ pub struct Run {
     pub polls: u64,
 }
 
-/// Runs a case once.
+/// How a case is run.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct How {
+    /// Decides the schedule; 0 is first come first served.
+    pub seed: u64,
+    /// A request that is dropped on the way.
+    pub cancel: Option<CancelPlan>,
+    /// Ask the installed qemu-img about the images that the case leaves behind.
+    pub external: bool,
+}
+
+/// Runs a case once. Without asking qemu-img: [`run_how`] can.
 pub fn run(
     registry: &Registry,
     format: &FormatUnderTest,
@@ -352,40 +384,66 @@ pub fn run(
     seed: u64,
     cancel: Option<CancelPlan>,
 ) -> Run {
+    let how = How {
+        seed,
+        cancel,
+        external: false,
+    };
+    run_how(registry, format, case, how)
+}
+
+/// Runs a case once, and judges what it leaves behind ([`crate::aftermath`]).
+pub fn run_how(registry: &Registry, format: &FormatUnderTest, case: &Case, how: How) -> Run {
+    let options = LabOptions {
+        seed: how.seed,
+        order: if how.seed == 0 {
+            Order::Fifo
+        } else {
+            Order::Random
+        },
+        gate: case.gate,
+        alignment: case.alignment,
+    };
     let scene = Arc::new(Scene {
-        lab: Lab::new(
-            registry,
-            LabOptions {
-                seed,
-                order: if seed == 0 {
-                    Order::Fifo
-                } else {
-                    Order::Random
-                },
-                gate: case.gate,
-                alignment: case.alignment,
-            },
-        ),
+        lab: Lab::new(registry, options),
         format: format.clone(),
         gate: case.gate,
-        cancel,
+        cancel: how.cancel,
         started: AtomicUsize::new(0),
         reached: Arc::default(),
+        damaged: AtomicBool::new(case.damages),
     });
     let env = scene.lab.env.clone();
     let future = (case.run)(scene.clone());
-    let verdict = match panics::catch(|| env.try_run(future)) {
-        Ok(Ok(Ok(verdict))) => verdict,
-        Ok(Ok(Err(failure))) => Verdict::Failed(failure.0),
-        Ok(Err(stuck)) => Verdict::Failed(stuck.to_string()),
-        Err(panic) => Verdict::Failed(panic),
-    };
+    let mut verdict = judged(panics::catch(|| env.try_run(future)));
+    let polls = env.polls();
+    if verdict == Verdict::Passed && how.cancel.is_none() {
+        let look = aftermath::judge(&scene, case.group, how.external).map_ok(|()| Verdict::Passed);
+        verdict = judged(panics::catch(|| env.try_run(look)));
+    }
+    let leaks = aftermath::Leaks::watch(&scene);
     let run = Run {
         verdict,
         requests: scene.started.load(Ordering::SeqCst),
         dropped: scene.reached.load(Ordering::SeqCst),
-        polls: env.polls(),
+        polls,
     };
     env.shutdown();
-    run
+    drop((scene, env));
+    match leaks.found() {
+        Some(text) if run.verdict == Verdict::Passed => Run {
+            verdict: Verdict::Failed(text),
+            ..run
+        },
+        _ => run,
+    }
+}
+
+fn judged(ended: Result<Result<CaseResult, Stuck>, String>) -> Verdict {
+    match ended {
+        Ok(Ok(Ok(verdict))) => verdict,
+        Ok(Ok(Err(failure))) => Verdict::Failed(failure.0),
+        Ok(Err(stuck)) => Verdict::Failed(stuck.to_string()),
+        Err(panic) => Verdict::Failed(panic),
+    }
 }
