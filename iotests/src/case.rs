@@ -14,14 +14,15 @@ use std::{
 };
 
 use block_core::{Options, Registry};
-use futures::{FutureExt, future::BoxFuture};
+use futures::{FutureExt, TryFutureExt as _, future::BoxFuture};
 use serde::Serialize;
 
 use crate::{
+    aftermath,
     duties::Duty,
     lab::{Lab, LabOptions},
     panics,
-    sim::{CancelAt, Cancelled, DropWhen, Order, Running},
+    sim::{CancelAt, Cancelled, DropWhen, Order, Running, Stuck},
 };
 
 /// A format to be tested, and how its images are made.
@@ -240,6 +241,8 @@ pub struct Case {
     pub duty: Option<Duty>,
     /// It belongs to the subset that runs in a few seconds.
     pub quick: bool,
+    /// It leaves images behind that are damaged on purpose.
+    pub damages: bool,
     run: Arc<CaseFn>,
 }
 
@@ -268,6 +271,7 @@ impl Case {
             alignment: 1,
             duty: None,
             quick: true,
+            damages: false,
             run: Arc::new(move |scene| run(scene).boxed()),
         }
     }
@@ -290,6 +294,13 @@ impl Case {
     #[must_use]
     pub fn slow(mut self) -> Self {
         self.quick = false;
+        self
+    }
+
+    /// Leaves images behind that are damaged on purpose: nobody looks at them afterwards.
+    #[must_use]
+    pub fn leaves_damage(mut self) -> Self {
+        self.damages = true;
         self
     }
 
@@ -323,6 +334,7 @@ pub struct Scene {
     cancel: Option<CancelPlan>,
     started: AtomicUsize,
     reached: Arc<AtomicBool>,
+    damaged: AtomicBool,
 }
 
 impl Scene {
@@ -347,6 +359,15 @@ impl Scene {
         }
     }
 
+    /// The images of this run are damaged on purpose: nobody looks at them afterwards.
+    pub fn leaves_damage(&self) {
+        self.damaged.store(true, Ordering::SeqCst);
+    }
+
+    pub(crate) fn is_damaged(&self) -> bool {
+        self.damaged.load(Ordering::SeqCst)
+    }
+
     /// Everything that can happen by itself has happened.
     pub async fn rest(&self) {
         self.lab.env.idle().await;
@@ -366,7 +387,18 @@ pub struct Run {
     pub polls: u64,
 }
 
-/// Runs a case once.
+/// How a case is run.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct How {
+    /// Decides the schedule; 0 is first come first served.
+    pub seed: u64,
+    /// A request that is dropped on the way.
+    pub cancel: Option<CancelPlan>,
+    /// Ask the installed qemu-img about the images that the case leaves behind.
+    pub external: bool,
+}
+
+/// Runs a case once. Without asking qemu-img: [`run_how`] can.
 pub fn run(
     registry: &Registry,
     format: &FormatUnderTest,
@@ -374,29 +406,67 @@ pub fn run(
     seed: u64,
     cancel: Option<CancelPlan>,
 ) -> Run {
+    let how = How {
+        seed,
+        cancel,
+        external: false,
+    };
+    run_how(registry, format, case, how)
+}
+
+/// Runs a case once, and judges what it leaves behind ([`crate::aftermath`]).
+pub fn run_how(registry: &Registry, format: &FormatUnderTest, case: &Case, how: How) -> Run {
+    let options = LabOptions {
+        seed: how.seed,
+        order: if how.seed == 0 {
+            Order::Fifo
+        } else {
+            Order::Random
+        },
+        gate: case.gate,
+        alignment: case.alignment,
+    };
     let scene = Arc::new(Scene {
-        lab: Lab::new(
-            registry,
-            LabOptions {
-                seed,
-                order: if seed == 0 {
-                    Order::Fifo
-                } else {
-                    Order::Random
-                },
-                gate: case.gate,
-                alignment: case.alignment,
-            },
-        ),
+        lab: Lab::new(registry, options),
         format: format.clone(),
         gate: case.gate,
-        cancel,
+        cancel: how.cancel,
         started: AtomicUsize::new(0),
         reached: Arc::default(),
+        damaged: AtomicBool::new(case.damages),
     });
     let env = scene.lab.env.clone();
     let future = (case.run)(scene.clone());
-    let verdict = match panics::catch(|| env.try_run(future)) {
+    let mut verdict = judged(panics::catch(|| env.try_run(future)));
+    let polls = env.polls();
+    if verdict == Verdict::Passed && how.cancel.is_none() {
+        let look = aftermath::judge(&scene, case.group, how.external).map_ok(|()| Verdict::Passed);
+        verdict = judged(panics::catch(|| env.try_run(look)));
+    }
+    let verdict = match (verdict, case.duty) {
+        (Verdict::Failed(seen), Some(duty)) => Verdict::Failed(duty.explain(&seen)),
+        (verdict, _) => verdict,
+    };
+    let leaks = aftermath::Leaks::watch(&scene);
+    let run = Run {
+        verdict,
+        requests: scene.started.load(Ordering::SeqCst),
+        dropped: scene.reached.load(Ordering::SeqCst),
+        polls,
+    };
+    env.shutdown();
+    drop((scene, env));
+    match leaks.found() {
+        Some(text) if run.verdict == Verdict::Passed => Run {
+            verdict: Verdict::Failed(text),
+            ..run
+        },
+        _ => run,
+    }
+}
+
+fn judged(ended: Result<Result<CaseResult, Stuck>, String>) -> Verdict {
+    match ended {
         Ok(Ok(Ok(verdict))) => verdict,
         Ok(Ok(Err(Failure(text)))) => match text.strip_prefix(NOT_COVERED) {
             Some(why) => Verdict::NotCovered(why.to_owned()),
@@ -404,17 +474,5 @@ pub fn run(
         },
         Ok(Err(stuck)) => Verdict::Failed(stuck.to_string()),
         Err(panic) => Verdict::Failed(panic),
-    };
-    let verdict = match (verdict, case.duty) {
-        (Verdict::Failed(seen), Some(duty)) => Verdict::Failed(duty.explain(&seen)),
-        (verdict, _) => verdict,
-    };
-    let run = Run {
-        verdict,
-        requests: scene.started.load(Ordering::SeqCst),
-        dropped: scene.reached.load(Ordering::SeqCst),
-        polls: env.polls(),
-    };
-    env.shutdown();
-    run
+    }
 }

@@ -207,7 +207,7 @@ pub fn main(subject: Subject) -> ExitCode {
             let ignored = arguments.list
                 && arguments.ignored
                 && matches!(
-                    run_case(&subject.registry, format, case, &(0..1)).0,
+                    run_case(&subject.registry, format, case, &(0..1), false).0,
                     Verdict::NotCovered(_)
                 );
             let test = Test {
@@ -241,7 +241,8 @@ struct Test {
 
 impl Test {
     fn run(self) -> Result<Completion, Failed> {
-        let (verdict, seed, _) = run_case(&self.registry, &self.format, &self.case, &self.seeds);
+        let (verdict, seed, _) =
+            run_case(&self.registry, &self.format, &self.case, &self.seeds, true);
         let word = match &verdict {
             Verdict::Passed => {
                 self.coverage.lock().covered += 1;

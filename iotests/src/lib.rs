@@ -9,6 +9,7 @@
 //! | [`lab`] | a world set up for a test, and producers that tell the oracle what they do |
 //! | [`memdriver`] | a third party's copy-on-write format without safeguards of its own |
 //! | [`case`] | what a case is, how it is run, and what comes out |
+//! | [`aftermath`] | what is looked at after every case |
 //! | [`cases`] | the deterministic races |
 //! | [`basic`] | what every driver must do |
 //! | [`duties`] | what the contract leaves to a driver, duty by duty: a failure says which was forgotten |
@@ -31,6 +32,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod aftermath;
 pub mod basic;
 pub mod bench;
 pub mod cancel;

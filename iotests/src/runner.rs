@@ -16,7 +16,7 @@ use serde::Serialize;
 
 use crate::{
     cancel,
-    case::{self, Case, FormatUnderTest, Group, Verdict},
+    case::{self, Case, FormatUnderTest, Group, How, Verdict},
     panics,
 };
 
@@ -27,6 +27,8 @@ pub struct Plan {
     pub seeds: Range<u64>,
     /// Worlds side by side.
     pub threads: usize,
+    /// Ask the installed qemu-img about the images that cases leave behind, under the first schedule.
+    pub external: bool,
     /// No further case after the first that failed.
     pub fail_fast: bool,
 }
@@ -38,6 +40,7 @@ impl Plan {
         Self {
             seeds,
             threads,
+            external: false,
             fail_fast: false,
         }
     }
@@ -77,13 +80,21 @@ pub fn run_case(
     format: &FormatUnderTest,
     case: &Case,
     seeds: &Range<u64>,
+    external: bool,
 ) -> (Verdict, u64, u64) {
     let mut schedules = 0;
     for seed in seeds.clone() {
         schedules += 1;
         let verdict = panics::catch(|| match case.group {
             Group::Cancel => cancel::sweep(registry, format, case, seed).verdict(),
-            _ => case::run(registry, format, case, seed, None).verdict,
+            _ => {
+                let how = How {
+                    seed,
+                    cancel: None,
+                    external: external && seed == seeds.start,
+                };
+                case::run_how(registry, format, case, how).verdict
+            }
         })
         .unwrap_or_else(Verdict::Failed);
         // One schedule is enough for what isn't covered, and for each point of a cancellation.
@@ -130,7 +141,8 @@ pub fn run_all(
                         break;
                     }
                     let began = Instant::now();
-                    let (verdict, seed, schedules) = run_case(registry, format, case, &plan.seeds);
+                    let (verdict, seed, schedules) =
+                        run_case(registry, format, case, &plan.seeds, plan.external);
                     if plan.fail_fast && verdict.is_failed() {
                         stop.store(true, Ordering::Relaxed);
                     }

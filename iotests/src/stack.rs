@@ -130,7 +130,11 @@ pub(crate) fn findings(report: &CheckReport) -> String {
 }
 
 /// The driver's own check of a node, if it has one. Leaks count only when `leaks` says so.
-pub(crate) async fn check(graph: &Arc<Graph>, node: &Arc<Node>, leaks: bool) -> Result<(), Failure> {
+pub(crate) async fn check(
+    graph: &Arc<Graph>,
+    node: &Arc<Node>,
+    leaks: bool,
+) -> Result<(), Failure> {
     let capabilities = node.driver().capabilities();
     if !capabilities.contains(Capabilities::CHECK) {
         return Ok(());
@@ -321,7 +325,10 @@ impl Stack {
         }
         let format = scene.format.name.as_str();
         let backing = backing.map(|name| (name, format));
-        let node = scene.lab.open(format, top, backing, &Options::new()).await?;
+        let node = scene
+            .lab
+            .open(format, top, backing, &Options::new())
+            .await?;
         let again = Guest::new(&writer(&graph, &node, "again")?, &oracle, GUEST);
         judge(&again, "opened again").await?;
         check(&graph, &node, leaks).await?;
@@ -456,7 +463,10 @@ impl Load {
     /// The same, at a part of it only.
     pub fn within(stack: &Stack, queues: usize, within: (u64, u64)) -> Self {
         let env = stack.scene.lab.env.clone();
-        let (stop, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let (stop, done) = (
+            Arc::new(AtomicBool::new(false)),
+            Arc::new(AtomicU64::new(0)),
+        );
         let queues = (0..queues)
             .map(|_| {
                 let (env, guest) = (env.clone(), stack.guest.clone());

@@ -8,7 +8,8 @@ use crate::{
     basic,
     case::{Case, FormatUnderTest, Group},
     cases::{self, shared, with_jobs},
-    chain_cases, cli, cluster_cases, duties, graph_cases, job_cases, life_cases, memdriver, path_cases,
+    chain_cases, cli, cluster_cases, duties, graph_cases, job_cases, life_cases, memdriver,
+    path_cases,
 };
 
 /// Every case there is: the races once more under the name of their cancellation.

@@ -15,7 +15,8 @@ use super::{
     select::{Selection, arguments},
 };
 use crate::{
-    case::{Group, Verdict},
+    case::{FormatUnderTest, Group, Verdict},
+    external,
     report::{self, Report},
     runner::{self, Outcome, Plan},
     suite::Suite,
@@ -41,6 +42,9 @@ pub(super) struct RunArgs {
     /// Stop after the first case that fails
     #[arg(long)]
     fail_fast: bool,
+    /// Don't ask the installed qemu-img for a second opinion
+    #[arg(long)]
+    no_external: bool,
     /// What is written to standard output
     #[arg(long, value_enum, default_value = "human")]
     output: Output,
@@ -93,11 +97,36 @@ impl Progress {
     }
 }
 
+/// What a reader has to know about the second opinion.
+fn notes(formats: &[FormatUnderTest], forbidden: bool) -> Vec<String> {
+    if forbidden {
+        return vec!["no second opinion from qemu-img: --no-external".into()];
+    }
+    let Some(version) = external::version() else {
+        return vec!["no second opinion: qemu-img isn't installed".into()];
+    };
+    let mut unknown: Vec<&str> = formats.iter().map(|format| format.name.as_str()).collect();
+    unknown.retain(|name| !external::knows(name));
+    unknown.dedup();
+    let mut notes = vec![format!("second opinion: {version}")];
+    if !unknown.is_empty() {
+        let unknown = unknown.join(", ");
+        notes.push(format!(
+            "no second opinion on {unknown}: qemu-img doesn't know it"
+        ));
+    }
+    notes
+}
+
 pub(super) fn run(suite: &Suite, args: &RunArgs) -> Status {
     let formats = args.selection.formats(suite)?;
     let cases = args.selection.cases(suite)?;
     let mut plan = Plan::new(args.seed.clone());
     plan.fail_fast = args.fail_fast;
+    plan.external = !args.no_external;
+    if args.no_external {
+        external::forbid();
+    }
     if let Some(threads) = args.jobs {
         if threads == 0 {
             return Err("--jobs: at least 1".into());
@@ -127,7 +156,7 @@ pub(super) fn run(suite: &Suite, args: &RunArgs) -> Status {
     let report = Report {
         formats: formats.iter().map(|format| format.label()).collect(),
         seeds: args.seed.clone(),
-        notes: Vec::new(),
+        notes: notes(&formats, args.no_external),
         outcomes,
     };
     if let Some(path) = &args.report {

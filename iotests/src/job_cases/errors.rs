@@ -195,9 +195,7 @@ fn choose(side: Side) -> Choose {
     }
 }
 
-async fn first_error(
-    events: &mut jobs::JobEvents,
-) -> Result<(jobs::IoSide, ErrorAction), Failure> {
+async fn first_error(events: &mut jobs::JobEvents) -> Result<(jobs::IoSide, ErrorAction), Failure> {
     while let Some(event) = events.next().await {
         match event {
             JobEvent::Error {

@@ -291,10 +291,7 @@ pub(super) async fn expect_backup(
 }
 
 /// Closes a target that was kept.
-pub(super) async fn close_target(
-    scene: &Scene,
-    target: Option<Arc<Node>>,
-) -> Result<(), Failure> {
+pub(super) async fn close_target(scene: &Scene, target: Option<Arc<Node>>) -> Result<(), Failure> {
     if let Some(target) = target {
         crate::stack::check(&scene.lab.graph, &target, true).await?;
         scene.lab.graph.release(&target).await?;
@@ -310,7 +307,11 @@ pub(super) async fn target_with(
 ) -> Result<Option<Arc<Node>>, Failure> {
     let format = &stack.scene.format;
     let known = stack.scene.lab.registry.get(&format.name)?;
-    if !known.create_options().iter().any(|option| option.name == key) {
+    if !known
+        .create_options()
+        .iter()
+        .any(|option| option.name == key)
+    {
         return Ok(None);
     }
     let create: Options = format.create.clone().with(key, value);
