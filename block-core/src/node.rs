@@ -9,7 +9,7 @@ use std::{
     },
 };
 
-use arc_swap::{ArcSwap, Guard};
+use arc_swap::{ArcSwap, ArcSwapOption, Guard};
 use parking_lot::{Mutex, RwLock};
 
 use crate::{
@@ -20,6 +20,7 @@ use crate::{
     error::Error,
     flags::PermissionSet,
     limits::Limits,
+    observe::Observer,
     options::{DetectZeroes, DiscardMode, NodeOptions},
     request::Child,
     stats::NodeStats,
@@ -132,6 +133,9 @@ pub struct Node {
     bitmaps: RwLock<Vec<Arc<DirtyBitmap>>>,
     has_bitmaps: AtomicBool,
     stats: NodeStats,
+    /// Boxed once more, because a pointer to a trait object doesn't fit into one word.
+    observer: ArcSwapOption<Box<dyn Observer>>,
+    has_observer: AtomicBool,
     /// What all parents together use and share, as last committed.
     permissions: Mutex<PermissionSet>,
     /// Held by the program itself, not only by parents (`blockdev-add`).
@@ -174,6 +178,8 @@ impl Node {
             bitmaps: RwLock::default(),
             has_bitmaps: AtomicBool::new(false),
             stats: NodeStats::default(),
+            observer: ArcSwapOption::empty(),
+            has_observer: AtomicBool::new(false),
             permissions: Mutex::new(PermissionSet::NONE),
             kept: AtomicBool::new(false),
             closing: AtomicBool::new(false),
@@ -304,6 +310,23 @@ impl Node {
     /// Counters.
     pub fn stats(&self) -> &NodeStats {
         &self.stats
+    }
+
+    /// From the next request on, `observer` is told of every request of this node; `None` ends that.
+    pub fn observe(&self, observer: Option<Box<dyn Observer>>) {
+        self.has_observer
+            .store(observer.is_some(), Ordering::Release);
+        self.observer.store(observer.map(Arc::new));
+    }
+
+    /// Tells the observer, if there is one.
+    #[inline]
+    pub(crate) fn tell(&self, event: impl FnOnce(&dyn Observer)) {
+        if self.has_observer.load(Ordering::Acquire)
+            && let Some(observer) = &*self.observer.load()
+        {
+            event(&***observer);
+        }
     }
 
     /// What all its parents together use and share.

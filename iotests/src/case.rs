@@ -19,6 +19,7 @@ use futures::{FutureExt, future::BoxFuture};
 use serde::Serialize;
 
 use crate::{
+    duties::Duty,
     lab::{Lab, LabOptions},
     sim::{CancelAt, Cancelled, DropWhen, Order, Running},
 };
@@ -207,6 +208,8 @@ pub struct Case {
     pub gate: bool,
     /// The request alignment of its storage, in bytes.
     pub alignment: u64,
+    /// The one duty of a driver that it is about, if it is about one alone: a failure names it.
+    pub duty: Option<Duty>,
     run: Arc<CaseFn>,
 }
 
@@ -233,6 +236,7 @@ impl Case {
             proves: proves.into(),
             gate: true,
             alignment: 1,
+            duty: None,
             run: Arc::new(move |scene| run(scene).boxed()),
         }
     }
@@ -241,6 +245,13 @@ impl Case {
     #[must_use]
     pub fn without_gate(mut self) -> Self {
         self.gate = false;
+        self
+    }
+
+    /// About one duty alone. Whatever makes it fail, the duty was forgotten.
+    #[must_use]
+    pub fn duty(mut self, duty: Duty) -> Self {
+        self.duty = Some(duty);
         self
     }
 
@@ -360,6 +371,10 @@ pub fn run(
                 .unwrap_or_default();
             Verdict::Failed(format!("panic: {text}"))
         }
+    };
+    let verdict = match (verdict, case.duty) {
+        (Verdict::Failed(seen), Some(duty)) => Verdict::Failed(duty.explain(&seen)),
+        (verdict, _) => verdict,
     };
     let run = Run {
         verdict,

@@ -11,7 +11,7 @@ use serde::Serialize;
 use crate::{
     basic, cancel,
     case::{self, Case, FormatUnderTest, Group, Verdict},
-    cases, memdriver,
+    cases, chain_cases, cluster_cases, duties, graph_cases, life_cases, memdriver, path_cases,
     race::{self, Matrix, commands::Layout},
 };
 
@@ -360,6 +360,12 @@ struct CaseOutcome {
 /// Every case there is: the races once more under the name of their cancellation.
 pub fn all_cases() -> Vec<Case> {
     let mut all = basic::all();
+    all.extend(duties::all());
+    all.extend(path_cases::all());
+    all.extend(chain_cases::all());
+    all.extend(cluster_cases::all());
+    all.extend(life_cases::all());
+    all.extend(graph_cases::all());
     let races = cases::all();
     let cancels = races.iter().cloned().map(|mut case| {
         case.group = Group::Cancel;

@@ -11,8 +11,12 @@
 //! | [`case`] | what a case is, how it is run, and what comes out |
 //! | [`cases`] | the deterministic races |
 //! | [`basic`] | what every driver must do |
+//! | [`duties`] | what the contract leaves to a driver, duty by duty: a failure says which was forgotten |
+//! | [`bench`] | an image beside an exact model of its bytes, and a probe that sees what the core makes of a request |
+//! | [`path_cases`], [`chain_cases`], [`cluster_cases`], [`life_cases`], [`graph_cases`] | the request path; status and backing files; zero writes and discards by kind of cluster; resize, reopen and permissions; drain and graph changes |
 //! | [`race`] | storms: thousands of interleaved commands |
 //! | [`cancel`] | any case again, with one request dropped at each of its await points |
+//! | [`trace`] | what live nodes were asked, recorded and run again |
 //! | [`external`] | the installed qemu tools as a second opinion |
 //! | [`cli`] | the program |
 //!
@@ -22,19 +26,27 @@
 #![forbid(unsafe_code)]
 
 pub mod basic;
+pub mod bench;
 pub mod cancel;
 pub mod case;
 pub mod cases;
+pub mod chain_cases;
 pub mod cli;
+pub mod cluster_cases;
+pub mod duties;
 pub mod external;
+pub mod graph_cases;
 pub mod lab;
+pub mod life_cases;
 pub mod memdriver;
 pub mod oracle;
+pub mod path_cases;
 pub mod pattern;
 pub mod race;
 pub mod relay;
 pub mod sim;
 pub mod storage;
+pub mod trace;
 
 /// Runs the program with the drivers of `registry`, on the process's arguments; gives its exit status.
 pub fn main(registry: &block_core::Registry) -> std::process::ExitCode {

@@ -118,7 +118,9 @@ impl FileFactory {
             direct: mode.direct,
         };
         let file = how.adopt(file, writable && !mode.read_only)?;
-        let engine = self.engine(options.aio, mode.direct)?;
+        let engine = self
+            .engine(options.aio, mode.direct)
+            .map_err(|error| error.with_file(&how.path))?;
         FileDriver::new(file, engine, self.settings(how, options, mode)).map(Arc::new)
     }
 
@@ -173,7 +175,9 @@ impl FileFactory {
             no_flush: node.cache.no_flush.0,
             force_share: node.force_share,
         };
-        let engine = self.engine(options.aio, mode.direct)?;
+        let engine = self
+            .engine(options.aio, mode.direct)
+            .map_err(|error| error.with_file(&path))?;
         let how = OpenHow {
             path,
             device,

@@ -71,6 +71,9 @@ impl Completion {
             node.bump_epoch();
         }
         node.stats().ended(counted, len, ok);
+        if let Some(Ticket::Own(tracked)) = &self.ticket {
+            node.tell(|to| to.ended(tracked.id(), ok));
+        }
         drop(self.ticket.take());
         drop(self.root.take());
     }

@@ -28,7 +28,9 @@ use crate::{
     flags::RequestFlags,
     handle::RootGuard,
     node::{Edges, Node, View},
+    observe::Arrival,
     options::{DetectZeroes, DiscardMode},
+    producer::ProducerId,
     stats::Counted,
     tracked::{Pending, RequestKind, Tracked, TrackedRange},
 };
@@ -340,6 +342,23 @@ fn may_map(op: &Op, look: &Look, padded: bool) -> Option<MapIntent> {
         Action::Read(_) => Some(MapIntent::Read),
         Action::Write(_) => Some(MapIntent::Overwrite),
         _ => None,
+    }
+}
+
+/// What an observer is told of a request.
+fn arrival(op: &Op, ticket: Option<u64>, producer: ProducerId, waits: bool) -> Arrival<'_> {
+    Arrival {
+        ticket: ticket.unwrap_or(u64::MAX),
+        kind: op.kind(),
+        flags: op.flags,
+        producer,
+        offset: op.offset,
+        len: op.len,
+        data: match &op.action {
+            Action::Write(buf) => Some(buf),
+            _ => None,
+        },
+        waits,
     }
 }
 

@@ -7,8 +7,8 @@ use arc_swap::Guard;
 use futures::future::BoxFuture;
 
 use super::{
-    Action, Completion, Held, Op, Origin, Shape, Ticket, apply_node_options, drive, may_map, shape,
-    validate,
+    Action, Completion, Held, Op, Origin, Shape, Ticket, apply_node_options, arrival, drive,
+    may_map, shape, validate,
 };
 use crate::{
     buffer::{IoBuf, IoBufMut},
@@ -105,6 +105,9 @@ impl Walk {
 
     /// Goes on. `waited`: the ticket at this node that was waited for.
     pub fn step(&mut self, mut waited: Option<Tracked>) -> Step {
+        if let Some(tracked) = &waited {
+            self.node.tell(|to| to.admitted(tracked.id()));
+        }
         let mut look = Look::at(&self.node);
         // Refused, or read as zeroes, or mapped: at most one turn per layer, and one more where something changed.
         loop {
@@ -131,6 +134,7 @@ impl Walk {
                     Some(tracked) if now.is_covered_by(&tracked) => Ticket::Own(tracked),
                     // What we hold doesn't suffice any more: queue again.
                     Some(tracked) => {
+                        self.node.tell(|to| to.ended(tracked.id(), false));
                         drop(tracked);
                         look = Look::at(&self.node);
                         continue;
@@ -184,21 +188,29 @@ impl Walk {
     /// Takes the ticket.
     #[inline]
     fn enter(&self, shape: &Shape) -> Result<Tracked, Step> {
-        let kind = self.op.kind();
-        let tracker = self.node.tracker();
-        if self.op.flags.contains(RequestFlags::NO_WAIT) {
-            return tracker
+        let (op, node, kind) = (&self.op, &self.node, self.op.kind());
+        let tracker = node.tracker();
+        let arrived = |ticket, waits| {
+            node.tell(|to| to.arrived(&arrival(op, ticket, self.held.producer, waits)));
+        };
+        let entered = if op.flags.contains(RequestFlags::NO_WAIT) {
+            tracker
                 .try_begin(shape.range, shape.serialising, kind)
                 .ok_or_else(|| {
                     Step::End(Err(Error::from_kind(ErrorKind::Busy)
-                        .with_operation(self.op.operation(), self.op.offset, self.op.len)
-                        .with_node(self.node.name())))
-                });
+                        .with_operation(op.operation(), op.offset, op.len)
+                        .with_node(node.name())))
+                })
+        } else {
+            let begun = tracker.begin(shape.range, shape.serialising, kind);
+            begun.into_ready().map_err(Step::Wait)
+        };
+        match &entered {
+            Ok(tracked) => arrived(Some(tracked.id()), false),
+            Err(Step::Wait(pending)) => arrived(pending.id(), true),
+            Err(_) => {}
         }
-        tracker
-            .begin(shape.range, shape.serialising, kind)
-            .into_ready()
-            .map_err(Step::Wait)
+        entered
     }
 
     /// What this level leaves to be done at the end.
