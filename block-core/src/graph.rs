@@ -341,6 +341,11 @@ impl Graph {
                     node.set_edges(edges.clone());
                 }
             }
+            if !change.edges.is_empty() {
+                for node in topology.nodes.values() {
+                    node.refresh_debugged();
+                }
+            }
             for (id, node) in &change.root_nodes {
                 if let Some(root) = topology.roots.get(id) {
                     root.node.store(node.clone());

@@ -142,6 +142,8 @@ pub struct Node {
     pub(crate) kept: AtomicBool,
     /// It is being closed: nobody may come to it any more.
     pub(crate) closing: AtomicBool,
+    /// A node below wants to be told of debug events: requests go through the drivers then, not past them.
+    debugged: AtomicBool,
     /// Bumped when something that requests look at before they have their ticket changes: length, edges, options.
     epoch: AtomicU64,
     /// The largest request alignment that any parent ever had: how far beyond the end parents may read.
@@ -183,6 +185,7 @@ impl Node {
             permissions: Mutex::new(PermissionSet::NONE),
             kept: AtomicBool::new(false),
             closing: AtomicBool::new(false),
+            debugged: AtomicBool::new(false),
             epoch: AtomicU64::new(0),
             parent_alignment: AtomicU64::new(1),
         }
@@ -241,6 +244,17 @@ impl Node {
             edges: edges.clone(),
             ..*old
         });
+    }
+
+    /// Whether a node below wants to be told of this node's debug events.
+    pub fn is_debugged(&self) -> bool {
+        self.debugged.load(Ordering::Relaxed)
+    }
+
+    /// After a change of edges anywhere below.
+    pub(crate) fn refresh_debugged(&self) {
+        let debugged = crate::debug::heard(&self.view.load().edges);
+        self.debugged.store(debugged, Ordering::Relaxed);
     }
 
     #[inline]

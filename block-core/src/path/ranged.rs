@@ -8,6 +8,7 @@ use parking_lot::Mutex;
 
 use super::{Completion, Driven, Held, Ticket, wait_at_gate};
 use crate::{
+    debug::DebugEvent,
     error::{Error, Operation, Result},
     handle::RootGuard,
     node::Node,
@@ -63,6 +64,8 @@ async fn flush_driver(request: Request) -> Result<()> {
     let node = request.node().clone();
     let covers = node.flush.written.load(Ordering::SeqCst);
     node.stats().flushed();
+    request.debug_event(DebugEvent::FlushToOs).await;
+    request.debug_event(DebugEvent::FlushToDisk).await;
     match node.driver().clone().flush(request).await {
         Ok(()) => {
             node.flush.flushed.fetch_max(covers, Ordering::SeqCst);

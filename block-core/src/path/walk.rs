@@ -232,6 +232,10 @@ impl Walk {
         let Some(intent) = may_map(&self.op, look, shape.padded) else {
             return Way::Drive;
         };
+        if self.node.is_debugged() {
+            // Somebody below wants to know what the driver does.
+            return Way::Drive;
+        }
         let op = &self.op;
         let edges = &look.view.edges;
         match self.node.driver().try_map(edges, op.offset, op.len, intent) {
@@ -291,7 +295,8 @@ impl Walk {
             | RequestFlags::WRITE_COMPRESSED
             | RequestFlags::COPY_ON_READ
             | RequestFlags::PREFETCH;
-        if fits && !shape.padded && !self.op.flags.intersects(special) {
+        let plain = !shape.padded && !self.op.flags.intersects(special);
+        if fits && plain && !self.node.is_debugged() {
             let driver = self.node.driver();
             let attempt = match &mut self.op.action {
                 Action::Read(buf) => driver.try_read(self.op.offset, buf),

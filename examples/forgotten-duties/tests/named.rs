@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use block_core::{DriverFactory, Registry};
 use iotests::{
+    all_cases,
     case::{FormatUnderTest, Group, Verdict, run},
-    cli::all_cases,
     duties::Duty,
 };
 
@@ -47,7 +47,11 @@ fn is_named(module: &str, factory: impl DriverFactory) {
     let copy = list::COPIES.iter().find(|copy| copy.module == module);
     let copy = copy.expect("the copy is in the list");
     let failures = failures(factory);
-    println!("{module}: {} cases fail", failures.len());
+    println!(
+        "{module}: {} edits, {} cases fail",
+        copy.edits.len(),
+        failures.len()
+    );
     for (case, text) in &failures {
         println!("  {case}: {text}");
     }

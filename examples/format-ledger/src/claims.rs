@@ -13,11 +13,11 @@ type Claimed = BTreeMap<GuestCluster, Vec<oneshot::Sender<()>>>;
 
 /// The claims of one image.
 #[derive(Debug, Default)]
-pub(crate) struct Claims(Arc<Mutex<Claimed>>);
+pub struct Claims(Arc<Mutex<Claimed>>);
 
 /// A claimed cluster. Dropping it lets go of it and wakes those who wait, so that no way out of a function forgets to.
 #[derive(Debug)]
-pub(crate) struct Claim {
+pub struct Claim {
     claims: Arc<Mutex<Claimed>>,
     cluster: GuestCluster,
 }
@@ -25,7 +25,7 @@ pub(crate) struct Claim {
 impl Claims {
     /// The claim, or what to wait for if it is somebody else's. (A cancelled wait means the same as a completed one: the
     /// claim is gone.)
-    pub(crate) fn claim(&self, cluster: GuestCluster) -> Result<Claim, oneshot::Receiver<()>> {
+    pub fn claim(&self, cluster: GuestCluster) -> Result<Claim, oneshot::Receiver<()>> {
         let mut claimed = self.0.lock();
         if let Some(waiting) = claimed.get_mut(&cluster) {
             let (wake, woken) = oneshot::channel();

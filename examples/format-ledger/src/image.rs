@@ -219,7 +219,7 @@ impl Ledger {
         let text =
             "a cluster changed hands while it was being written; the image is marked corrupt";
         Err(Error::corrupt(text).with_field(
-            &format!("ledger[{}]", host.0),
+            format!("ledger[{}]", host.0),
             format!("{owner:?}, for a guest cluster with {old:?}"),
             format!("{:?}", Owner::Guest(guest)),
         ))

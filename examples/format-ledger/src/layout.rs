@@ -293,7 +293,7 @@ impl Header {
         let allowed = format!("0, 1 or {} to {}", hosts.start, hosts.end);
         Err(
             Error::corrupt("The map refers to a cluster that can't hold data").with_field(
-                &format!("map[{}]", at.0),
+                format!("map[{}]", at.0),
                 raw,
                 allowed,
             ),

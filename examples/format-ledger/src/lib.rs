@@ -28,12 +28,12 @@
 #![forbid(unsafe_code)]
 
 mod check;
-mod claims;
+pub mod claims;
 mod driver;
 mod factory;
 mod image;
 pub mod layout;
-mod space;
+pub mod space;
 pub mod table;
 mod write_back;
 

@@ -19,14 +19,17 @@ use crate::{
 
 /// A cluster that was unlinked, and the pins that must end before it can be used again.
 #[derive(Debug)]
-pub(crate) struct Freed {
+pub struct Freed {
+    /// Which.
     pub host: HostCluster,
+    /// What has to be over.
     pub grace: Grace,
 }
 
 /// Who has which cluster of the file.
 #[derive(Debug)]
-pub(crate) struct Space {
+pub struct Space {
+    /// The table of owners.
     pub ledger: Table,
     /// What can be handed out. The last one is the next one.
     free: Vec<HostCluster>,
@@ -38,7 +41,7 @@ pub(crate) struct Space {
 
 impl Space {
     /// What the ledger says.
-    pub(crate) fn new(ledger: Table) -> Self {
+    pub fn new(ledger: Table) -> Self {
         let mut space = Self {
             ledger,
             free: Vec::new(),
@@ -50,36 +53,37 @@ impl Space {
     }
 
     /// Works out anew what is free. The lowest cluster is handed out first, which keeps the file short.
-    pub(crate) fn find_free(&mut self) {
+    pub fn find_free(&mut self) {
         let entries = self.ledger.entries().iter().enumerate().rev();
         let free = entries.filter(|(_, owner)| **owner == Owner::Nobody.encode());
         self.free = free.map(|(host, _)| HostCluster(host as u64)).collect();
     }
 
-    pub(crate) fn owner(&self, host: HostCluster) -> Owner {
+    /// Who has a cluster.
+    pub fn owner(&self, host: HostCluster) -> Owner {
         Owner::decode(self.ledger.get(host.0))
     }
 
     /// How many clusters can be handed out.
-    pub(crate) fn free_clusters(&self) -> u64 {
+    pub fn free_clusters(&self) -> u64 {
         self.free.len() as u64
     }
 
     /// A cluster for `guest`. `None` when there is none, or none *yet*.
-    pub(crate) fn allocate(&mut self, guest: GuestCluster) -> Option<HostCluster> {
+    pub fn allocate(&mut self, guest: GuestCluster) -> Option<HostCluster> {
         let host = self.free.pop()?;
         self.ledger.set(host.0, Owner::Guest(guest).encode());
         Some(host)
     }
 
     /// Stage 4. The caller has seen to stages 1 to 3, or the cluster was never linked.
-    pub(crate) fn free(&mut self, host: HostCluster) {
+    pub fn free(&mut self, host: HostCluster) {
         self.ledger.set(host.0, Owner::Nobody.encode());
         self.free.push(host);
     }
 
     /// Whether the cluster is in stage 1 or 2.
-    pub(crate) fn is_on_its_way(&self, host: HostCluster) -> bool {
+    pub fn is_on_its_way(&self, host: HostCluster) -> bool {
         let mut all = self.unlinked.iter().chain(&self.parked);
         all.any(|freed| freed.host == host)
     }

@@ -4,3 +4,10 @@
 #![forbid(unsafe_code)]
 
 pub mod step1;
+pub mod step2;
+pub mod step3;
+pub mod step4;
+pub mod step5;
+mod tables;
+
+pub use tables::{Factory, OverTables};

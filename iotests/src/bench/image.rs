@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use block_core::{
-    BlockHandle, Buffer, Capabilities, ChildRole, Node, NodeSpec, Options, RequestFlags,
+    BlockHandle, Buffer, Capabilities, ChildRole, ErrorKind, Node, NodeSpec, Options, RequestFlags,
+    driver::Truncate,
     flags::{PermissionSet, Permissions},
     options::NodeOptions,
     registry::OpenOptions,
@@ -19,11 +20,11 @@ use crate::{
     sim::Running,
     storage::{Choose, Content, Disk, Hold, Stage},
 };
+use serde_json::Value;
 
 /// A backing file, as it has to stay.
 pub(super) struct Layer {
     pub name: String,
-    pub model: Vec<u8>,
     pub content: Vec<u8>,
 }
 
@@ -93,9 +94,7 @@ impl Bench {
         let backing = base.as_deref().map(|base| (base, format.name.as_str()));
         lab.create(&format.name, &name, size, &format.create, backing)
             .await?;
-        let node = lab
-            .open(&format.name, &name, backing, &Options::new())
-            .await?;
+        let node = open(scene, &layers, &Options::new()).await?;
         // Storage with an alignment may round it up.
         below.resize(node.length() as usize, 0);
         Ok(Self {
@@ -148,7 +147,6 @@ impl Bench {
         let mut layers = self.close().await?;
         layers.push(Layer {
             name,
-            model: model.clone(),
             content: disk.content().to_bytes(),
         });
         Self::make(&scene, cluster, size, layers, model).await
@@ -176,6 +174,36 @@ impl Bench {
     /// Closes the image and opens it again, with `options` from here on.
     pub async fn reopen_with(self, options: Options) -> Result<Self, Stop> {
         self.again(options, None).await
+    }
+
+    /// The same, closed by `closer`, which is the last to hold it.
+    pub async fn closed_by(self, closer: BlockHandle) -> Result<Self, Stop> {
+        let (scene, cluster, seq) = (self.scene.clone(), self.cluster, self.seq);
+        let Self {
+            node,
+            handle,
+            disk,
+            model,
+            below,
+            layers,
+            options,
+            ..
+        } = self;
+        drop((handle, node));
+        closer.close().await?;
+        let node = open(&scene, &layers, &options).await?;
+        Ok(Self {
+            handle: scene.lab.attach(&node, "guest")?,
+            scene,
+            node,
+            disk,
+            cluster,
+            model,
+            below,
+            layers,
+            options,
+            seq,
+        })
     }
 
     /// Closes the image and opens it again as it was opened before.
@@ -411,6 +439,19 @@ impl Bench {
         Ok(())
     }
 
+    /// Changes the size; what is new reads as zeroes. Ends the case where the driver can't.
+    pub async fn truncate(&mut self, length: u64) -> Outcome {
+        self.needs(Capabilities::TRUNCATE)?;
+        match self.handle.truncate(length, Truncate::default()).await {
+            Err(error) if error.kind() == ErrorKind::NotSupported => {
+                return not_covered("the driver can't change the size like that");
+            }
+            other => other?,
+        }
+        self.resized(length);
+        Ok(())
+    }
+
     /// What is there is what the model says.
     pub async fn check_range(&self, offset: u64, len: u64, what: &str) -> Outcome {
         let found = self.handle.read(offset, len as usize).await?;
@@ -473,17 +514,34 @@ impl Bench {
     }
 }
 
-/// Opens the topmost image over `layers`.
+/// Opens the topmost image over `layers`. A format that doesn't record its backing file is told all of them.
 pub(super) async fn open(
     scene: &Arc<Scene>,
     layers: &[Layer],
     options: &Options,
 ) -> Result<Arc<Node>, Failure> {
     let format = scene.format.name.as_str();
-    let base = layers.last().map(|layer| layer.name.clone());
-    let backing = base.as_deref().map(|base| (base, format));
+    let mut options = options.clone();
+    if !scene.lab.records_backing(format) {
+        let mut below = None;
+        for layer in layers {
+            let file = Options::new()
+                .with("driver", "file")
+                .with("filename", layer.name.as_str());
+            let mut image = Options::new()
+                .with("driver", format)
+                .with("file", Value::Object(file.0));
+            if let Some(below) = below {
+                image.set("backing", below);
+            }
+            below = Some(Value::Object(image.0));
+        }
+        if let Some(below) = below {
+            options.set("backing", below);
+        }
+    }
     let name = layer_name(layers.len());
-    Ok(scene.lab.open(format, &name, backing, options).await?)
+    Ok(scene.lab.open(format, &name, None, &options).await?)
 }
 
 /// A write that waits at the storage.

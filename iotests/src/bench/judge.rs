@@ -64,6 +64,22 @@ pub(super) async fn own_check(node: &Arc<Node>, handle: &BlockHandle) -> Outcome
 }
 
 impl Bench {
+    /// What the installed qemu-img prints about the image as it is in the storage now. `None` when it can't be asked.
+    pub fn ask_qemu(&self, command: &[&str]) -> Result<Option<String>, super::Stop> {
+        let format = self.scene.format.name.as_str();
+        if self.has_backing() && !self.scene.lab.records_backing(format) {
+            return Ok(None);
+        }
+        let laid = Laid::new(&self.scene, &self.disk, &self.layers)?;
+        let mut arguments = command.to_vec();
+        arguments.extend(["-f", format, laid.top.as_str()]);
+        match qemu_img(format, &arguments)? {
+            None => Ok(None),
+            Some(said) if said.status == Some(0) => Ok(Some(said.text)),
+            Some(said) => wrong(format!("qemu-img: {}", said.text)),
+        }
+    }
+
     /// The driver's own check, if it has one.
     pub async fn own_check(&self) -> Outcome {
         own_check(&self.node, &self.handle).await
@@ -232,16 +248,14 @@ fn asked() -> &'static Mutex<Asked> {
     ASKED.get_or_init(Mutex::default)
 }
 
-/// The disks of a case as files, with the topmost's path, for the installed tools. `None` when they don't know the format.
-pub(crate) struct Laid {
+/// The disks of a case as files, with the topmost's path, for the installed tools.
+struct Laid {
     dir: TempDir,
-    /// The topmost image.
-    pub top: String,
+    top: String,
 }
 
 impl Laid {
-    /// Lays the topmost disk and its layers out.
-    pub fn new(scene: &Scene, disk: &Disk, layers: &[Layer]) -> Result<Self, Failure> {
+    fn new(scene: &Scene, disk: &Disk, layers: &[Layer]) -> Result<Self, Failure> {
         let out = |error: std::io::Error| Failure(error.to_string());
         let dir = TempDir::new().map_err(out)?;
         put(&dir.0.join(disk.name()), &disk.content()).map_err(out)?;
@@ -255,7 +269,7 @@ impl Laid {
 }
 
 /// Runs qemu-img. `None` when it isn't installed or doesn't know the format.
-pub(crate) fn qemu_img(format: &str, arguments: &[&str]) -> Result<Option<Said>, Failure> {
+fn qemu_img(format: &str, arguments: &[&str]) -> Result<Option<Said>, Failure> {
     if asked().lock().unknown.contains(format) {
         return Ok(None);
     }

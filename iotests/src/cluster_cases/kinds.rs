@@ -277,6 +277,7 @@ async fn meets(scene: Arc<Scene>, kind: Kind, operation: Operation) -> Outcome {
         })?;
     }
     if operation == Operation::CopyOnRead && kind.has_backing() {
+        let status = bench.handle.block_status(target + 512, 512).await?;
         must(status.depth == 0, || {
             format!("it is still at depth {}", status.depth)
         })?;

@@ -73,10 +73,8 @@ async fn one_place(scene: Arc<Scene>, kind: ClusterKind) -> CaseResult {
             "the format doesn't store data as it is".into(),
         ));
     }
-    for result in results {
-        if let Ok(result) = result {
-            result?;
-        }
+    for result in results.into_iter().flatten() {
+        result?;
     }
     image.finish().await?;
     Ok(Verdict::Passed)

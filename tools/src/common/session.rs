@@ -100,6 +100,8 @@ impl Session {
             };
             let tasks = std::mem::take(&mut *self.tasks.lock());
             future::join_all(tasks).await;
+            // Requests that stand at a breakpoint would be waited for in vain.
+            iotests::faults::resume_all(&self.graph);
             self.jobs.cancel_all().await;
             if let Err(error) = self.graph.close_all().await
                 && outcome.is_ok()
@@ -142,5 +144,9 @@ pub fn drivers() -> Registry {
         .with(format_qcow2::Qcow2Factory::default())
         .with(format_vmdk::VmdkFactory);
     filters::register(&mut registry);
+    iotests::faults::register(&mut registry);
+    let tell = |notice: &iotests::faults::Notice| println!("{notice}");
+    let blkdebug = iotests::faults::BlkdebugFactory::default().with_observer(Arc::new(tell));
+    registry.register(Arc::new(blkdebug));
     registry
 }
