@@ -295,7 +295,8 @@ impl Walk {
             | RequestFlags::WRITE_COMPRESSED
             | RequestFlags::COPY_ON_READ
             | RequestFlags::PREFETCH;
-        if fits && !shape.padded && !self.op.flags.intersects(special) && !self.node.is_debugged() {
+        let plain = !shape.padded && !self.op.flags.intersects(special);
+        if fits && plain && !self.node.is_debugged() {
             let driver = self.node.driver();
             let attempt = match &mut self.op.action {
                 Action::Read(buf) => driver.try_read(self.op.offset, buf),
