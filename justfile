@@ -40,7 +40,7 @@ bench:
 
 # The conformance suite and the race tests as a program: run, list, race, storm-commands
 iotests *args:
-    cargo run --release -p iotests --example iotests -- {{args}}
+    cargo run --release -p iotests -- {{args}}
 
 # Licences, bans, advisories (needs cargo-deny)
 deny:

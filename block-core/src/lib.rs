@@ -32,6 +32,7 @@
 pub mod bitmap;
 pub mod buffer;
 pub mod chain;
+pub mod debug;
 mod deferred;
 mod drain;
 pub mod driver;
@@ -43,12 +44,15 @@ pub mod handle;
 pub mod image;
 pub mod limits;
 pub mod node;
+pub mod observe;
 mod open;
 pub mod options;
 mod path;
 mod permissions;
 pub mod pins;
+pub mod producer;
 pub mod registry;
+mod reopen;
 pub mod request;
 pub mod stats;
 pub mod status;
@@ -59,6 +63,7 @@ pub use async_trait::async_trait;
 
 pub use crate::{
     buffer::{Buffer, IoBuf, IoBufMut},
+    debug::DebugEvent,
     drain::DrainGuard,
     driver::{BlockDriver, Capabilities, ChildRole, DriverKind},
     env::Environment,
@@ -70,6 +75,7 @@ pub use crate::{
     open::resolve_name,
     options::Options,
     path::copy_range,
+    producer::ProducerId,
     registry::{DriverFactory, OpenOptions, Registry},
     request::{Child, Request},
 };

@@ -523,6 +523,41 @@ pub enum DetectZeroes {
     Unmap,
 }
 
+impl DiscardMode {
+    pub(crate) fn parse(value: Value) -> Result<Self> {
+        serde_json::from_value(value.clone()).map_err(|_| {
+            Error::invalid("Invalid discard option").with_field(
+                "discard",
+                shown(&value),
+                "ignore, unmap",
+            )
+        })
+    }
+}
+
+impl DetectZeroes {
+    pub(crate) fn parse(value: Value) -> Result<Self> {
+        serde_json::from_value(value.clone()).map_err(|_| {
+            let value = shown(&value);
+            Error::invalid(format!("invalid parameter value: {value}")).with_field(
+                "detect-zeroes",
+                value,
+                "off, on, unmap",
+            )
+        })
+    }
+
+    /// Whether a node may have both.
+    pub(crate) fn check_with(self, discard: DiscardMode) -> Result<()> {
+        if self == Self::Unmap && discard == DiscardMode::Ignore {
+            return Err(Error::invalid(
+                "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap",
+            ));
+        }
+        Ok(())
+    }
+}
+
 /// `cache.direct`, `cache.no-flush`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
@@ -561,24 +596,11 @@ impl NodeOptions {
         }
         let discard = match options.take("discard") {
             None => DiscardMode::Unmap,
-            Some(value) => serde_json::from_value(value.clone()).map_err(|_| {
-                Error::invalid("Invalid discard option").with_field(
-                    "discard",
-                    shown(&value),
-                    "ignore, unmap",
-                )
-            })?,
+            Some(value) => DiscardMode::parse(value)?,
         };
         let detect_zeroes = match options.take("detect-zeroes") {
             None => DetectZeroes::Off,
-            Some(value) => serde_json::from_value(value.clone()).map_err(|_| {
-                let value = shown(&value);
-                Error::invalid(format!("invalid parameter value: {value}")).with_field(
-                    "detect-zeroes",
-                    value,
-                    "off, on, unmap",
-                )
-            })?,
+            Some(value) => DetectZeroes::parse(value)?,
         };
         let mut cache = inherited.cache;
         match options.take("cache") {
@@ -610,11 +632,7 @@ impl NodeOptions {
                 "force-share=on can only be used with read-only images",
             ));
         }
-        if detect_zeroes == DetectZeroes::Unmap && discard == DiscardMode::Ignore {
-            return Err(Error::invalid(
-                "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap",
-            ));
-        }
+        detect_zeroes.check_with(discard)?;
         Ok(Self {
             node_name,
             discard,

@@ -7,7 +7,6 @@
 use std::{
     fmt,
     future::Future,
-    panic::AssertUnwindSafe,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -19,7 +18,9 @@ use futures::{FutureExt, future::BoxFuture};
 use serde::Serialize;
 
 use crate::{
+    duties::Duty,
     lab::{Lab, LabOptions},
+    panics,
     sim::{CancelAt, Cancelled, DropWhen, Order, Running},
 };
 
@@ -57,11 +58,39 @@ impl FormatUnderTest {
         self.safeguards = true;
         self
     }
+
+    /// Name and options, for tables: `qcow2:cluster_size=4k,compat=0.10`.
+    pub fn label(&self) -> String {
+        if self.create.0.is_empty() {
+            return self.name.clone();
+        }
+        format!("{}:{}", self.name, self.create_text())
+    }
+
+    /// The options as `-o` takes them.
+    pub fn create_text(&self) -> String {
+        let options = self.create.0.iter().map(|(key, value)| match value {
+            serde_json::Value::String(text) => format!("{key}={text}"),
+            other => format!("{key}={other}"),
+        });
+        options.collect::<Vec<String>>().join(",")
+    }
 }
 
 /// Why a case failed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Failure(pub String);
+
+/// Begins the text of a failure that isn't one. No message begins like that.
+const NOT_COVERED: &str = "\0not covered: ";
+
+impl Failure {
+    /// Ends a case from within a helper because the driver doesn't have what the case is about: no failure, but
+    /// [`Verdict::NotCovered`].
+    pub fn not_covered(why: &str) -> Self {
+        Self(format!("{NOT_COVERED}{why}"))
+    }
+}
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -207,6 +236,10 @@ pub struct Case {
     pub gate: bool,
     /// The request alignment of its storage, in bytes.
     pub alignment: u64,
+    /// The one duty of a driver that it is about, if it is about one alone: a failure names it.
+    pub duty: Option<Duty>,
+    /// It belongs to the subset that runs in a few seconds.
+    pub quick: bool,
     run: Arc<CaseFn>,
 }
 
@@ -233,6 +266,8 @@ impl Case {
             proves: proves.into(),
             gate: true,
             alignment: 1,
+            duty: None,
+            quick: true,
             run: Arc::new(move |scene| run(scene).boxed()),
         }
     }
@@ -241,6 +276,20 @@ impl Case {
     #[must_use]
     pub fn without_gate(mut self) -> Self {
         self.gate = false;
+        self
+    }
+
+    /// About one duty alone. Whatever makes it fail, the duty was forgotten.
+    #[must_use]
+    pub fn duty(mut self, duty: Duty) -> Self {
+        self.duty = Some(duty);
+        self
+    }
+
+    /// Takes too long for the quick subset.
+    #[must_use]
+    pub fn slow(mut self) -> Self {
+        self.quick = false;
         self
     }
 
@@ -347,19 +396,18 @@ pub fn run(
     });
     let env = scene.lab.env.clone();
     let future = (case.run)(scene.clone());
-    let verdict = std::panic::catch_unwind(AssertUnwindSafe(|| env.try_run(future)));
-    let verdict = match verdict {
+    let verdict = match panics::catch(|| env.try_run(future)) {
         Ok(Ok(Ok(verdict))) => verdict,
-        Ok(Ok(Err(failure))) => Verdict::Failed(failure.0),
+        Ok(Ok(Err(Failure(text)))) => match text.strip_prefix(NOT_COVERED) {
+            Some(why) => Verdict::NotCovered(why.to_owned()),
+            None => Verdict::Failed(text),
+        },
         Ok(Err(stuck)) => Verdict::Failed(stuck.to_string()),
-        Err(panic) => {
-            let text = panic
-                .downcast_ref::<String>()
-                .cloned()
-                .or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()))
-                .unwrap_or_default();
-            Verdict::Failed(format!("panic: {text}"))
-        }
+        Err(panic) => Verdict::Failed(panic),
+    };
+    let verdict = match (verdict, case.duty) {
+        (Verdict::Failed(seen), Some(duty)) => Verdict::Failed(duty.explain(&seen)),
+        (verdict, _) => verdict,
     };
     let run = Run {
         verdict,

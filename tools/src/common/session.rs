@@ -15,6 +15,7 @@ use super::{
     failure::{Failure, Outcome},
     program::Program,
     signals::Signals,
+    trace::{self, Tracing},
 };
 
 /// What a command works with.
@@ -31,6 +32,7 @@ pub struct Session {
     pub env: Arc<EnvTokio>,
     /// Signals.
     pub signals: Signals,
+    tracing: Mutex<Option<Tracing>>,
     tasks: Mutex<Vec<oneshot::Receiver<()>>>,
 }
 
@@ -44,6 +46,9 @@ impl Session {
             .map_err(|error| Failure::new(format!("Could not start threads: {error}")))?;
         let env = Arc::new(env);
         let graph = Graph::new(env.clone());
+        let tracing = trace::wanted()
+            .map(|options| Tracing::start(&graph, options))
+            .transpose()?;
         Ok(Self {
             program,
             jobs: JobManager::new(&graph),
@@ -51,6 +56,7 @@ impl Session {
             registry: Arc::new(drivers()),
             env,
             signals: Signals::listen(),
+            tracing: Mutex::new(tracing),
             tasks: Mutex::default(),
         })
     }
@@ -94,6 +100,8 @@ impl Session {
             };
             let tasks = std::mem::take(&mut *self.tasks.lock());
             future::join_all(tasks).await;
+            // Requests that stand at a breakpoint would be waited for in vain.
+            iotests::faults::resume_all(&self.graph);
             self.jobs.cancel_all().await;
             if let Err(error) = self.graph.close_all().await
                 && outcome.is_ok()
@@ -102,11 +110,25 @@ impl Session {
             }
             outcome
         });
-        match outcome {
+        let status = match outcome {
             Ok(code) => code,
             Err(failure) => {
                 failure.report(self.program);
                 failure.code
+            }
+        };
+        self.end_trace(status)
+    }
+
+    /// Writes what is left of the trace, if one was asked for. Gives the exit status: `status`, unless that was 0 and the
+    /// trace couldn't be written.
+    pub fn end_trace(&self, status: u8) -> u8 {
+        let tracing = self.tracing.lock().take();
+        match tracing.map_or(Ok(()), Tracing::finish) {
+            Ok(()) => status,
+            Err(failure) => {
+                failure.report(self.program);
+                if status == 0 { failure.code } else { status }
             }
         }
     }
@@ -122,5 +144,9 @@ pub fn drivers() -> Registry {
         .with(format_qcow2::Qcow2Factory::default())
         .with(format_vmdk::VmdkFactory);
     filters::register(&mut registry);
+    iotests::faults::register(&mut registry);
+    let tell = |notice: &iotests::faults::Notice| println!("{notice}");
+    let blkdebug = iotests::faults::BlkdebugFactory::default().with_observer(Arc::new(tell));
+    registry.register(Arc::new(blkdebug));
     registry
 }

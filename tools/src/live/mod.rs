@@ -135,7 +135,7 @@ pub fn run(program: Program, args: &[String]) -> u8 {
         let path = scratch.keep();
         complain!("{name}: the images are in '{}'", path.display());
     }
-    status
+    session.end_trace(status)
 }
 
 enum Stopped {
