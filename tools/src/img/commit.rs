@@ -96,7 +96,10 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     };
     let result = job.run(&meter, !drop_only).await;
     meter.finish();
+    // It was kept while it had no parent. From here on it is closed with the image above it, or now.
+    let released = session.graph.release(&base).await;
     result?;
+    released?;
     drop(base);
     drop(chain);
     top.close().await?;
