@@ -27,6 +27,7 @@ pub mod case;
 pub mod cases;
 pub mod cli;
 pub mod external;
+pub mod fault_cases;
 pub mod job_cases;
 pub mod lab;
 pub mod memdriver;

@@ -60,10 +60,12 @@ pub(super) fn cases() -> Vec<Case> {
     cases
 }
 
-/// The error that is injected.
-const fn injected(kind: OpKind) -> ErrorKind {
-    match kind {
-        OpKind::Write | OpKind::WriteZeroes | OpKind::Truncate => ErrorKind::NoSpace,
+/// The error that is injected. One ENOSPC alone may be healed by space that is freed.
+const fn injected(kind: OpKind, extent: Extent) -> ErrorKind {
+    match (kind, extent) {
+        (OpKind::Write | OpKind::WriteZeroes | OpKind::Truncate, Extent::AllFrom) => {
+            ErrorKind::NoSpace
+        }
         _ => ErrorKind::Io,
     }
 }
@@ -141,7 +143,7 @@ async fn one(start: &Start, kind: OpKind, extent: Extent, n: u64) -> Result<bool
         Extent::After => Stage::After,
         _ => Stage::Before,
     };
-    disk.fail(choose, injected(kind), stage);
+    disk.fail(choose, injected(kind, extent), stage);
     work(&mut runner).await?;
     let env = start.scene.lab.env.clone();
     let cut_open = disk.power_cut(&*env);
@@ -166,20 +168,25 @@ async fn one(start: &Start, kind: OpKind, extent: Extent, n: u64) -> Result<bool
     let failed = disk
         .log_since(position)
         .iter()
-        .any(|entry| entry.op.kind == kind && entry.result == Some(Err(injected(kind))));
+        .any(|entry| entry.op.kind == kind && entry.result == Some(Err(injected(kind, extent))));
     if !failed {
         if let Some(error) = errors.first() {
             return Err(format!("without a fault: {error}").into());
         }
         return Ok(false);
     }
-    told(kind, &errors)?;
+    told(kind, extent, &errors).map_err(|failure| {
+        let log = disk.log_since(position);
+        let hit = log.iter().find(|entry| matches!(entry.result, Some(Err(_))));
+        let hit = hit.map(|entry| entry.op.to_string()).unwrap_or_default();
+        Failure(format!("{failure} ({hit})"))
+    })?;
     judge(start, cut_open, &model_open, &model).await?;
     Ok(true)
 }
 
 /// The error was told to somebody, as what it is.
-fn told(kind: OpKind, errors: &[block_core::Error]) -> Result<(), Failure> {
+fn told(kind: OpKind, extent: Extent, errors: &[block_core::Error]) -> Result<(), Failure> {
     // Punches are advice; that one fails changes nothing for anybody.
     let must_be_told = matches!(kind, OpKind::Read | OpKind::Write | OpKind::Flush);
     let Some(first) = errors.first() else {
@@ -188,7 +195,7 @@ fn told(kind: OpKind, errors: &[block_core::Error]) -> Result<(), Failure> {
         }
         return Ok(());
     };
-    if first.kind() != injected(kind) {
+    if first.kind() != injected(kind, extent) {
         return Err(format!("the first error has become another: {first}").into());
     }
     if !first.to_string().contains(IMAGE) {
