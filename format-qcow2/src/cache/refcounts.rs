@@ -5,13 +5,15 @@
 //! before the table's entry for it ("published"), so that a power cut never leaves an entry that points to garbage.
 //! Which clusters may be given out is decided in `alloc`.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, sync::Arc};
 
 use block_core::{
+    debug::DebugEvent,
     error::{Error, ErrorKind, Result},
     flags::RequestFlags,
     mutant,
     request::Child,
+    space::{SpaceEvent, SpaceTap},
 };
 
 use super::slice::NumberMap;
@@ -62,6 +64,8 @@ pub(crate) struct RefcountStore {
     clock: u64,
     /// More clean blocks than this aren't kept.
     capacity: usize,
+    /// Who is told when a refcount leaves 0 or comes back to it.
+    pub tap: Arc<SpaceTap>,
 }
 
 impl RefcountStore {
@@ -79,6 +83,7 @@ impl RefcountStore {
                 "Reference count table too large",
             ));
         }
+        file.debug_event(DebugEvent::ReftableLoad).await;
         let bytes = file.read_padded(place.offset.0, len as usize).await?;
         let table = entry::be64s(&bytes)
             .map(|raw| raw & entry::REFCOUNT_TABLE_MASK)
@@ -92,6 +97,7 @@ impl RefcountStore {
             blocks: NumberMap::default(),
             clock: 0,
             capacity,
+            tap: Arc::default(),
         })
     }
 
@@ -151,6 +157,7 @@ impl RefcountStore {
                 self.evict(self.capacity - self.capacity / 4);
             }
             let len = self.geometry.cluster_size() as usize;
+            file.debug_event(DebugEvent::RefblockLoad).await;
             let bytes = file.read_padded(host.0, len).await?.to_vec();
             let block = Block {
                 bytes,
@@ -190,6 +197,9 @@ impl RefcountStore {
         let by = 1 + u64::from(mutant::is_active("qcow2-refcount-increment-by-two"));
         let new = codec.increment(&mut block.bytes, index, by)?;
         block.version += 1;
+        if new == 1 {
+            self.tap.tell(|| self.taken(cluster));
+        }
         Ok(new)
     }
 
@@ -210,7 +220,24 @@ impl RefcountStore {
             .decrement(&mut block.bytes, index, by)
             .map_err(|_| none())?;
         block.version += u64::from(!mutant::is_active("qcow2-refcount-decrement-not-dirty"));
+        if new == 0 {
+            self.tap.tell(|| self.freed(cluster));
+        }
         Ok(new)
+    }
+
+    fn taken(&self, cluster: HostCluster) -> SpaceEvent {
+        SpaceEvent::Taken {
+            host: self.geometry.host_start(cluster).0,
+            len: self.geometry.cluster_size(),
+        }
+    }
+
+    fn freed(&self, cluster: HostCluster) -> SpaceEvent {
+        SpaceEvent::Free {
+            host: self.geometry.host_start(cluster).0,
+            len: self.geometry.cluster_size(),
+        }
     }
 
     /// The first run of free clusters at or after `from`, no longer than `want`, within one block's range. Where there
@@ -264,6 +291,7 @@ impl RefcountStore {
             }
             block.version += 1;
         }
+        self.tap.tell(|| self.taken(cluster));
         Ok(cluster)
     }
 
@@ -324,6 +352,7 @@ impl RefcountStore {
         failure: &Failure,
         limit: u64,
     ) -> Result<TablePlace> {
+        file.debug_event(DebugEvent::ReftableGrow).await;
         let cluster_size = self.geometry.cluster_size();
         let per_cluster = cluster_size / 8;
         let per_block = self.geometry.refcounts_per_block();
@@ -358,6 +387,7 @@ impl RefcountStore {
             .write_grown_table(file, failure, start, blocks, table_clusters)
             .await;
         if result.is_err() {
+            self.tap.tell(|| SpaceEvent::Forgotten);
             for index in old_len..old_len + blocks {
                 self.blocks.remove(&index);
             }
@@ -386,6 +416,7 @@ impl RefcountStore {
         for cluster in start..start + blocks + table_clusters {
             self.increment(file, HostCluster(cluster)).await?;
         }
+        file.debug_event(DebugEvent::RefblockAllocWriteBlocks).await;
         for n in 0..blocks {
             let host = self.geometry.host_start(HostCluster(start + n));
             if let Some(block) = self.blocks.get_mut(&(first_index + n)) {
@@ -408,6 +439,7 @@ impl RefcountStore {
         let offset = self.geometry.host_start(HostCluster(start + blocks));
         let clusters = u32::try_from(table_clusters)
             .map_err(|_| Error::new(ErrorKind::TooBig, "Reference count table too large"))?;
+        file.debug_event(DebugEvent::RefblockAllocWriteTable).await;
         file.write(offset.0, bytes, RequestFlags::empty()).await?;
         failure.flush(file).await?;
         Ok(TablePlace { offset, clusters })
@@ -454,6 +486,8 @@ impl RefcountStore {
         for index in &ready {
             let raw = self.table.get(*index as usize).copied().unwrap_or(0);
             let at = self.place.offset.0 + index * 8;
+            file.debug_event(DebugEvent::RefblockAllocHookup).await;
+            file.debug_event(DebugEvent::ReftableUpdate).await;
             file.write(at, raw.to_be_bytes().to_vec(), RequestFlags::empty())
                 .await?;
             self.unpublished.remove(index);
