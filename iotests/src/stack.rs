@@ -344,7 +344,7 @@ impl Stack {
 
 /// What the installed qemu-img says of an image among its backing files.
 pub(crate) fn ask_qemu(scene: &Scene, top: &str) -> Result<(), Failure> {
-    let scratch = external::TempDir::new("check").map_err(|error| Failure(error.to_string()))?;
+    let scratch = external::TempDir::new().map_err(|error| Failure(error.to_string()))?;
     for disk in scene.lab.disks.all() {
         let bytes = disk.content().to_bytes();
         std::fs::write(scratch.path().join(disk.name()), bytes)
