@@ -57,7 +57,9 @@ pub(super) fn drive(
         flags,
         ..
     } = op;
-    let too_long = limits.max_transfer != 0 && len > limits.max_transfer;
+    let too_long = limits.max_transfer != 0
+        && len > limits.max_transfer
+        && !mutant::is_active("path-max-transfer-ignored");
     let flush_after =
         flags.contains(RequestFlags::FUA) && !capabilities.contains(Capabilities::FUA);
     match action {

@@ -27,6 +27,7 @@ use crate::{
     error::{Error, ErrorKind, Operation, Result},
     flags::RequestFlags,
     handle::RootGuard,
+    mutant,
     node::{Edges, Node, View},
     observe::Arrival,
     options::{DetectZeroes, DiscardMode},
@@ -85,7 +86,14 @@ impl Op {
     pub(crate) fn write(offset: u64, buf: IoBuf, flags: RequestFlags) -> Self {
         let len = buf.len() as u64;
         if flags.contains(RequestFlags::ZERO_WRITE) {
-            return Self::zero(offset, len, flags);
+            let mut zero = Self::zero(offset, len, flags);
+            if mutant::is_active("gate-not-for-zero-flag") {
+                zero.flags -= RequestFlags::ZERO_WRITE;
+            }
+            if mutant::is_active("gate-not-for-write-zeroes") {
+                zero.flags |= RequestFlags::SERIALISING;
+            }
+            return zero;
         }
         Self {
             action: Action::Write(buf),
@@ -265,10 +273,14 @@ fn shape(op: &Op, look: &Look) -> Shape {
     let (limits, capabilities, length) = (&look.view.limits, look.capabilities, look.length);
     let align = limits.request_alignment;
     if op.is_truncate() {
-        let range = TrackedRange::from_start(op.offset.min(length));
+        let from = if mutant::is_active("gate-truncate-holds-new-end-only") {
+            op.offset.max(length)
+        } else {
+            op.offset.min(length)
+        };
         return Shape {
-            range,
-            serialising: true,
+            range: TrackedRange::from_start(from),
+            serialising: !mutant::is_active("gate-not-for-truncate"),
             padded: false,
         };
     }
@@ -280,7 +292,8 @@ fn shape(op: &Op, look: &Look) -> Shape {
         || matches!(op.action, Action::Zero | Action::Discard)
         || (padded && modifies)
         || (modifies && capabilities.contains(Capabilities::SERIALISE_WRITES));
-    let granularity = if serialising {
+    let serialising = serialising && !unserialised(op, padded, capabilities);
+    let granularity = if serialising && !mutant::is_active("gate-range-not-rounded-out") {
         limits.serialising_granularity.max(align)
     } else {
         align
@@ -289,6 +302,30 @@ fn shape(op: &Op, look: &Look) -> Shape {
         range: rounded(op.offset, op.len, granularity),
         serialising,
         padded,
+    }
+}
+
+/// Seeded bugs: whose tickets aren't serialising although they should be.
+#[inline]
+fn unserialised(op: &Op, padded: bool, capabilities: Capabilities) -> bool {
+    let asked = op.flags.contains(RequestFlags::SERIALISING);
+    match op.action {
+        Action::Discard => mutant::is_active("gate-not-for-discard"),
+        Action::Zero if op.flags.contains(RequestFlags::ZERO_WRITE) => {
+            !asked && mutant::is_active("gate-not-for-write-zeroes")
+        }
+        Action::Zero => mutant::is_active("gate-not-for-zero-flag"),
+        Action::Read(_) => {
+            op.flags.contains(RequestFlags::COPY_ON_READ)
+                && mutant::is_active("gate-not-for-copy-on-read")
+        }
+        Action::Write(_) if padded => mutant::is_active("gate-not-for-padded-writes"),
+        Action::Write(_) => {
+            !asked
+                && capabilities.contains(Capabilities::SERIALISE_WRITES)
+                && mutant::is_active("gate-ignores-serialise-writes")
+        }
+        Action::Truncate(_) => false,
     }
 }
 
@@ -304,11 +341,11 @@ fn apply_node_options(view: &View, op: &mut Op) -> bool {
     {
         op.action = Action::Zero;
         op.flags |= RequestFlags::ZERO_WRITE;
-        if detect == DetectZeroes::Unmap {
+        if detect == DetectZeroes::Unmap || mutant::is_active("path-detect-zeroes-unmaps") {
             op.flags |= RequestFlags::MAY_UNMAP;
         }
     }
-    if discard == DiscardMode::Ignore {
+    if discard == DiscardMode::Ignore && !mutant::is_active("path-discard-mode-ignored") {
         op.flags -= RequestFlags::MAY_UNMAP;
         return matches!(op.action, Action::Discard);
     }

@@ -16,6 +16,7 @@ use crate::{
     error::{Error, ErrorKind, Result},
     flags::RequestFlags,
     handle::RootGuard,
+    mutant,
     node::{Node, View},
     producer,
     request::Request,
@@ -105,6 +106,15 @@ impl Walk {
 
     /// Goes on. `waited`: the ticket at this node that was waited for.
     pub fn step(&mut self, mut waited: Option<Tracked>) -> Step {
+        if mutant::is_active("path-no-second-look")
+            && let Some(tracked) = waited.take()
+        {
+            // With what it saw before it waited, as far as that can still be known.
+            let look = Look::at(&self.node);
+            let now = shape(&self.op, &look);
+            self.hold(self.node.clone(), Ticket::Own(tracked));
+            return self.drive(&look, &now);
+        }
         if let Some(tracked) = &waited {
             self.node.tell(|to| to.admitted(tracked.id()));
         }
@@ -144,7 +154,8 @@ impl Walk {
                             Ok(tracked) => tracked,
                             Err(step) => return step,
                         };
-                        if self.node.epoch() != look.epoch {
+                        if self.node.epoch() != look.epoch && !mutant::is_active("path-stale-edges")
+                        {
                             // What was looked at before the ticket was taken may have changed.
                             look = Look::at(&self.node);
                             waited = Some(tracked);
@@ -258,7 +269,9 @@ impl Walk {
                 if !inside {
                     return Way::Drive;
                 }
-                self.held.pins.extend(pin);
+                if !mutant::is_active("path-pin-dropped") {
+                    self.held.pins.extend(pin);
+                }
                 Way::Down {
                     child: child.clone(),
                     offset,
@@ -290,7 +303,9 @@ impl Walk {
     /// The long way: the driver does it, at once if it can.
     fn drive(&mut self, look: &Look, shape: &Shape) -> Step {
         let limits = &look.view.limits;
-        let fits = limits.max_transfer == 0 || self.op.len <= limits.max_transfer;
+        let fits = limits.max_transfer == 0
+            || self.op.len <= limits.max_transfer
+            || mutant::is_active("path-max-transfer-ignored");
         let special = RequestFlags::FUA
             | RequestFlags::WRITE_COMPRESSED
             | RequestFlags::COPY_ON_READ
