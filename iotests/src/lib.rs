@@ -48,6 +48,8 @@ pub mod external;
 pub mod fault_cases;
 pub mod faults;
 pub mod graph_cases;
+#[cfg(feature = "mutants")]
+pub mod hunt;
 pub mod job_cases;
 pub mod lab;
 pub mod life_cases;

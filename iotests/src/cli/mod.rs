@@ -40,6 +40,8 @@ enum Command {
     Simulate(simulate::cli::Simulate),
     Minimise(simulate::cli::Minimise),
     Replay(simulate::cli::Replay),
+    #[cfg(feature = "mutants")]
+    Mutants(crate::hunt::Hunt),
     /// Prints a storm as commands for `blk io` and `qemu-io` on standard input
     StormCommands(race::StormArgs),
 }
@@ -64,6 +66,8 @@ pub fn main(suite: &Suite) -> ExitCode {
         Command::Simulate(args) => args.run(suite.registry(), suite.bare()),
         Command::Minimise(args) => args.run(suite.registry(), suite.bare()),
         Command::Replay(args) => args.run(suite.registry(), suite.bare()),
+        #[cfg(feature = "mutants")]
+        Command::Mutants(args) => args.run(suite),
         Command::StormCommands(args) => race::storm_commands(&args),
     };
     match status {
