@@ -135,7 +135,10 @@ pub struct Graph {
     claims: Mutex<HashMap<u64, String>>,
     /// Nodes whose opening was given up.
     orphans: Mutex<Vec<Arc<Node>>>,
+    on_new_node: Mutex<Option<NodeHook>>,
 }
+
+type NodeHook = Arc<dyn Fn(&Arc<Node>) + Send + Sync>;
 
 impl Graph {
     /// An empty graph.
@@ -161,7 +164,14 @@ impl Graph {
             gate,
             claims: Mutex::default(),
             orphans: Mutex::default(),
+            on_new_node: Mutex::default(),
         })
+    }
+
+    /// Has `hook` called with every node that is added from now on, before anybody can send it a request: the place to give
+    /// it an [observer](Node::observe).
+    pub fn on_new_node(&self, hook: impl Fn(&Arc<Node>) + Send + Sync + 'static) {
+        *self.on_new_node.lock() = Some(Arc::new(hook));
     }
 
     /// The environment.
@@ -238,6 +248,10 @@ impl Graph {
             return Err(error);
         }
         node.refresh_limits();
+        let hook = self.on_new_node.lock().clone();
+        if let Some(hook) = hook {
+            hook(&node);
+        }
         Ok(node)
     }
 
@@ -327,6 +341,11 @@ impl Graph {
                     node.set_edges(edges.clone());
                 }
             }
+            if !change.edges.is_empty() {
+                for node in topology.nodes.values() {
+                    node.refresh_debugged();
+                }
+            }
             for (id, node) in &change.root_nodes {
                 if let Some(root) = topology.roots.get(id) {
                     root.node.store(node.clone());
@@ -344,7 +363,7 @@ impl Graph {
             }
             for (id, set) in &change.root_permissions {
                 if let Some(root) = topology.roots.get(id) {
-                    *root.permissions.lock() = *set;
+                    root.set_permissions(*set);
                 }
             }
             if !change.edges.is_empty() {

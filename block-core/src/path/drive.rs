@@ -9,7 +9,8 @@ use super::{Action, Held, Op, Origin, Ticket};
 use crate::{
     buffer::{Buffer, IoBuf, IoBufMut},
     chain,
-    driver::{BlockDriver, Capabilities, Truncate},
+    debug::DebugEvent,
+    driver::{Attempt, BlockDriver, Capabilities, Truncate},
     error::{Error, ErrorKind, Result},
     flags::RequestFlags,
     limits::{Limits, fit_max},
@@ -23,7 +24,7 @@ const MAX_ZERO_BUFFER: u64 = 16 << 20;
 const MAX_COPY_ON_READ: u64 = 1 << 20;
 
 /// What the driver-facing flags of a request are.
-fn driver_flags(flags: RequestFlags, capabilities: Capabilities) -> RequestFlags {
+pub(super) fn driver_flags(flags: RequestFlags, capabilities: Capabilities) -> RequestFlags {
     let mut passed = flags
         & (RequestFlags::MAY_UNMAP
             | RequestFlags::FUA
@@ -76,7 +77,7 @@ pub(super) fn drive(
         }
         Action::Write(buf) => {
             let passed = driver_flags(flags, capabilities);
-            if !padded && !too_long && !flush_after {
+            if !padded && !too_long && !flush_after && !request.node().is_debugged() {
                 return driver.write(request, offset, buf, passed);
             }
             Box::pin(async move {
@@ -94,6 +95,7 @@ pub(super) fn drive(
         }
         Action::Zero => Box::pin(async move {
             let passed = driver_flags(flags, capabilities);
+            request.debug_event(DebugEvent::PwritevZero).await;
             write_zeroes(
                 &driver,
                 &request,
@@ -104,6 +106,7 @@ pub(super) fn drive(
                 capabilities,
             )
             .await?;
+            request.debug_event(DebugEvent::PwritevDone).await;
             if flush_after {
                 super::ranged::flush_now(request).await
             } else {
@@ -138,6 +141,41 @@ const fn piece(len: u64, max: u64, align: u64) -> u64 {
     if max != 0 && len > max { max } else { len }
 }
 
+/// One call, at once if the driver can.
+async fn read_piece(
+    driver: Arc<dyn BlockDriver>,
+    request: Request,
+    offset: u64,
+    mut buf: IoBufMut,
+) -> Result<()> {
+    match driver.try_read(offset, &mut buf) {
+        Attempt::Done(result) => result,
+        Attempt::Left(done) => {
+            drop(buf.split_to(done));
+            driver.read(request, offset + done as u64, buf).await
+        }
+    }
+}
+
+/// One call, at once if the driver can.
+async fn write_piece(
+    driver: Arc<dyn BlockDriver>,
+    request: Request,
+    offset: u64,
+    mut buf: IoBuf,
+    flags: RequestFlags,
+) -> Result<()> {
+    match driver.try_write(offset, &buf, flags) {
+        Attempt::Done(result) => result,
+        Attempt::Left(done) => {
+            drop(buf.split_to(done));
+            driver
+                .write(request, offset + done as u64, buf, flags)
+                .await
+        }
+    }
+}
+
 async fn split_read(
     driver: Arc<dyn BlockDriver>,
     request: Request,
@@ -152,7 +190,7 @@ async fn split_read(
             limits.request_alignment,
         );
         let head = buf.split_to(step as usize);
-        driver.clone().read(request.clone(), offset, head).await?;
+        read_piece(driver.clone(), request.clone(), offset, head).await?;
         offset += step;
     }
     Ok(())
@@ -224,6 +262,7 @@ async fn split_write(
     flags: RequestFlags,
     limits: &Limits,
 ) -> Result<()> {
+    request.debug_event(DebugEvent::Pwritev).await;
     while !buf.is_empty() {
         let step = piece(
             buf.len() as u64,
@@ -231,12 +270,10 @@ async fn split_write(
             limits.request_alignment,
         );
         let head = buf.split_to(step as usize);
-        driver
-            .clone()
-            .write(request.clone(), offset, head, flags)
-            .await?;
+        write_piece(driver.clone(), request.clone(), offset, head, flags).await?;
         offset += step;
     }
+    request.debug_event(DebugEvent::PwritevDone).await;
     Ok(())
 }
 
@@ -259,18 +296,32 @@ async fn padded_write(
     let mut head = IoBuf::new();
     let mut tail = IoBuf::new();
     if stop - start <= 2 * align {
+        if head_len != 0 {
+            request.debug_event(DebugEvent::PwritevRmwHead).await;
+        }
+        if tail_len != 0 {
+            request.debug_event(DebugEvent::PwritevRmwTail).await;
+        }
         let block = IoBuf::from(read_block(driver, request, start, stop - start, limits).await?);
         head = block.slice(..head_len);
         tail = block.slice(block.len() - tail_len..);
     } else {
         if head_len != 0 {
+            request.debug_event(DebugEvent::PwritevRmwHead).await;
             let block = IoBuf::from(read_block(driver, request, start, align, limits).await?);
             head = block.slice(..head_len);
         }
         if tail_len != 0 {
+            request.debug_event(DebugEvent::PwritevRmwTail).await;
             let block = IoBuf::from(read_block(driver, request, last, align, limits).await?);
             tail = block.slice(block.len() - tail_len..);
         }
+    }
+    if head_len != 0 {
+        request.debug_event(DebugEvent::PwritevRmwAfterHead).await;
+    }
+    if tail_len != 0 {
+        request.debug_event(DebugEvent::PwritevRmwAfterTail).await;
     }
     head.append(buf);
     head.append(tail);
@@ -478,12 +529,18 @@ async fn copy_on_read(
                     &data.slice((at - start) as usize..(at - start + run) as usize),
                 );
             }
+            request.debug_event(DebugEvent::CorWrite).await;
             let op = if data.is_zero() {
                 Op::zero(start, stop - start, RequestFlags::WRITE_UNCHANGED)
             } else {
                 Op::write(start, data, RequestFlags::WRITE_UNCHANGED)
             };
-            Box::pin(super::submit(&node, Origin::Nested(ticket.clone()), op)).await?;
+            Box::pin(super::submit(
+                node.clone(),
+                Origin::Nested(ticket.clone()),
+                op,
+            ))
+            .await?;
         }
         at += run;
     }

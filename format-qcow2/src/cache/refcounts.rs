@@ -5,12 +5,14 @@
 //! before the table's entry for it ("published"), so that a power cut never leaves an entry that points to garbage.
 //! Which clusters may be given out is decided in `alloc`.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, sync::Arc};
 
 use block_core::{
+    debug::DebugEvent,
     error::{Error, ErrorKind, Result},
     flags::RequestFlags,
     request::Child,
+    space::{SpaceEvent, SpaceTap},
 };
 
 use super::slice::NumberMap;
@@ -61,6 +63,8 @@ pub(crate) struct RefcountStore {
     clock: u64,
     /// More clean blocks than this aren't kept.
     capacity: usize,
+    /// Who is told when a refcount leaves 0 or comes back to it.
+    pub tap: Arc<SpaceTap>,
 }
 
 impl RefcountStore {
@@ -78,6 +82,7 @@ impl RefcountStore {
                 "Reference count table too large",
             ));
         }
+        file.debug_event(DebugEvent::ReftableLoad).await;
         let bytes = file.read_padded(place.offset.0, len as usize).await?;
         let table = entry::be64s(&bytes)
             .map(|raw| raw & entry::REFCOUNT_TABLE_MASK)
@@ -91,6 +96,7 @@ impl RefcountStore {
             blocks: NumberMap::default(),
             clock: 0,
             capacity,
+            tap: Arc::default(),
         })
     }
 
@@ -150,6 +156,7 @@ impl RefcountStore {
                 self.evict(self.capacity - self.capacity / 4);
             }
             let len = self.geometry.cluster_size() as usize;
+            file.debug_event(DebugEvent::RefblockLoad).await;
             let bytes = file.read_padded(host.0, len).await?.to_vec();
             let block = Block {
                 bytes,
@@ -188,6 +195,9 @@ impl RefcountStore {
         })?;
         let new = codec.increment(&mut block.bytes, index, 1)?;
         block.version += 1;
+        if new == 1 {
+            self.tap.tell(|| self.taken(cluster));
+        }
         Ok(new)
     }
 
@@ -207,7 +217,24 @@ impl RefcountStore {
             .decrement(&mut block.bytes, index, 1)
             .map_err(|_| none())?;
         block.version += 1;
+        if new == 0 {
+            self.tap.tell(|| self.freed(cluster));
+        }
         Ok(new)
+    }
+
+    fn taken(&self, cluster: HostCluster) -> SpaceEvent {
+        SpaceEvent::Taken {
+            host: self.geometry.host_start(cluster).0,
+            len: self.geometry.cluster_size(),
+        }
+    }
+
+    fn freed(&self, cluster: HostCluster) -> SpaceEvent {
+        SpaceEvent::Free {
+            host: self.geometry.host_start(cluster).0,
+            len: self.geometry.cluster_size(),
+        }
     }
 
     /// The first run of free clusters at or after `from`, no longer than `want`, within one block's range. Where there
@@ -258,6 +285,7 @@ impl RefcountStore {
             self.codec.set(&mut block.bytes, 0, 1)?;
             block.version += 1;
         }
+        self.tap.tell(|| self.taken(cluster));
         Ok(cluster)
     }
 
@@ -318,6 +346,7 @@ impl RefcountStore {
         failure: &Failure,
         limit: u64,
     ) -> Result<TablePlace> {
+        file.debug_event(DebugEvent::ReftableGrow).await;
         let cluster_size = self.geometry.cluster_size();
         let per_cluster = cluster_size / 8;
         let per_block = self.geometry.refcounts_per_block();
@@ -352,6 +381,7 @@ impl RefcountStore {
             .write_grown_table(file, failure, start, blocks, table_clusters)
             .await;
         if result.is_err() {
+            self.tap.tell(|| SpaceEvent::Forgotten);
             for index in old_len..old_len + blocks {
                 self.blocks.remove(&index);
             }
@@ -380,6 +410,7 @@ impl RefcountStore {
         for cluster in start..start + blocks + table_clusters {
             self.increment(file, HostCluster(cluster)).await?;
         }
+        file.debug_event(DebugEvent::RefblockAllocWriteBlocks).await;
         for n in 0..blocks {
             let host = self.geometry.host_start(HostCluster(start + n));
             if let Some(block) = self.blocks.get_mut(&(first_index + n)) {
@@ -402,6 +433,7 @@ impl RefcountStore {
         let offset = self.geometry.host_start(HostCluster(start + blocks));
         let clusters = u32::try_from(table_clusters)
             .map_err(|_| Error::new(ErrorKind::TooBig, "Reference count table too large"))?;
+        file.debug_event(DebugEvent::RefblockAllocWriteTable).await;
         file.write(offset.0, bytes, RequestFlags::empty()).await?;
         failure.flush(file).await?;
         Ok(TablePlace { offset, clusters })
@@ -444,6 +476,8 @@ impl RefcountStore {
         for index in &ready {
             let raw = self.table.get(*index as usize).copied().unwrap_or(0);
             let at = self.place.offset.0 + index * 8;
+            file.debug_event(DebugEvent::RefblockAllocHookup).await;
+            file.debug_event(DebugEvent::ReftableUpdate).await;
             file.write(at, raw.to_be_bytes().to_vec(), RequestFlags::empty())
                 .await?;
             self.unpublished.remove(index);

@@ -7,8 +7,10 @@
 use std::sync::Arc;
 
 use block_core::{
+    debug::DebugEvent,
     error::{Error, Result},
     request::{Child, Request},
+    space::SpaceEvent,
 };
 use futures::{
     FutureExt,
@@ -20,7 +22,8 @@ use super::slice::{NumberMap, Slice, SliceIndex, SliceTable};
 use crate::{
     counters::Counters,
     image::Qcow2,
-    layout::{L1Entry, L2Entry, entry},
+    layout::{ClusterIndex, L1Entry, L2Entry, entry},
+    meta::link_of,
 };
 
 const SHARDS: usize = 64;
@@ -97,6 +100,7 @@ impl Qcow2 {
                 return Ok(None);
             };
             let len = self.slice_entries() as usize * 8;
+            file.debug_event(DebugEvent::L2Load).await;
             let bytes = file
                 .read_padded(self.slice_host(index, table).0, len)
                 .await?;
@@ -104,6 +108,14 @@ impl Qcow2 {
             let slice = Slice::new(entry::be64s(&bytes));
             let changed = self.slices.tables_changed.read();
             if *changed == began {
+                if self.tap.is_set() && self.slices.table.get(index).is_none() {
+                    for at in 0..slice.len() {
+                        let cluster = ClusterIndex(self.slice_start(index).0 + at as u64);
+                        if let Some(link) = link_of(slice.load(at), cluster, self.geometry) {
+                            self.tap.tell(|| SpaceEvent::Found(link));
+                        }
+                    }
+                }
                 return Ok(Some(self.slices.table.insert(index, slice)));
             }
         }
@@ -161,6 +173,7 @@ impl Qcow2 {
         let allocation = meta.allocate(file, 1).await?;
         let host = self.geometry.host_start(allocation.first());
         let zeroes = block_core::buffer::IoBuf::zeroes(self.geometry.cluster_size() as usize);
+        file.debug_event(DebugEvent::L2AllocWrite).await;
         file.write(host.0, zeroes, block_core::flags::RequestFlags::empty())
             .await?;
         let new = L1Entry {
@@ -201,6 +214,7 @@ impl Qcow2 {
         let per_table = self.geometry.l2_entries() >> self.settings.slice_bits;
         let first = index.0 - index.0 % per_table;
         let len = self.geometry.cluster_size() as usize;
+        file.debug_event(DebugEvent::L2AllocCowRead).await;
         let mut bytes = file.read_padded(old.0, len).await?.to_vec();
         let slice_len = self.slice_entries() as usize * 8;
         for n in 0..per_table {
@@ -212,6 +226,7 @@ impl Qcow2 {
         }
         let allocation = meta.allocate(file, 1).await?;
         let host = self.geometry.host_start(allocation.first());
+        file.debug_event(DebugEvent::L2AllocWrite).await;
         file.write(host.0, bytes, block_core::flags::RequestFlags::empty())
             .await?;
         let mut freed = crate::alloc::quarantine::Freed::default();
