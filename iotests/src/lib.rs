@@ -13,7 +13,7 @@
 //! | [`cases`] | the deterministic races |
 //! | [`basic`] | what every driver must do |
 //! | [`duties`] | what the contract leaves to a driver, duty by duty: a failure says which was forgotten |
-//! | [`bench`] | an image beside an exact model of its bytes, and a probe that sees what the core makes of a request |
+//! | [`mod@bench`] | an image beside an exact model of its bytes, and a probe that sees what the core makes of a request |
 //! | [`path_cases`], [`chain_cases`], [`cluster_cases`], [`life_cases`], [`graph_cases`] | the request path; status and backing files; zero writes and discards by kind of cluster; resize, reopen and permissions; drain and graph changes |
 //! | [`race`] | storms: thousands of interleaved commands |
 //! | [`cancel`] | any case again, with one request dropped at each of its await points |
