@@ -17,6 +17,7 @@ use crate::{
     handle::RootGuard,
     node::Node,
     pins,
+    producer::{self, ProducerId},
     stats::Counted,
     tracked::Tracked,
 };
@@ -41,15 +42,15 @@ pub(crate) struct Completion {
 
 impl Completion {
     /// Steps 5 and 6: record, whether it succeeded or not, and release.
-    fn finish(self, ok: bool) {
+    fn finish(&mut self, ok: bool) {
         let Self {
             node,
-            ticket,
             counted,
             offset,
             len,
-            root,
+            ..
         } = self;
+        let (counted, offset, len) = (*counted, *offset, *len);
         match counted {
             Counted::Write | Counted::Zero | Counted::Discard => {
                 node.mark_dirty(offset, len);
@@ -70,8 +71,11 @@ impl Completion {
             node.bump_epoch();
         }
         node.stats().ended(counted, len, ok);
-        drop(ticket);
-        drop(root);
+        if let Some(Ticket::Own(tracked)) = &self.ticket {
+            node.tell(|to| to.ended(tracked.id(), ok));
+        }
+        drop(self.ticket.take());
+        drop(self.root.take());
     }
 
     fn operation(&self) -> Option<Operation> {
@@ -91,18 +95,30 @@ impl Completion {
 pub(crate) struct Held {
     pub completions: Completions,
     pub pins: SmallVec<[pins::Pin; 3]>,
+    /// On whose behalf the driver works.
+    pub producer: ProducerId,
 }
 
 impl Held {
-    /// Records and releases, innermost level first.
-    pub(crate) fn finish(&mut self, result: &Result<()>) {
-        self.pins.clear();
-        while let Some(completion) = self.completions.pop() {
-            completion.finish(result.is_ok());
+    pub(crate) fn new(producer: ProducerId) -> Self {
+        Self {
+            completions: Completions::new(),
+            pins: SmallVec::new(),
+            producer,
         }
     }
 
-    fn describe(&self, error: Error) -> Error {
+    /// Records and releases, innermost level first.
+    pub(crate) fn finish(&mut self, result: &Result<()>) {
+        self.pins.clear();
+        for completion in self.completions.iter_mut().rev() {
+            completion.finish(result.is_ok());
+        }
+        self.completions.clear();
+    }
+
+    #[cold]
+    pub(crate) fn describe(&self, error: Error) -> Error {
         let Some(innermost) = self.completions.last() else {
             return error;
         };
@@ -140,7 +156,11 @@ impl Driven {
         let Some(mut future) = self.future.take() else {
             return Poll::Ready(Err(Error::io("a request was polled after its end")));
         };
-        match future.as_mut().poll(cx) {
+        let polled = {
+            let _acting = producer::act_for(self.held.producer);
+            future.as_mut().poll(cx)
+        };
+        match polled {
             Poll::Pending => {
                 self.future = Some(future);
                 Poll::Pending

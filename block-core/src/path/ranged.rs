@@ -12,6 +12,7 @@ use crate::{
     error::{Error, Operation, Result},
     handle::RootGuard,
     node::Node,
+    producer,
     request::Request,
     stats::Counted,
     tracked::{RequestKind, TrackedRange},
@@ -39,12 +40,13 @@ pub(crate) async fn flush(node: &Arc<Node>, root: Option<RootGuard>) -> Result<(
     if state.flushed.load(Ordering::SeqCst) >= wanted {
         return Ok(());
     }
-    let request = Request::new(node.clone(), node.edges());
+    let held = held(node, None, root);
+    let request = Request::new(node.clone(), node.edges(), held.producer);
     let future = Box::pin(async move {
         let _turn = turn;
         flush_driver(request).await
     });
-    Driven::new(future, held(node, None, root)).await
+    Driven::new(future, held).await
 }
 
 /// The flush of a request that asked for FUA where the driver has none: always reaches the driver.
@@ -85,7 +87,10 @@ fn held(node: &Arc<Node>, ticket: Option<Ticket>, root: Option<RootGuard>) -> He
     } else {
         Counted::Other
     };
-    let mut held = Held::default();
+    let mut held = Held::new(
+        root.as_ref()
+            .map_or_else(producer::current, RootGuard::producer),
+    );
     held.completions.push(Completion {
         node: node.clone(),
         ticket,
@@ -103,8 +108,9 @@ pub(crate) async fn unranged<T: Send + 'static>(
     root: Option<RootGuard>,
     work: impl FnOnce(Request) -> BoxFuture<'static, Result<T>>,
 ) -> Result<T> {
-    let request = Request::new(node.clone(), node.edges());
-    run(held(node, None, root), work(request)).await
+    let held = held(node, None, root);
+    let request = Request::new(node.clone(), node.edges(), held.producer);
+    run(held, work(request)).await
 }
 
 /// Runs something under a serialising ticket over the whole node: check, repair, a change of the header.
@@ -120,8 +126,9 @@ pub(crate) async fn exclusive<T: Send + 'static>(
         Ok(tracked) => tracked,
         Err(pending) => wait_at_gate(node, pending).await,
     };
-    let request = Request::new(node.clone(), node.edges());
-    run(held(node, Some(Ticket::Own(tracked)), root), work(request)).await
+    let held = held(node, Some(Ticket::Own(tracked)), root);
+    let request = Request::new(node.clone(), node.edges(), held.producer);
+    run(held, work(request)).await
 }
 
 async fn run<T: Send + 'static>(held: Held, work: BoxFuture<'static, Result<T>>) -> Result<T> {
