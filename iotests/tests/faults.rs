@@ -630,7 +630,7 @@ async fn raised(lab: &Lab, options: &str, create: &str) -> Vec<&'static str> {
         debugger.set_breakpoint(event.name(), "A").unwrap();
         let guest = handle.clone();
         // Far enough that the refcount table has to grow, which takes its time.
-        let grows = ["_grow", "_write_blocks", "_write_table", "_switch_table"];
+        let grows = ["_grow", "reftable", "refblock_alloc"];
         let grows = grows.iter().any(|part| event.name().contains(part));
         let length = if grows { 12 << 30 } else { 8 << 20 };
         let script = lab.env.start(async move {
