@@ -368,8 +368,7 @@ async fn eight_reads(lab: &Lab, handle: &Arc<BlockHandle>) -> Vec<u64> {
     for request in running {
         request.await.unwrap();
     }
-    let order = order.lock().clone();
-    order
+    std::mem::take(&mut *order.lock())
 }
 
 #[test]

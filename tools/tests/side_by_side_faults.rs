@@ -30,7 +30,7 @@ fn lines(bytes: &[u8]) -> Vec<String> {
     String::from_utf8_lossy(bytes)
         .replace("qemu-io> ", "")
         .lines()
-        .filter(|line| !line.is_empty() && !(line.contains(" ops; ") && line.contains("ops/sec")))
+        .filter(|line| !(line.is_empty() || line.contains(" ops; ") && line.contains("ops/sec")))
         .map(str::to_owned)
         .collect()
 }
