@@ -274,6 +274,11 @@ impl Oracle {
         self.begin(sectors_of(offset, len), None, Some(value))
     }
 
+    /// A discard of what a driver may keep, though it discards else (a cluster that is covered in part) begins.
+    pub fn discard_perhaps(&self, offset: u64, len: u64) -> Change {
+        self.begin(sectors_of(offset, len), None, Some(Value::Discarded))
+    }
+
     /// A read begins.
     pub fn read(&self) -> Reading {
         let mut state = self.state.lock();

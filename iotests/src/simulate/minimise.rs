@@ -439,8 +439,12 @@ pub fn minimise(
             break;
         }
     }
-    search.best.phases.retain(|phase: &Phase| {
-        phase.cut.is_some() || !phase.queues.is_empty() || !phase.jobs.is_empty()
+    search.change(|scenario| {
+        let before = scenario.phases.len();
+        scenario.phases.retain(|phase: &Phase| {
+            phase.cut.is_some() || !phase.queues.is_empty() || !phase.jobs.is_empty()
+        });
+        scenario.phases.len() < before
     });
     // The schedule is short by now: it gets the time that it takes.
     search.until = Instant::now() + limit;

@@ -197,7 +197,14 @@ async fn make(setup: &Arc<Setup>, lab: &Lab) -> Result<Carried, Failure> {
         names.insert(0, name);
         let node = setup.open(lab, &names).await.map_err(failed)?;
         rule = after_discard(&node);
+        if layer.options.iter().any(|(_, value)| value == "0.10") {
+            // What its discards leave behind depends on whether it has a backing file, which jobs change.
+            rule = AfterDiscard::Anything;
+        }
         let oracle = oracle.get_or_insert_with(|| Oracle::new(AfterDiscard::Zeroes));
+        // What a layer below has beyond this one's end doesn't show.
+        let beyond = guest::MAX_LENGTH.saturating_sub(layer.size);
+        oracle.zero(layer.size, beyond).end(Ended::Done);
         let handle = lab.graph.attach(&node, GUEST, "maker").map_err(failed)?;
         fill(layer, number as u32, oracle, &handle)
             .await
@@ -273,7 +280,7 @@ fn run_phase(
     if recorder.keeps_events() {
         recorder.listen_to(manager.subscribe());
     }
-    if phase.cut.is_some() {
+    if phase.cut.is_some() || !phase.faults.is_empty() {
         carried.oracle.expect_power_cut();
     }
     let world = Arc::new(World {
