@@ -297,10 +297,7 @@ impl Oracle {
         let now = state.clock;
         let state = &mut *state;
         let oldest_reader = state.readers.keys().next().copied();
-        for sector in range {
-            let Some(entries) = state.sectors.get_mut(&sector) else {
-                continue;
-            };
+        for (_, entries) in state.sectors.range_mut(range) {
             let Some(this) = entries.iter_mut().find(|entry| entry.id == id) else {
                 continue;
             };

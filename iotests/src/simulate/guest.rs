@@ -230,4 +230,4 @@ async fn resize(world: &Arc<World>, length: u64) -> Result<()> {
 }
 
 /// No disk of a scenario is longer.
-pub(super) const MAX_LENGTH: u64 = 4 << 20;
+const MAX_LENGTH: u64 = 4 << 20;
