@@ -7,8 +7,8 @@ use std::sync::{
 };
 
 use block_core::{
-    BlockHandle, Graph, Node, Options, PermissionSet, Permissions, RequestFlags,
-    driver::{Capabilities, DriverKind},
+    BlockHandle, ErrorKind, Graph, Node, Options, PermissionSet, Permissions, RequestFlags,
+    driver::{Capabilities, DriverKind, Reopen},
     env::Environment,
     image::{CheckMode, CheckReport, Progress},
 };
@@ -66,6 +66,27 @@ pub(crate) async fn probe(scene: &Scene) -> Result<(Capabilities, u64), Failure>
     let capabilities = node.driver().capabilities();
     lab.graph.release(&node).await?;
     Ok((capabilities, cluster))
+}
+
+/// Why an open image of the format can't become writable, as a job needs it of a base.
+pub(crate) async fn cannot_reopen(scene: &Scene) -> Result<Option<Verdict>, Failure> {
+    let (lab, format) = (&scene.lab, &scene.format);
+    probe(scene).await?;
+    let options = Options::new().with("read-only", true);
+    let node = lab.open(&format.name, "probe", None, &options).await?;
+    let changes = Reopen {
+        read_only: Some(false),
+        ..Reopen::default()
+    };
+    let reopened = lab.graph.reopen(&node, changes).await;
+    lab.graph.release(&node).await?;
+    match reopened {
+        Err(error) if error.kind() == ErrorKind::NotSupported => Ok(Some(Verdict::NotCovered(
+            "the driver can't be reopened".into(),
+        ))),
+        Err(error) => Err(error.into()),
+        Ok(()) => Ok(None),
+    }
 }
 
 /// A handle that reads and writes and lets others do anything.
@@ -130,7 +151,11 @@ pub(crate) fn findings(report: &CheckReport) -> String {
 }
 
 /// The driver's own check of a node, if it has one. Leaks count only when `leaks` says so.
-pub(crate) async fn check(graph: &Arc<Graph>, node: &Arc<Node>, leaks: bool) -> Result<(), Failure> {
+pub(crate) async fn check(
+    graph: &Arc<Graph>,
+    node: &Arc<Node>,
+    leaks: bool,
+) -> Result<(), Failure> {
     let capabilities = node.driver().capabilities();
     if !capabilities.contains(Capabilities::CHECK) {
         return Ok(());
@@ -321,7 +346,10 @@ impl Stack {
         }
         let format = scene.format.name.as_str();
         let backing = backing.map(|name| (name, format));
-        let node = scene.lab.open(format, top, backing, &Options::new()).await?;
+        let node = scene
+            .lab
+            .open(format, top, backing, &Options::new())
+            .await?;
         let again = Guest::new(&writer(&graph, &node, "again")?, &oracle, GUEST);
         judge(&again, "opened again").await?;
         check(&graph, &node, leaks).await?;
@@ -456,7 +484,10 @@ impl Load {
     /// The same, at a part of it only.
     pub fn within(stack: &Stack, queues: usize, within: (u64, u64)) -> Self {
         let env = stack.scene.lab.env.clone();
-        let (stop, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let (stop, done) = (
+            Arc::new(AtomicBool::new(false)),
+            Arc::new(AtomicU64::new(0)),
+        );
         let queues = (0..queues)
             .map(|_| {
                 let (env, guest) = (env.clone(), stack.guest.clone());

@@ -260,9 +260,7 @@ async fn create(start: &Start) -> Result<Outcome, Failure> {
     start.nothing_left("after the creation")?;
     let empty = vec![0; size as usize];
     if result.is_err() {
-        let left = lab
-            .open(&format.name, IMAGE, None, &Options::new())
-            .await;
+        let left = lab.open(&format.name, IMAGE, None, &Options::new()).await;
         if let Ok(node) = left {
             let shown = crate::stack::content(&lab.graph, &node).await?;
             if shown.iter().any(|byte| *byte != 0) {
@@ -274,9 +272,7 @@ async fn create(start: &Start) -> Result<Outcome, Failure> {
         lab.create(&format.name, IMAGE, size, &format.create, None)
             .await?;
     }
-    let node = lab
-        .open(&format.name, IMAGE, None, &Options::new())
-        .await?;
+    let node = lab.open(&format.name, IMAGE, None, &Options::new()).await?;
     let shown = crate::stack::content(&lab.graph, &node).await?;
     let zero_init = start.capabilities.contains(Capabilities::ZERO_INIT);
     lab.graph.release(&node).await?;
@@ -320,8 +316,12 @@ async fn opened(
             };
             arm();
             match handle.check(mode, Progress::new()).await {
+                // What can't be read may be called damage; it may not be called clean.
                 Ok(report) if report.check_errors > 0 => {
                     Err(Error::io("check errors were counted").with_file(IMAGE))
+                }
+                Ok(report) if act == Act::Check && report.corruptions > 0 => {
+                    Err(Error::io("corruptions were counted").with_file(IMAGE))
                 }
                 Ok(_) => Ok(()),
                 Err(error) => Err(error),

@@ -97,10 +97,7 @@ async fn sweep(scene: Arc<Scene>, kind: OpKind, extent: Extent) -> CaseResult {
 async fn work(runner: &mut Runner<'_>) -> Result<(), Failure> {
     let unit = runner.start.unit;
     let can = |what| runner.start.capabilities.contains(what);
-    let (compresses, resizes) = (
-        can(Capabilities::COMPRESSED),
-        can(Capabilities::TRUNCATE),
-    );
+    let (compresses, resizes) = (can(Capabilities::COMPRESSED), can(Capabilities::TRUNCATE));
     // In place; a copy on write at its head and its tail; a zero write of data.
     runner.write(512, 512, NONE).await;
     runner.write(5 * unit + 512, 1024, NONE).await;
@@ -177,7 +174,9 @@ async fn one(start: &Start, kind: OpKind, extent: Extent, n: u64) -> Result<bool
     }
     told(kind, extent, &errors).map_err(|failure| {
         let log = disk.log_since(position);
-        let hit = log.iter().find(|entry| matches!(entry.result, Some(Err(_))));
+        let hit = log
+            .iter()
+            .find(|entry| matches!(entry.result, Some(Err(_))));
         let hit = hit.map(|entry| entry.op.to_string()).unwrap_or_default();
         Failure(format!("{failure} ({hit})"))
     })?;

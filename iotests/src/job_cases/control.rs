@@ -95,7 +95,12 @@ pub(super) fn cases() -> Vec<Case> {
             move |scene| finalize(scene, work),
         ));
     }
-    for work in [Work::KINDS[1], Work::KINDS[2], Work::KINDS[3], Work::KINDS[5]] {
+    for work in [
+        Work::KINDS[1],
+        Work::KINDS[2],
+        Work::KINDS[3],
+        Work::KINDS[5],
+    ] {
         let name = work.name();
         cases.push(Case::new(
             Group::Jobs,

@@ -195,9 +195,7 @@ fn choose(side: Side) -> Choose {
     }
 }
 
-async fn first_error(
-    events: &mut jobs::JobEvents,
-) -> Result<(jobs::IoSide, ErrorAction), Failure> {
+async fn first_error(events: &mut jobs::JobEvents) -> Result<(jobs::IoSide, ErrorAction), Failure> {
     while let Some(event) = events.next().await {
         match event {
             JobEvent::Error {
@@ -346,6 +344,9 @@ async fn flush_fails(scene: Arc<Scene>, work: Work) -> CaseResult {
         Ok(stack) => stack,
         Err(verdict) => return Ok(verdict),
     };
+    if let Some(verdict) = work.leaves_base_changed(&stack) {
+        return Ok(verdict);
+    }
     let manager = JobManager::new(stack.graph());
     let disk = disk_of(&stack, work, Side::Target)?;
     let options = JobOptions {

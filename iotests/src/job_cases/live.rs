@@ -84,7 +84,9 @@ async fn beside_guest(scene: Arc<Scene>, work: Work) -> CaseResult {
     }
     load.stop().await?;
     let counters = job.counters();
-    let moved = counters.bytes_copied + counters.bytes_zeroed + counters.bytes_copied_before_write
+    let moved = counters.bytes_copied
+        + counters.bytes_zeroed
+        + counters.bytes_copied_before_write
         + counters.bytes_written_through;
     if moved == 0 {
         return Ok(Verdict::Inconclusive("the job moved nothing".into()));
@@ -119,6 +121,9 @@ async fn softly_cancelled(scene: Arc<Scene>, work: Work) -> CaseResult {
         Ok(stack) => stack,
         Err(verdict) => return Ok(verdict),
     };
+    if let Some(verdict) = work.leaves_base_changed(&stack) {
+        return Ok(verdict);
+    }
     let manager = JobManager::new(stack.graph());
     let load = Load::start(&stack, 3);
     let (job, target) = work.start(&stack, &manager, JobOptions::default()).await?;

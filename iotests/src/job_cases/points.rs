@@ -94,19 +94,28 @@ async fn overwritten(scene: Arc<Scene>) -> CaseResult {
         at += len;
     }
     // A second time over: nothing may be saved again.
-    stack.guest.zero(0, stack.size / 2 / 512 * 512, NONE).await?;
+    stack
+        .guest
+        .zero(0, stack.size / 2 / 512 * 512, NONE)
+        .await?;
     job.resume()?;
     job.wait().await?;
     let counters = job.counters();
     if counters.bytes_copied_before_write == 0 {
-        return Ok(Verdict::Inconclusive("nothing was copied before a write".into()));
+        return Ok(Verdict::Inconclusive(
+            "nothing was copied before a write".into(),
+        ));
     }
     let total = counters.bytes_copied_before_write + counters.bytes_copied + counters.bytes_zeroed;
     if total > stack.size {
         return Err(format!("{total} bytes were saved of a disk of {}", stack.size).into());
     }
     if let Some(target) = &target {
-        same(&content(stack.graph(), target).await?, &before, "the backup")?;
+        same(
+            &content(stack.graph(), target).await?,
+            &before,
+            "the backup",
+        )?;
     }
     end(&scene, stack, target).await
 }
@@ -123,7 +132,9 @@ async fn across_edges(scene: Arc<Scene>) -> CaseResult {
     let step = stack.unit.max(64 << 10);
     let (guest, edges) = (&stack.guest, [step, 2 * step, 3 * step]);
     guest.write(edges[0] - 512, 1024, NONE).await?;
-    guest.zero(edges[1] - 512, 1024, RequestFlags::MAY_UNMAP).await?;
+    guest
+        .zero(edges[1] - 512, 1024, RequestFlags::MAY_UNMAP)
+        .await?;
     if stack.discards() {
         guest.discard(edges[2] - stack.unit, 2 * stack.unit).await?;
     } else {
@@ -159,7 +170,7 @@ async fn not_twice(scene: Arc<Scene>) -> CaseResult {
     // The guest's own save of a cluster is parked, while the job gets to it as well.
     let hold = copy.hold(Choose::writes().containing(b"IOTS"), Stage::Before);
     let guest = stack.guest.clone();
-    let at = stack.size - stack.unit;
+    let at = 16 * stack.unit;
     let write = scene.start(async move { guest.write(at, 512, NONE).await });
     scene.rest().await;
     if scene.strict() && hold.waiting().is_empty() {
@@ -171,7 +182,11 @@ async fn not_twice(scene: Arc<Scene>) -> CaseResult {
     crate::case::ended(write).await?;
     job.wait().await?;
     if let Some(target) = &target {
-        same(&content(stack.graph(), target).await?, &before, "the backup")?;
+        same(
+            &content(stack.graph(), target).await?,
+            &before,
+            "the backup",
+        )?;
     }
     end(&scene, stack, target).await
 }
@@ -194,9 +209,7 @@ async fn in_step(scene: Arc<Scene>) -> CaseResult {
     guest
         .zero(5 * stack.unit + 512, 2 * stack.unit, NONE)
         .await?;
-    guest
-        .write(6 * stack.unit, 1024, RequestFlags::FUA)
-        .await?;
+    guest.write(6 * stack.unit, 1024, RequestFlags::FUA).await?;
     guest
         .zero(8 * stack.unit, stack.unit, RequestFlags::MAY_UNMAP)
         .await?;
@@ -248,9 +261,7 @@ async fn changed_in_standby(scene: Arc<Scene>) -> CaseResult {
     job.wait_status(JobStatus::Standby).await;
     let guest = &stack.guest;
     guest.write(512, 512, NONE).await?;
-    guest
-        .zero(3 * stack.unit + 512, stack.unit, NONE)
-        .await?;
+    guest.zero(3 * stack.unit + 512, stack.unit, NONE).await?;
     guest
         .zero(6 * stack.unit, stack.unit, RequestFlags::MAY_UNMAP)
         .await?;
@@ -298,10 +309,7 @@ async fn grouped(scene: Arc<Scene>) -> CaseResult {
     let manager = JobManager::new(stack.graph());
     let transaction = Transaction::new(CompletionMode::Grouped);
     let mut jobs = Vec::new();
-    for (id, source, target) in [
-        ("a", stack.top(), &targets[0]),
-        ("b", &other, &targets[1]),
-    ] {
+    for (id, source, target) in [("a", stack.top(), &targets[0]), ("b", &other, &targets[1])] {
         let job = JobOptions {
             transaction: Some(transaction.clone()),
             ..named(id)

@@ -275,7 +275,10 @@ async fn verbs(scene: Arc<Scene>) -> CaseResult {
     job.wait_status(JobStatus::Running).await;
     let bad = |taken: bool, what: &str| {
         if taken {
-            Err(Failure(format!("a job in state {} took {what}", job.status())))
+            Err(Failure(format!(
+                "a job in state {} took {what}",
+                job.status()
+            )))
         } else {
             Ok(())
         }
@@ -361,8 +364,14 @@ async fn compressed(scene: Arc<Scene>) -> CaseResult {
     }
     let job = manager.backup(options).await?;
     // Guest writes make it compress partial ranges as well.
-    stack.guest.write(stack.size - 512, 512, crate::stack::NONE).await?;
-    stack.guest.write(stack.unit / 2, stack.unit, crate::stack::NONE).await?;
+    stack
+        .guest
+        .write(stack.size - 512, 512, crate::stack::NONE)
+        .await?;
+    stack
+        .guest
+        .write(stack.unit / 2, stack.unit, crate::stack::NONE)
+        .await?;
     job.wait().await?;
     let saved = crate::stack::content(stack.graph(), &target).await?;
     crate::stack::same(&saved, &before, "the compressed backup")?;

@@ -332,7 +332,11 @@ async fn other_base(scene: Arc<Scene>, cluster: &'static str) -> CaseResult {
         let handle = writer(&graph, &top, "guest")?;
         let manager = JobManager::new(&graph);
         if stream {
-            manager.stream(StreamOptions::new(&top)).await?.wait().await?;
+            manager
+                .stream(StreamOptions::new(&top))
+                .await?
+                .wait()
+                .await?;
         } else {
             let job = manager.commit(CommitOptions::new(&top)).await?;
             job.wait_ready().await?;
@@ -340,7 +344,11 @@ async fn other_base(scene: Arc<Scene>, cluster: &'static str) -> CaseResult {
             job.wait().await?;
         }
         let found = handle.read(0, size as usize).await?;
-        same(&found, &shown, if stream { "streamed" } else { "committed" })?;
+        same(
+            &found,
+            &shown,
+            if stream { "streamed" } else { "committed" },
+        )?;
         let node = handle.node();
         crate::stack::check(&graph, &node, true).await?;
         if node.backing().is_some() {
@@ -359,6 +367,9 @@ async fn short_base(scene: Arc<Scene>, active: bool) -> CaseResult {
         needs |= Capabilities::CHANGE_BACKING;
     }
     if let Some(verdict) = crate::stack::lacks(capabilities, needs) {
+        return Ok(verdict);
+    }
+    if let Some(verdict) = crate::stack::cannot_reopen(&scene).await? {
         return Ok(verdict);
     }
     let (lab, format) = (&scene.lab, scene.format.name.clone());

@@ -98,9 +98,27 @@ impl Work {
         }
     }
 
+    /// Why a commit that ends without a switch-over can't be judged: what it wrote into its base makes an overlay whose
+    /// header says what the base was like (and can't be rewritten) refuse it.
+    pub(super) fn leaves_base_changed(self, stack: &Stack) -> Option<Verdict> {
+        match self {
+            Self::CommitActive => {
+                crate::stack::lacks(stack.capabilities, Capabilities::CHANGE_BACKING)
+            }
+            _ => None,
+        }
+    }
+
     /// The disk that it works on.
     pub(super) async fn stack(self, scene: &Arc<Scene>) -> Result<Result<Stack, Verdict>, Failure> {
         let (capabilities, _) = crate::stack::probe(scene).await?;
+        if matches!(
+            self,
+            Self::CommitActive | Self::CommitMiddle | Self::StreamAll | Self::StreamTo
+        ) && let Some(verdict) = crate::stack::cannot_reopen(scene).await?
+        {
+            return Ok(Err(verdict));
+        }
         let names = scene.lab.records_backing(&scene.format.name);
         let layers = match self {
             Self::CommitMiddle | Self::StreamTo => 4,
@@ -291,10 +309,7 @@ pub(super) async fn expect_backup(
 }
 
 /// Closes a target that was kept.
-pub(super) async fn close_target(
-    scene: &Scene,
-    target: Option<Arc<Node>>,
-) -> Result<(), Failure> {
+pub(super) async fn close_target(scene: &Scene, target: Option<Arc<Node>>) -> Result<(), Failure> {
     if let Some(target) = target {
         crate::stack::check(&scene.lab.graph, &target, true).await?;
         scene.lab.graph.release(&target).await?;
@@ -310,7 +325,11 @@ pub(super) async fn target_with(
 ) -> Result<Option<Arc<Node>>, Failure> {
     let format = &stack.scene.format;
     let known = stack.scene.lab.registry.get(&format.name)?;
-    if !known.create_options().iter().any(|option| option.name == key) {
+    if !known
+        .create_options()
+        .iter()
+        .any(|option| option.name == key)
+    {
         return Ok(None);
     }
     let create: Options = format.create.clone().with(key, value);
