@@ -8,7 +8,7 @@ use crate::{
     basic,
     case::{Case, FormatUnderTest, Group},
     cases::{self, shared, with_jobs},
-    chain_cases, cli, cluster_cases, duties, fault_cases, graph_cases, job_cases, life_cases,
+    chain_cases, cli, cluster_cases, concurrent_cases, duties, fault_cases, graph_cases, hostile_cases, interop_cases, job_cases, life_cases,
     memdriver, path_cases,
 };
 
@@ -23,6 +23,9 @@ pub fn all_cases() -> Vec<Case> {
     all.extend(graph_cases::all());
     all.extend(job_cases::all());
     all.extend(fault_cases::all());
+    all.extend(concurrent_cases::all());
+    all.extend(hostile_cases::all());
+    all.extend(interop_cases::all());
     let mut races = cases::all();
     races.extend(with_jobs::cases());
     races.extend(shared::cases());
