@@ -478,8 +478,8 @@ impl BlockHandle {
         self.graph()?.set_root_permissions(&self.root, set)
     }
 
-    /// Flushes, detaches, and closes the node if nobody else uses it. The first error is returned; the handle is
-    /// gone in any case.
+    /// Flushes, detaches, and closes the node if nobody else uses it and the program doesn't keep it
+    /// ([`Graph::keep`]). The first error is returned; the handle is gone in any case.
     pub async fn close(self) -> Result<()> {
         let node = self.node();
         let graph = self.graph()?;
@@ -493,8 +493,9 @@ impl BlockHandle {
             Ok(())
         };
         drop(self);
-        let released = graph.release(&node).await;
-        flushed.and(released)
+        graph.collect_orphans().await;
+        let closed = graph.collect(&node).await;
+        flushed.and(closed)
     }
 }
 

@@ -45,6 +45,7 @@ pub mod cluster_cases;
 pub mod conformance;
 pub mod duties;
 pub mod external;
+pub mod fault_cases;
 pub mod faults;
 pub mod graph_cases;
 pub mod job_cases;

@@ -9,7 +9,7 @@ use format_raw::RawFactory;
 use format_vmdk::VmdkFactory;
 use iotests::{
     case::{Case, FormatUnderTest},
-    job_cases, memdriver,
+    fault_cases, job_cases, memdriver,
 };
 
 fn registry() -> Registry {
@@ -48,5 +48,17 @@ fn qcow2_passes_the_cases_about_jobs() {
 fn other_formats_pass_the_cases_about_jobs() {
     for format in &formats()[1..] {
         passes(format, &job_cases::all());
+    }
+}
+
+#[test]
+fn qcow2_passes_the_cases_about_failing_storage() {
+    passes(&qcow2(), &fault_cases::all());
+}
+
+#[test]
+fn other_formats_pass_the_cases_about_failing_storage() {
+    for format in &formats()[1..] {
+        passes(format, &fault_cases::all());
     }
 }

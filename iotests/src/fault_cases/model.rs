@@ -88,6 +88,17 @@ impl Model {
         self.lengths_since.push(length);
     }
 
+    /// It may as well hold what it might have held at another time.
+    pub fn merge(&mut self, other: &Self) {
+        for (mine, theirs) in [(&mut self.now, &other.now), (&mut self.since, &other.since)] {
+            for (mine, theirs) in mine.iter_mut().zip(theirs) {
+                for seen in theirs {
+                    add(mine, *seen);
+                }
+            }
+        }
+    }
+
     /// A flush succeeded.
     pub fn flushed(&mut self) {
         self.since.clone_from(&self.now);
@@ -101,7 +112,11 @@ impl Model {
         } else {
             (&self.now, &self.lengths_now)
         };
-        if !lengths.contains(&(bytes.len() as u64)) {
+        let length = bytes.len() as u64;
+        // A cut may keep a part of what grew by being written.
+        let between =
+            lengths.iter().any(|one| *one < length) && lengths.iter().any(|one| *one > length);
+        if !(lengths.contains(&length) || (after_cut && between)) {
             return Err(format!("{when}: {} bytes, not any of {lengths:?}", bytes.len()).into());
         }
         for (n, (bytes, allowed)) in bytes.chunks(512).zip(sectors).enumerate() {
@@ -149,9 +164,7 @@ impl Start {
         if capabilities.contains(Capabilities::BACKING) {
             lab.create(&format.name, BELOW, size, &format.create, None)
                 .await?;
-            let node = lab
-                .open(&format.name, BELOW, None, &Options::new())
-                .await?;
+            let node = lab.open(&format.name, BELOW, None, &Options::new()).await?;
             let handle = writer(&lab.graph, &node, "maker")?;
             let data = stamped(1, 1, 0, size - 2 * unit);
             shown[..data.len()].copy_from_slice(&data);

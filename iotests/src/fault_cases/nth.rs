@@ -60,10 +60,12 @@ pub(super) fn cases() -> Vec<Case> {
     cases
 }
 
-/// The error that is injected.
-const fn injected(kind: OpKind) -> ErrorKind {
-    match kind {
-        OpKind::Write | OpKind::WriteZeroes | OpKind::Truncate => ErrorKind::NoSpace,
+/// The error that is injected. One ENOSPC alone may be healed by space that is freed.
+const fn injected(kind: OpKind, extent: Extent) -> ErrorKind {
+    match (kind, extent) {
+        (OpKind::Write | OpKind::WriteZeroes | OpKind::Truncate, Extent::AllFrom) => {
+            ErrorKind::NoSpace
+        }
         _ => ErrorKind::Io,
     }
 }
@@ -95,10 +97,7 @@ async fn sweep(scene: Arc<Scene>, kind: OpKind, extent: Extent) -> CaseResult {
 async fn work(runner: &mut Runner<'_>) -> Result<(), Failure> {
     let unit = runner.start.unit;
     let can = |what| runner.start.capabilities.contains(what);
-    let (compresses, resizes) = (
-        can(Capabilities::COMPRESSED),
-        can(Capabilities::TRUNCATE),
-    );
+    let (compresses, resizes) = (can(Capabilities::COMPRESSED), can(Capabilities::TRUNCATE));
     // In place; a copy on write at its head and its tail; a zero write of data.
     runner.write(512, 512, NONE).await;
     runner.write(5 * unit + 512, 1024, NONE).await;
@@ -141,7 +140,7 @@ async fn one(start: &Start, kind: OpKind, extent: Extent, n: u64) -> Result<bool
         Extent::After => Stage::After,
         _ => Stage::Before,
     };
-    disk.fail(choose, injected(kind), stage);
+    disk.fail(choose, injected(kind, extent), stage);
     work(&mut runner).await?;
     let env = start.scene.lab.env.clone();
     let cut_open = disk.power_cut(&*env);
@@ -166,20 +165,27 @@ async fn one(start: &Start, kind: OpKind, extent: Extent, n: u64) -> Result<bool
     let failed = disk
         .log_since(position)
         .iter()
-        .any(|entry| entry.op.kind == kind && entry.result == Some(Err(injected(kind))));
+        .any(|entry| entry.op.kind == kind && entry.result == Some(Err(injected(kind, extent))));
     if !failed {
         if let Some(error) = errors.first() {
             return Err(format!("without a fault: {error}").into());
         }
         return Ok(false);
     }
-    told(kind, &errors)?;
+    told(kind, extent, &errors).map_err(|failure| {
+        let log = disk.log_since(position);
+        let hit = log
+            .iter()
+            .find(|entry| matches!(entry.result, Some(Err(_))));
+        let hit = hit.map(|entry| entry.op.to_string()).unwrap_or_default();
+        Failure(format!("{failure} ({hit})"))
+    })?;
     judge(start, cut_open, &model_open, &model).await?;
     Ok(true)
 }
 
 /// The error was told to somebody, as what it is.
-fn told(kind: OpKind, errors: &[block_core::Error]) -> Result<(), Failure> {
+fn told(kind: OpKind, extent: Extent, errors: &[block_core::Error]) -> Result<(), Failure> {
     // Punches are advice; that one fails changes nothing for anybody.
     let must_be_told = matches!(kind, OpKind::Read | OpKind::Write | OpKind::Flush);
     let Some(first) = errors.first() else {
@@ -188,7 +194,7 @@ fn told(kind: OpKind, errors: &[block_core::Error]) -> Result<(), Failure> {
         }
         return Ok(());
     };
-    if first.kind() != injected(kind) {
+    if first.kind() != injected(kind, extent) {
         return Err(format!("the first error has become another: {first}").into());
     }
     if !first.to_string().contains(IMAGE) {

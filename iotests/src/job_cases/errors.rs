@@ -461,15 +461,13 @@ async fn not_saved(scene: Arc<Scene>, sent: Sent, on_error: OnCbwError) -> CaseR
         old
     };
     let options = BackupOptions {
-        job: JobOptions {
-            speed: 1,
-            ..JobOptions::default()
-        },
         on_cbw_error: on_error,
         ..BackupOptions::new(stack.top(), &target)
     };
     let job = manager.backup(options).await?;
-    scene.rest().await;
+    // Before it has copied anything.
+    job.pause()?;
+    job.wait_status(JobStatus::Paused).await;
     let disk = scene.lab.disk(COPY)?;
     let rule = disk.fail(
         Choose::writes().kind(OpKind::WriteZeroes),
@@ -485,7 +483,7 @@ async fn not_saved(scene: Arc<Scene>, sent: Sent, on_error: OnCbwError) -> CaseR
     disk.remove_rule(rule);
     if on_error == OnCbwError::BreakSnapshot {
         result?;
-        let _ = job.set_speed(0);
+        let _ = job.resume();
         match job.wait().await {
             Err(error) if error.kind() == ErrorKind::Io => {}
             other => return Err(format!("the backup ended with {other:?}").into()),
@@ -497,7 +495,7 @@ async fn not_saved(scene: Arc<Scene>, sent: Sent, on_error: OnCbwError) -> CaseR
     }
     let now = content(stack.graph(), &guest.handle().node()).await?;
     same(&now, &old, "the disk after the failed request")?;
-    job.set_speed(0)?;
+    job.resume()?;
     job.wait().await?;
     same(&content(stack.graph(), &target).await?, &old, "the backup")?;
     conclude(&scene, stack, work, Some(target), true, &before).await

@@ -83,9 +83,10 @@ async fn overwritten(scene: Arc<Scene>) -> CaseResult {
     };
     let manager = JobManager::new(stack.graph());
     let before = content(stack.graph(), stack.top()).await?;
-    let mut options = named("slow");
-    options.speed = 1;
-    let (job, target) = work.start(&stack, &manager, options).await?;
+    let (job, target) = work.start(&stack, &manager, named("slow")).await?;
+    // Before it has copied anything.
+    job.pause()?;
+    job.wait_status(JobStatus::Paused).await;
     let mut at = 0;
     while at < stack.size {
         let len = (3 * stack.unit + 512).min(stack.size - at);
@@ -97,7 +98,7 @@ async fn overwritten(scene: Arc<Scene>) -> CaseResult {
         .guest
         .zero(0, stack.size / 2 / 512 * 512, NONE)
         .await?;
-    job.set_speed(0)?;
+    job.resume()?;
     job.wait().await?;
     let counters = job.counters();
     if counters.bytes_copied_before_write == 0 {
@@ -162,9 +163,9 @@ async fn not_twice(scene: Arc<Scene>) -> CaseResult {
     };
     let manager = JobManager::new(stack.graph());
     let before = content(stack.graph(), stack.top()).await?;
-    let mut options = named("twice");
-    options.speed = 1;
-    let (job, target) = work.start(&stack, &manager, options).await?;
+    let (job, target) = work.start(&stack, &manager, named("twice")).await?;
+    job.pause()?;
+    job.wait_status(JobStatus::Paused).await;
     let copy = scene.lab.disk(COPY)?;
     // The guest's own save of a cluster is parked, while the job gets to it as well.
     let hold = copy.hold(Choose::writes().containing(b"IOTS"), Stage::Before);
@@ -172,7 +173,10 @@ async fn not_twice(scene: Arc<Scene>) -> CaseResult {
     let at = stack.size - stack.unit;
     let write = scene.start(async move { guest.write(at, 512, NONE).await });
     scene.rest().await;
-    job.set_speed(0)?;
+    if scene.strict() && hold.waiting().is_empty() {
+        return Err("the guest's save wasn't parked".into());
+    }
+    job.resume()?;
     scene.rest().await;
     hold.release();
     crate::case::ended(write).await?;
