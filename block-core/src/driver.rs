@@ -16,6 +16,7 @@ use bitflags::bitflags;
 
 use crate::{
     buffer::{IoBuf, IoBufMut},
+    debug::DebugEvent,
     error::{Error, ErrorKind, Result},
     flags::{PermissionSet, Permissions, RequestFlags},
     image::{CheckMode, CheckReport, ImageInfo, Progress},
@@ -92,6 +93,8 @@ bitflags! {
         const COPY_ON_READ = 1 << 16;
         /// A write past the end grows the node.
         const GROW = 1 << 17;
+        /// `debug_event` wants to be told what drivers above do (a fault injector). Set once and for all.
+        const DEBUG_EVENTS = 1 << 18;
     }
 }
 
@@ -344,6 +347,12 @@ pub trait BlockDriver: Send + Sync + 'static {
     async fn reopen(self: Arc<Self>, request: Request, changes: Reopen) -> Result<()> {
         let _ = (request, changes);
         Err(Error::from_kind(ErrorKind::NotSupported))
+    }
+
+    /// Something happens in a driver above this one, which goes on when this returns. Only with
+    /// [`Capabilities::DEBUG_EVENTS`].
+    async fn debug_event(self: Arc<Self>, event: DebugEvent) {
+        let _ = event;
     }
 
     /// Last call: writes back everything and marks the image clean. The node is drained. After an error the driver

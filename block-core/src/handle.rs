@@ -24,6 +24,7 @@ use crate::{
     limits::Limits,
     node::{Edges, Node},
     path::{self, Op, Origin},
+    producer::{ProducerId, on_behalf_of},
     status::BlockStatus,
     tracked::{RequestKind, Tracked, TrackedRange},
 };
@@ -121,6 +122,12 @@ impl RootState {
 /// One admitted request. It counts until it is dropped, which is when the request's last I/O has ended.
 pub(crate) struct RootGuard(Arc<RootState>);
 
+impl RootGuard {
+    pub(crate) fn producer(&self) -> ProducerId {
+        ProducerId::new(self.0.id)
+    }
+}
+
 impl Drop for RootGuard {
     fn drop(&mut self) {
         if self.0.in_flight.fetch_sub(1, Ordering::SeqCst) == 1
@@ -157,6 +164,11 @@ impl BlockHandle {
     /// The name given when it was made, for messages.
     pub fn name(&self) -> &str {
         &self.root.name
+    }
+
+    /// Who its requests say that they come from.
+    pub fn producer(&self) -> ProducerId {
+        ProducerId::new(self.root.id)
     }
 
     /// The node that it is attached to, now.
@@ -377,7 +389,8 @@ impl BlockHandle {
     ) -> Result<BlockStatus> {
         let _guard = self.root.enter().await;
         let node = self.root.node.load_full();
-        chain::block_status(&node, base, offset, len, true).await
+        let status = chain::block_status(&node, base, offset, len, true);
+        on_behalf_of(self.producer(), status).await
     }
 
     /// Whether a layer from the handle's node down to above `base` (or including it) decides the content at
@@ -391,7 +404,8 @@ impl BlockHandle {
     ) -> Result<(bool, u64)> {
         let _guard = self.root.enter().await;
         let node = self.root.node.load_full();
-        chain::is_allocated_above(&node, base, include_base, offset, len).await
+        let allocated = chain::is_allocated_above(&node, base, include_base, offset, len);
+        on_behalf_of(self.producer(), allocated).await
     }
 
     /// What the image says of itself.

@@ -9,6 +9,7 @@
 pub mod bitmap;
 pub mod buffer;
 pub mod chain;
+pub mod debug;
 mod deferred;
 mod drain;
 pub mod driver;
@@ -20,12 +21,15 @@ pub mod handle;
 pub mod image;
 pub mod limits;
 pub mod node;
+pub mod observe;
 mod open;
 pub mod options;
 mod path;
 mod permissions;
 pub mod pins;
+pub mod producer;
 pub mod registry;
+mod reopen;
 pub mod request;
 pub mod stats;
 pub mod status;
@@ -36,6 +40,7 @@ pub use async_trait::async_trait;
 
 pub use crate::{
     buffer::{Buffer, IoBuf, IoBufMut},
+    debug::DebugEvent,
     drain::DrainGuard,
     driver::{BlockDriver, Capabilities, ChildRole, DriverKind},
     env::Environment,
@@ -47,6 +52,7 @@ pub use crate::{
     open::resolve_name,
     options::Options,
     path::copy_range,
+    producer::ProducerId,
     registry::{DriverFactory, OpenOptions, Registry},
     request::{Child, Request},
 };

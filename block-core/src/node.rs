@@ -9,7 +9,7 @@ use std::{
     },
 };
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use parking_lot::{Mutex, RwLock};
 
 use crate::{
@@ -20,6 +20,7 @@ use crate::{
     error::Error,
     flags::PermissionSet,
     limits::Limits,
+    observe::Observer,
     options::NodeOptions,
     request::Child,
     stats::NodeStats,
@@ -125,12 +126,17 @@ pub struct Node {
     bitmaps: RwLock<Vec<Arc<DirtyBitmap>>>,
     has_bitmaps: AtomicBool,
     stats: NodeStats,
+    /// Boxed once more, because a pointer to a trait object doesn't fit into one word.
+    observer: ArcSwapOption<Box<dyn Observer>>,
+    has_observer: AtomicBool,
     /// What all parents together use and share, as last committed.
     permissions: Mutex<PermissionSet>,
     /// Held by the program itself, not only by parents (`blockdev-add`).
     pub(crate) kept: AtomicBool,
     /// It is being closed: nobody may come to it any more.
     pub(crate) closing: AtomicBool,
+    /// A node below wants to be told of debug events: requests go through the drivers then, not past them.
+    debugged: AtomicBool,
     /// Bumped when something that requests look at before they have their ticket changes: length, edges, options.
     epoch: AtomicU64,
 }
@@ -161,9 +167,12 @@ impl Node {
             bitmaps: RwLock::default(),
             has_bitmaps: AtomicBool::new(false),
             stats: NodeStats::default(),
+            observer: ArcSwapOption::empty(),
+            has_observer: AtomicBool::new(false),
             permissions: Mutex::new(PermissionSet::NONE),
             kept: AtomicBool::new(false),
             closing: AtomicBool::new(false),
+            debugged: AtomicBool::new(false),
             epoch: AtomicU64::new(0),
         }
     }
@@ -196,6 +205,17 @@ impl Node {
     pub(crate) fn set_edges(&self, edges: Arc<Edges>) {
         self.edges.store(edges);
         self.bump_epoch();
+    }
+
+    /// Whether a node below wants to be told of this node's debug events.
+    pub fn is_debugged(&self) -> bool {
+        self.debugged.load(Ordering::Relaxed)
+    }
+
+    /// After a change of edges anywhere below.
+    pub(crate) fn refresh_debugged(&self) {
+        let debugged = crate::debug::heard(&self.edges.load());
+        self.debugged.store(debugged, Ordering::Relaxed);
     }
 
     pub(crate) fn epoch(&self) -> u64 {
@@ -253,6 +273,23 @@ impl Node {
     /// Counters.
     pub fn stats(&self) -> &NodeStats {
         &self.stats
+    }
+
+    /// From the next request on, `observer` is told of every request of this node; `None` ends that.
+    pub fn observe(&self, observer: Option<Box<dyn Observer>>) {
+        self.has_observer
+            .store(observer.is_some(), Ordering::Release);
+        self.observer.store(observer.map(Arc::new));
+    }
+
+    /// Tells the observer, if there is one.
+    #[inline]
+    pub(crate) fn tell(&self, event: impl FnOnce(&dyn Observer)) {
+        if self.has_observer.load(Ordering::Acquire)
+            && let Some(observer) = &*self.observer.load()
+        {
+            event(&***observer);
+        }
     }
 
     /// What all its parents together use and share.

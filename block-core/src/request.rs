@@ -7,6 +7,7 @@ use std::{fmt, sync::Arc};
 
 use crate::{
     buffer::{Buffer, IoBuf, IoBufMut},
+    debug::{self, DebugEvent},
     driver::{BlockDriver, ChildRole, Truncate},
     env::Environment,
     error::{Error, ErrorKind, Operation, Result},
@@ -14,6 +15,7 @@ use crate::{
     limits::Limits,
     node::{Edges, Node},
     path::{self, Op, Origin},
+    producer::ProducerId,
     status::BlockStatus,
     tracked::{RequestKind, Tracked, TrackedRange},
 };
@@ -23,11 +25,22 @@ use crate::{
 pub struct Request {
     node: Arc<Node>,
     edges: Arc<Edges>,
+    producer: ProducerId,
 }
 
 impl Request {
-    pub(crate) fn new(node: Arc<Node>, edges: Arc<Edges>) -> Self {
-        Self { node, edges }
+    pub(crate) fn new(node: Arc<Node>, edges: Arc<Edges>, producer: ProducerId) -> Self {
+        Self {
+            node,
+            edges,
+            producer,
+        }
+    }
+
+    /// On whose behalf it is made: the handle that the topmost request came through, however many layers above.
+    /// [`ProducerId::NONE`] for what a driver does by itself.
+    pub fn producer(&self) -> ProducerId {
+        self.producer
     }
 
     /// The node that the request is at.
@@ -43,6 +56,22 @@ impl Request {
     /// The environment.
     pub fn env(&self) -> &Arc<dyn Environment> {
         self.node.env()
+    }
+
+    /// Tells a fault injector below the node, if there is one, what is about to happen, and goes on when that lets
+    /// it. Costs next to nothing without one.
+    ///
+    /// Cancellation: a request that was stopped here and is dropped doesn't go on.
+    pub async fn debug_event(&self, event: DebugEvent) {
+        if self.node.is_debugged() {
+            Box::pin(self.tell(event)).await;
+        }
+    }
+
+    async fn tell(&self, event: DebugEvent) {
+        if let Some(child) = debug::told(&self.edges) {
+            debug::tell(child.node(), event).await;
+        }
     }
 
     /// The first child in `role`.
@@ -131,6 +160,14 @@ impl Child {
     /// The file name that a user knows it by.
     pub fn filename(&self) -> Option<String> {
         self.0.filename()
+    }
+
+    /// Tells this child, or the nearest fault injector below it, what its parent is about to do to it. See
+    /// [`Request::debug_event`].
+    pub async fn debug_event(&self, event: DebugEvent) {
+        if self.0.is_debugged() || debug::listens(&self.0) {
+            Box::pin(debug::tell(&self.0, event)).await;
+        }
     }
 
     /// Fills `buf` from `offset`.

@@ -7,6 +7,7 @@ use std::sync::{Arc, atomic::Ordering};
 
 use block_core::{
     buffer::IoBuf,
+    debug::DebugEvent,
     driver::{Preallocation, Truncate},
     error::{Error, ErrorKind, Result},
     flags::RequestFlags,
@@ -98,6 +99,7 @@ impl Qcow2 {
             .filter(|entries| u64::from(*entries) * 8 <= MAX_L1_BYTES)
             .ok_or_else(|| Error::new(ErrorKind::TooBig, "Active L1 table too large"))?;
         let clusters = self.geometry.clusters_for(needed * 8);
+        file.debug_event(DebugEvent::L1GrowAllocTable).await;
         let allocation = meta.allocate_contiguous(file, clusters).await?;
         let place = self.geometry.host_start(allocation.first());
         // The copy is made from the disk: what is linked in memory only follows with the next batch.
@@ -106,6 +108,7 @@ impl Qcow2 {
             .await?
             .to_vec();
         bytes.resize((clusters * self.geometry.cluster_size()) as usize, 0);
+        file.debug_event(DebugEvent::L1GrowWriteTable).await;
         file.write(place.0, bytes, RequestFlags::empty()).await?;
         self.write_refcounts(&mut meta, request).await?;
         // From here on the header may point to the new table: its clusters aren't given out again whatever happens. When
@@ -116,6 +119,7 @@ impl Qcow2 {
         }
         allocation.linked();
         let failure = &self.writeback.failure;
+        file.debug_event(DebugEvent::L1GrowActivateTable).await;
         let switched =
             header_update::write_l1_pointer(file, &mut meta.header, place, entries).await;
         failure.note(switched)?;
@@ -140,6 +144,7 @@ impl Qcow2 {
     async fn write_refcounts(&self, meta: &mut Meta, request: &Request) -> Result<()> {
         let file = request.file()?;
         let copies = meta.refcounts.dirty_copies();
+        file.debug_event(DebugEvent::RefblockUpdate).await;
         for copy in &copies {
             file.write(copy.host.0, copy.bytes.clone(), RequestFlags::empty())
                 .await?;
@@ -207,6 +212,7 @@ impl Qcow2 {
     /// Drops all data of this layer.
     pub async fn empty(self: &Arc<Self>, request: &Request) -> Result<()> {
         self.check_writable()?;
+        request.debug_event(DebugEvent::EmptyImagePrepare).await;
         let end = ClusterIndex(self.length().div_ceil(self.geometry.cluster_size()));
         self.change_clusters(request, ClusterIndex(0), end, Change::Full)
             .await?;

@@ -18,6 +18,7 @@ use std::sync::{
 };
 
 use block_core::{
+    debug::DebugEvent,
     error::{Error, ErrorKind, Result},
     flags::RequestFlags,
     request::{Child, Request},
@@ -182,6 +183,9 @@ impl Qcow2 {
     }
 
     async fn write_snapshot(&self, file: &Child, snapshot: &Snapshot) -> Result<()> {
+        if !snapshot.blocks.is_empty() {
+            file.debug_event(DebugEvent::RefblockUpdate).await;
+        }
         let blocks = snapshot
             .blocks
             .iter()
@@ -213,7 +217,13 @@ impl Qcow2 {
             .l1
             .iter()
             .map(|(at, raw)| (snapshot.l1_offset + at * 8, raw.to_be_bytes().to_vec()));
+        if !snapshot.slices.is_empty() {
+            file.debug_event(DebugEvent::L2Update).await;
+        }
         write_all(file, slices).await?;
+        if !snapshot.l1.is_empty() {
+            file.debug_event(DebugEvent::L1Update).await;
+        }
         write_all(file, l1).await?;
         self.barrier(file).await
     }

@@ -19,6 +19,7 @@ use serde::Serialize;
 
 use crate::{
     aftermath,
+    duties::Duty,
     lab::{Lab, LabOptions},
     panics,
     sim::{CancelAt, Cancelled, DropWhen, Order, Running, Stuck},
@@ -80,6 +81,17 @@ impl FormatUnderTest {
 /// Why a case failed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Failure(pub String);
+
+/// Begins the text of a failure that isn't one. No message begins like that.
+const NOT_COVERED: &str = "\0not covered: ";
+
+impl Failure {
+    /// Ends a case from within a helper because the driver doesn't have what the case is about: no failure, but
+    /// [`Verdict::NotCovered`].
+    pub fn not_covered(why: &str) -> Self {
+        Self(format!("{NOT_COVERED}{why}"))
+    }
+}
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -225,6 +237,8 @@ pub struct Case {
     pub gate: bool,
     /// The request alignment of its storage, in bytes.
     pub alignment: u64,
+    /// The one duty of a driver that it is about, if it is about one alone: a failure names it.
+    pub duty: Option<Duty>,
     /// It belongs to the subset that runs in a few seconds.
     pub quick: bool,
     /// It leaves images behind that are damaged on purpose.
@@ -255,6 +269,7 @@ impl Case {
             proves: proves.into(),
             gate: true,
             alignment: 1,
+            duty: None,
             quick: true,
             damages: false,
             run: Arc::new(move |scene| run(scene).boxed()),
@@ -265,6 +280,13 @@ impl Case {
     #[must_use]
     pub fn without_gate(mut self) -> Self {
         self.gate = false;
+        self
+    }
+
+    /// About one duty alone. Whatever makes it fail, the duty was forgotten.
+    #[must_use]
+    pub fn duty(mut self, duty: Duty) -> Self {
+        self.duty = Some(duty);
         self
     }
 
@@ -422,6 +444,9 @@ pub fn run_how(registry: &Registry, format: &FormatUnderTest, case: &Case, how: 
         verdict = judged(panics::catch(|| env.try_run(look)));
     }
     let leaks = aftermath::Leaks::watch(&scene);
+    if let (Verdict::Failed(seen), Some(duty)) = (&verdict, case.duty) {
+        verdict = Verdict::Failed(duty.explain(seen));
+    }
     let run = Run {
         verdict,
         requests: scene.started.load(Ordering::SeqCst),
@@ -442,7 +467,10 @@ pub fn run_how(registry: &Registry, format: &FormatUnderTest, case: &Case, how: 
 fn judged(ended: Result<Result<CaseResult, Stuck>, String>) -> Verdict {
     match ended {
         Ok(Ok(Ok(verdict))) => verdict,
-        Ok(Ok(Err(failure))) => Verdict::Failed(failure.0),
+        Ok(Ok(Err(Failure(text)))) => match text.strip_prefix(NOT_COVERED) {
+            Some(why) => Verdict::NotCovered(why.to_owned()),
+            None => Verdict::Failed(text),
+        },
         Ok(Err(stuck)) => Verdict::Failed(stuck.to_string()),
         Err(panic) => Verdict::Failed(panic),
     }

@@ -138,7 +138,8 @@ impl Lab {
             .await
     }
 
-    fn records_backing(&self, format: &str) -> bool {
+    /// Whether images of the format name their backing files.
+    pub fn records_backing(&self, format: &str) -> bool {
         self.registry.get(format).is_ok_and(|factory| {
             factory
                 .create_options()
@@ -147,14 +148,13 @@ impl Lab {
         })
     }
 
-    /// Opens an image. `backing` is given explicitly to formats that don't record it.
-    pub async fn open(
+    /// The options to open an image with. `backing` is among them for formats that don't record it.
+    pub fn open_options(
         &self,
         format: &str,
-        name: &str,
         backing: Option<(&str, &str)>,
         extra: &Options,
-    ) -> Result<Arc<Node>> {
+    ) -> Options {
         let mut options = extra.clone();
         if let Some((file, backing_format)) = backing
             && !self.records_backing(format)
@@ -165,6 +165,18 @@ impl Lab {
                 .with("file", serde_json::Value::Object(file.0));
             options.set("backing", serde_json::Value::Object(backing.0));
         }
+        options
+    }
+
+    /// Opens an image. `backing` is given explicitly to formats that don't record it.
+    pub async fn open(
+        &self,
+        format: &str,
+        name: &str,
+        backing: Option<(&str, &str)>,
+        extra: &Options,
+    ) -> Result<Arc<Node>> {
+        let options = self.open_options(format, backing, extra);
         let how = OpenOptions {
             implicit: ImplicitOpens::Permit,
             ..OpenOptions::default()

@@ -12,8 +12,13 @@
 //! | [`aftermath`] | what is looked at after every case |
 //! | [`cases`] | the deterministic races |
 //! | [`basic`] | what every driver must do |
+//! | [`duties`] | what the contract leaves to a driver, duty by duty: a failure says which was forgotten |
+//! | [`bench`] | an image beside an exact model of its bytes, and a probe that sees what the core makes of a request |
+//! | [`path_cases`], [`chain_cases`], [`cluster_cases`], [`life_cases`], [`graph_cases`] | the request path; status and backing files; zero writes and discards by kind of cluster; resize, reopen and permissions; drain and graph changes |
 //! | [`race`] | storms: thousands of interleaved commands |
 //! | [`cancel`] | any case again, with one request dropped at each of its await points |
+//! | [`trace`] | what live nodes were asked, recorded and run again |
+//! | [`faults`] | nodes that misbehave on command: `blkdebug`, `blkverify`, `blklogwrites`, `blkreplay` |
 //! | [`external`] | the installed qemu tools as a second opinion |
 //! | [`suite`] | all cases, and the drivers that they are run on |
 //! | [`runner`] | cases × formats × schedules, on several threads |
@@ -28,17 +33,25 @@
 
 pub mod aftermath;
 pub mod basic;
+pub mod bench;
 pub mod cancel;
 pub mod case;
 pub mod cases;
+pub mod chain_cases;
 pub mod cli;
+pub mod cluster_cases;
 #[doc(hidden)]
 pub mod conformance;
+pub mod duties;
 pub mod external;
+pub mod faults;
+pub mod graph_cases;
 pub mod lab;
+pub mod life_cases;
 pub mod memdriver;
 pub mod oracle;
 mod panics;
+pub mod path_cases;
 pub mod pattern;
 pub mod race;
 pub mod relay;
@@ -47,6 +60,7 @@ pub mod runner;
 pub mod sim;
 pub mod storage;
 pub mod suite;
+pub mod trace;
 
 pub use self::{
     conformance::Subject,

@@ -8,12 +8,18 @@ use crate::{
     basic,
     case::{Case, FormatUnderTest, Group},
     cases::{self, shared, with_jobs},
-    cli, memdriver,
+    chain_cases, cli, cluster_cases, duties, graph_cases, life_cases, memdriver, path_cases,
 };
 
 /// Every case there is: the races once more under the name of their cancellation.
 pub fn all_cases() -> Vec<Case> {
     let mut all = basic::all();
+    all.extend(duties::all());
+    all.extend(path_cases::all());
+    all.extend(chain_cases::all());
+    all.extend(cluster_cases::all());
+    all.extend(life_cases::all());
+    all.extend(graph_cases::all());
     let mut races = cases::all();
     races.extend(with_jobs::cases());
     races.extend(shared::cases());

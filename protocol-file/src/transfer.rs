@@ -4,7 +4,10 @@
 
 use std::{io, os::fd::AsFd, sync::Arc};
 
-use block_core::buffer::{IoBuf, IoBufMut};
+use block_core::{
+    buffer::{IoBuf, IoBufMut},
+    producer::ProducerId,
+};
 use futures::channel::oneshot;
 
 use crate::{
@@ -39,6 +42,8 @@ pub(crate) struct Transfer {
     pub(crate) vectors: IoVecs,
     /// Whose queue it came from.
     pub(crate) lane: usize,
+    /// On whose behalf it is done.
+    pub(crate) producer: ProducerId,
 }
 
 impl Transfer {
@@ -49,6 +54,7 @@ impl Transfer {
         offset: u64,
         done: usize,
         lane: usize,
+        producer: ProducerId,
     ) -> (Box<Self>, oneshot::Receiver<io::Result<()>>) {
         let (reply, end) = oneshot::channel();
         let vectors = IoVecs::default();
@@ -61,6 +67,7 @@ impl Transfer {
             reply,
             vectors,
             lane,
+            producer,
         };
         (Box::new(transfer), end)
     }

@@ -9,6 +9,7 @@ use super::{Action, Held, Op, Origin, Ticket};
 use crate::{
     buffer::{Buffer, IoBuf, IoBufMut},
     chain,
+    debug::DebugEvent,
     driver::{BlockDriver, Capabilities, Truncate},
     error::{Error, ErrorKind, Result},
     flags::RequestFlags,
@@ -76,7 +77,7 @@ pub(super) fn drive(
         }
         Action::Write(buf) => {
             let passed = driver_flags(flags, capabilities);
-            if !padded && !too_long && !flush_after {
+            if !padded && !too_long && !flush_after && !request.node().is_debugged() {
                 return driver.write(request, offset, buf, passed);
             }
             Box::pin(async move {
@@ -94,6 +95,7 @@ pub(super) fn drive(
         }
         Action::Zero => Box::pin(async move {
             let passed = driver_flags(flags, capabilities);
+            request.debug_event(DebugEvent::PwritevZero).await;
             write_zeroes(
                 &driver,
                 &request,
@@ -104,6 +106,7 @@ pub(super) fn drive(
                 capabilities,
             )
             .await?;
+            request.debug_event(DebugEvent::PwritevDone).await;
             if flush_after {
                 super::ranged::flush_now(request).await
             } else {
@@ -224,6 +227,7 @@ async fn split_write(
     flags: RequestFlags,
     limits: &Limits,
 ) -> Result<()> {
+    request.debug_event(DebugEvent::Pwritev).await;
     while !buf.is_empty() {
         let step = piece(
             buf.len() as u64,
@@ -237,6 +241,7 @@ async fn split_write(
             .await?;
         offset += step;
     }
+    request.debug_event(DebugEvent::PwritevDone).await;
     Ok(())
 }
 
@@ -259,18 +264,32 @@ async fn padded_write(
     let mut head = IoBuf::new();
     let mut tail = IoBuf::new();
     if stop - start <= 2 * align {
+        if head_len != 0 {
+            request.debug_event(DebugEvent::PwritevRmwHead).await;
+        }
+        if tail_len != 0 {
+            request.debug_event(DebugEvent::PwritevRmwTail).await;
+        }
         let block = IoBuf::from(read_block(driver, request, start, stop - start, limits).await?);
         head = block.slice(..head_len);
         tail = block.slice(block.len() - tail_len..);
     } else {
         if head_len != 0 {
+            request.debug_event(DebugEvent::PwritevRmwHead).await;
             let block = IoBuf::from(read_block(driver, request, start, align, limits).await?);
             head = block.slice(..head_len);
         }
         if tail_len != 0 {
+            request.debug_event(DebugEvent::PwritevRmwTail).await;
             let block = IoBuf::from(read_block(driver, request, last, align, limits).await?);
             tail = block.slice(block.len() - tail_len..);
         }
+    }
+    if head_len != 0 {
+        request.debug_event(DebugEvent::PwritevRmwAfterHead).await;
+    }
+    if tail_len != 0 {
+        request.debug_event(DebugEvent::PwritevRmwAfterTail).await;
     }
     head.append(buf);
     head.append(tail);
@@ -478,6 +497,7 @@ async fn copy_on_read(
                     &data.slice((at - start) as usize..(at - start + run) as usize),
                 );
             }
+            request.debug_event(DebugEvent::CorWrite).await;
             let op = if data.is_zero() {
                 Op::zero(start, stop - start, RequestFlags::WRITE_UNCHANGED)
             } else {

@@ -17,6 +17,7 @@ use crate::{
     handle::RootGuard,
     node::Node,
     pins,
+    producer::{self, ProducerId},
     stats::Counted,
     tracked::Tracked,
 };
@@ -70,6 +71,9 @@ impl Completion {
             node.bump_epoch();
         }
         node.stats().ended(counted, len, ok);
+        if let Some(Ticket::Own(tracked)) = &ticket {
+            node.tell(|to| to.ended(tracked.id(), ok));
+        }
         drop(ticket);
         drop(root);
     }
@@ -91,6 +95,8 @@ impl Completion {
 pub(crate) struct Held {
     pub completions: Completions,
     pub pins: SmallVec<[pins::Pin; 3]>,
+    /// On whose behalf the driver works.
+    pub producer: ProducerId,
 }
 
 impl Held {
@@ -140,7 +146,11 @@ impl Driven {
         let Some(mut future) = self.future.take() else {
             return Poll::Ready(Err(Error::io("a request was polled after its end")));
         };
-        match future.as_mut().poll(cx) {
+        let polled = {
+            let _acting = producer::act_for(self.held.producer);
+            future.as_mut().poll(cx)
+        };
+        match polled {
             Poll::Pending => {
                 self.future = Some(future);
                 Poll::Pending

@@ -27,7 +27,9 @@ use crate::{
     handle::RootGuard,
     limits::Limits,
     node::{Edges, Node},
+    observe::Arrival,
     options::{DetectZeroes, DiscardMode},
+    producer::{self, ProducerId},
     request::Request,
     stats::Counted,
     tracked::{Pending, RequestKind, Tracked, TrackedRange},
@@ -340,6 +342,23 @@ fn may_map(
     }
 }
 
+/// What an observer is told of a request.
+fn arrival(op: &Op, ticket: Option<u64>, producer: ProducerId, waits: bool) -> Arrival<'_> {
+    Arrival {
+        ticket: ticket.unwrap_or(u64::MAX),
+        kind: op.kind(),
+        flags: op.flags,
+        producer,
+        offset: op.offset,
+        len: op.len,
+        data: match &op.action {
+            Action::Write(buf) => Some(buf),
+            _ => None,
+        },
+        waits,
+    }
+}
+
 /// Runs one request to its end.
 ///
 /// Cancellation: while it waits at a gate, dropping it leaves no trace; once it is with a driver, it is moved to the
@@ -352,7 +371,12 @@ pub(crate) async fn submit(node: &Arc<Node>, origin: Origin, mut op: Op) -> Resu
         Origin::Nested(ticket) => (None, Some(ticket)),
     };
     let mut top_is_root = root.is_some();
-    let mut held = Held::default();
+    let mut held = Held {
+        producer: root
+            .as_ref()
+            .map_or_else(producer::current, RootGuard::producer),
+        ..Held::default()
+    };
     // Refused, or read as zeroes, or mapped: at most one turn per layer.
     loop {
         let epoch = node.epoch();
@@ -391,10 +415,17 @@ pub(crate) async fn submit(node: &Arc<Node>, origin: Origin, mut op: Op) -> Resu
                         Ok(tracked) => tracked,
                         Err(pending) => {
                             waited = true;
+                            node.tell(|to| {
+                                to.arrived(&arrival(&op, pending.id(), held.producer, true));
+                            });
                             wait_at_gate(&node, pending).await
                         }
                     }
                 };
+                node.tell(|to| match waited {
+                    true => to.admitted(tracked.id()),
+                    false => to.arrived(&arrival(&op, Some(tracked.id()), held.producer, false)),
+                });
                 // What was looked at before the ticket was taken may have changed, and is looked at again.
                 if waited || node.epoch() != epoch {
                     capabilities = node.driver().capabilities();
@@ -407,6 +438,7 @@ pub(crate) async fn submit(node: &Arc<Node>, origin: Origin, mut op: Op) -> Resu
                         || (again.serialising && !tracked.is_serialising())
                     {
                         // What we hold doesn't suffice any more: queue again.
+                        node.tell(|to| to.ended(tracked.id(), false));
                         drop(tracked);
                         continue;
                     }
@@ -425,7 +457,10 @@ pub(crate) async fn submit(node: &Arc<Node>, origin: Origin, mut op: Op) -> Resu
         });
 
         // Step 4, the short way: ask where it is, and go on there.
-        if let Some(intent) = may_map(&op, capabilities, &limits, shape_now.padded) {
+        if let Some(intent) = may_map(&op, capabilities, &limits, shape_now.padded)
+            // Somebody below wants to know what the driver does.
+            && !node.is_debugged()
+        {
             match node.driver().try_map(&edges, op.offset, op.len, intent) {
                 Mapping::Data {
                     edge,
@@ -478,7 +513,7 @@ pub(crate) async fn submit(node: &Arc<Node>, origin: Origin, mut op: Op) -> Resu
         }
 
         // The long way: the driver does it.
-        let request = Request::new(node.clone(), edges);
+        let request = Request::new(node.clone(), edges, held.producer);
         let future = drive::drive(
             request,
             &mut held,

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use block_core::{
     buffer::IoBuf,
+    debug::DebugEvent,
     error::{Error, ErrorKind, Result},
     flags::RequestFlags,
     request::Child,
@@ -129,6 +130,7 @@ impl Meta {
         punch: bool,
         freed: &mut Freed,
     ) -> Result<()> {
+        file.debug_event(DebugEvent::ClusterFree).await;
         for cluster in (first..=last).map(HostCluster) {
             let references = self.refcounts.get(file, cluster).await?;
             if self.safeguards && references <= self.quarantine.pending(cluster.0) {
@@ -161,6 +163,7 @@ impl Meta {
     /// # Errors
     /// ENOSPC when the format's limits are reached, EIO when refcounts can't be read.
     pub async fn allocate(&mut self, file: &Child, want: u64) -> Result<Allocation> {
+        file.debug_event(DebugEvent::ClusterAlloc).await;
         let mut allocation = Allocation::new(&self.orphans);
         let mut left = want;
         while left > 0 && allocation.runs.len() < MAX_RUNS {
@@ -228,6 +231,8 @@ impl Meta {
     /// written would fail every batch from then on.
     async fn reserve(&self, file: &Child, first: HostCluster, count: u64) -> Result<()> {
         let size = self.geometry.cluster_size();
+        file.debug_event(DebugEvent::RefblockAlloc).await;
+        file.debug_event(DebugEvent::RefblockAllocWrite).await;
         for n in 0..count {
             let host = self.geometry.host_start(HostCluster(first.0 + n));
             file.write(host.0, IoBuf::zeroes(size as usize), RequestFlags::empty())
@@ -278,6 +283,7 @@ impl Meta {
         file: &Child,
         len: u64,
     ) -> Result<(CompressedRun, Allocation)> {
+        file.debug_event(DebugEvent::ClusterAllocBytes).await;
         let geometry = self.geometry;
         let size = geometry.cluster_size();
         let mut allocation = Allocation::new(&self.orphans);
@@ -347,6 +353,7 @@ impl Meta {
         // unknown which table counts, the old one does, too.
         let end = self.geometry.host_cluster_of(place.offset).0 + u64::from(place.clusters);
         self.metadata.add(start..end);
+        file.debug_event(DebugEvent::RefblockAllocSwitchTable).await;
         let mut bytes = place.offset.0.to_be_bytes().to_vec();
         bytes.extend_from_slice(&place.clusters.to_be_bytes());
         crate::meta::write_header_field(file, &failure, field::REFCOUNT_TABLE, bytes).await?;

@@ -8,6 +8,7 @@
 use std::collections::BTreeSet;
 
 use block_core::{
+    debug::DebugEvent,
     error::{Error, ErrorKind, Result},
     flags::RequestFlags,
     request::Child,
@@ -78,6 +79,7 @@ impl RefcountStore {
                 "Reference count table too large",
             ));
         }
+        file.debug_event(DebugEvent::ReftableLoad).await;
         let bytes = file.read_padded(place.offset.0, len as usize).await?;
         let table = entry::be64s(&bytes)
             .map(|raw| raw & entry::REFCOUNT_TABLE_MASK)
@@ -150,6 +152,7 @@ impl RefcountStore {
                 self.evict(self.capacity - self.capacity / 4);
             }
             let len = self.geometry.cluster_size() as usize;
+            file.debug_event(DebugEvent::RefblockLoad).await;
             let bytes = file.read_padded(host.0, len).await?.to_vec();
             let block = Block {
                 bytes,
@@ -318,6 +321,7 @@ impl RefcountStore {
         failure: &Failure,
         limit: u64,
     ) -> Result<TablePlace> {
+        file.debug_event(DebugEvent::ReftableGrow).await;
         let cluster_size = self.geometry.cluster_size();
         let per_cluster = cluster_size / 8;
         let per_block = self.geometry.refcounts_per_block();
@@ -380,6 +384,7 @@ impl RefcountStore {
         for cluster in start..start + blocks + table_clusters {
             self.increment(file, HostCluster(cluster)).await?;
         }
+        file.debug_event(DebugEvent::RefblockAllocWriteBlocks).await;
         for n in 0..blocks {
             let host = self.geometry.host_start(HostCluster(start + n));
             if let Some(block) = self.blocks.get_mut(&(first_index + n)) {
@@ -402,6 +407,7 @@ impl RefcountStore {
         let offset = self.geometry.host_start(HostCluster(start + blocks));
         let clusters = u32::try_from(table_clusters)
             .map_err(|_| Error::new(ErrorKind::TooBig, "Reference count table too large"))?;
+        file.debug_event(DebugEvent::RefblockAllocWriteTable).await;
         file.write(offset.0, bytes, RequestFlags::empty()).await?;
         failure.flush(file).await?;
         Ok(TablePlace { offset, clusters })
@@ -444,6 +450,8 @@ impl RefcountStore {
         for index in &ready {
             let raw = self.table.get(*index as usize).copied().unwrap_or(0);
             let at = self.place.offset.0 + index * 8;
+            file.debug_event(DebugEvent::RefblockAllocHookup).await;
+            file.debug_event(DebugEvent::ReftableUpdate).await;
             file.write(at, raw.to_be_bytes().to_vec(), RequestFlags::empty())
                 .await?;
             self.unpublished.remove(index);

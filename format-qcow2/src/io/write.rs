@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use block_core::{
     buffer::{Buffer, IoBuf},
+    debug::DebugEvent,
     error::{Error, ErrorKind, Result},
     flags::RequestFlags,
     pins::Pin,
@@ -125,6 +126,7 @@ impl Qcow2 {
                     let allowed = self.check_target(host, step);
                     let write = async move {
                         allowed?;
+                        file.debug_event(DebugEvent::WriteAio).await;
                         let result = file.write(host.0, piece, RequestFlags::empty()).await;
                         drop(pin);
                         result
@@ -222,6 +224,7 @@ impl Qcow2 {
         };
         match plan {
             Plan::InPlace { host, len, pin } => {
+                file.debug_event(DebugEvent::WriteAio).await;
                 file.write(host.0, buf.slice(..len as usize), RequestFlags::empty())
                     .await?;
                 drop(pin);
@@ -332,6 +335,9 @@ impl Qcow2 {
         let end = offset + place.len;
         let (head_len, tail_len) = (offset - start, stop - end);
         let last = place.old.len() - 1;
+        if head_len + tail_len > 0 {
+            file.debug_event(DebugEvent::CowRead).await;
+        }
         let mut all = IoBuf::new();
         let mut tail = IoBuf::new();
         if last == 0 && head_len > 0 && tail_len > 0 && self.is_compressed(place.old[0]) {
@@ -358,6 +364,11 @@ impl Qcow2 {
         let data_range = head_len as usize..(head_len + place.len) as usize;
         all.append(data);
         all.append(tail);
+        if copied > 0 {
+            // In one go with the data.
+            file.debug_event(DebugEvent::CowWrite).await;
+        }
+        file.debug_event(DebugEvent::WriteAio).await;
         match &place.target {
             Target::Reserved(first) => {
                 let host = self.geometry.host_start(*first);

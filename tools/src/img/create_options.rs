@@ -15,6 +15,7 @@ fn display_order(format: &str) -> &'static [(&'static str, Option<&'static str>)
     match format {
         "qcow2" => &[
             ("encryption", None),
+            ("encrypt.format", None),
             ("cluster_size", Some("65536")),
             ("extended_l2", Some("off")),
             ("preallocation", None),
