@@ -16,6 +16,7 @@
 //! | [`bench`] | an image beside an exact model of its bytes, and a probe that sees what the core makes of a request |
 //! | [`path_cases`], [`chain_cases`], [`cluster_cases`], [`life_cases`], [`graph_cases`] | the request path; status and backing files; zero writes and discards by kind of cluster; resize, reopen and permissions; drain and graph changes |
 //! | [`race`] | storms: thousands of interleaved commands |
+//! | [`crash`] | power cuts after every storage write, and what must be there afterwards |
 //! | [`cancel`] | any case again, with one request dropped at each of its await points |
 //! | [`trace`] | what live nodes were asked, recorded and run again |
 //! | [`faults`] | nodes that misbehave on command: `blkdebug`, `blkverify`, `blklogwrites`, `blkreplay` |
@@ -42,6 +43,7 @@ pub mod cli;
 pub mod cluster_cases;
 #[doc(hidden)]
 pub mod conformance;
+pub mod crash;
 pub mod duties;
 pub mod external;
 pub mod faults;

@@ -8,7 +8,7 @@ use crate::{
     basic,
     case::{Case, FormatUnderTest, Group},
     cases::{self, shared, with_jobs},
-    chain_cases, cli, cluster_cases, duties, graph_cases, life_cases, memdriver, path_cases,
+    chain_cases, cli, cluster_cases, crash, duties, graph_cases, life_cases, memdriver, path_cases,
 };
 
 /// Every case there is: the races once more under the name of their cancellation.
@@ -20,6 +20,7 @@ pub fn all_cases() -> Vec<Case> {
     all.extend(cluster_cases::all());
     all.extend(life_cases::all());
     all.extend(graph_cases::all());
+    all.extend(crash::cases());
     let mut races = cases::all();
     races.extend(with_jobs::cases());
     races.extend(shared::cases());
@@ -159,6 +160,7 @@ impl Suite {
                 ));
             }
         }
+        format.crash_safe = name != memdriver::NAME;
         format.safeguards = self.safeguards.iter().any(|known| known == name);
         Ok(format)
     }

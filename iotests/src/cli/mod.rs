@@ -4,6 +4,7 @@
 //! Exit status: 0 when all passed (or weren't covered), 1 when something failed, 2 when something proved nothing, 3 for
 //! wrong usage.
 
+mod crash;
 mod race;
 mod run;
 mod select;
@@ -37,6 +38,8 @@ enum Command {
     List(run::ListArgs),
     /// Runs storms with and without the gate and the driver's own safeguards
     Race(race::RaceArgs),
+    /// Cuts the power after every n-th write of the storage, opens what is left, and judges it
+    Crash(crash::CrashArgs),
     /// Prints a storm as commands for `blk io` and `qemu-io` on standard input
     StormCommands(race::StormArgs),
 }
@@ -58,6 +61,7 @@ pub fn main(suite: &Suite) -> ExitCode {
         Command::Run(args) => run::run(suite, &args),
         Command::List(args) => run::list(suite, &args),
         Command::Race(args) => race::race(suite, &args),
+        Command::Crash(args) => crash::crash(suite, &args),
         Command::StormCommands(args) => race::storm_commands(&args),
     };
     match status {
