@@ -21,6 +21,7 @@
 //! | [`hostile_cases`] | damaged and malicious images |
 //! | [`interop_cases`] | the installed qemu tools on the other side |
 //! | [`race`] | storms: thousands of interleaved commands |
+//! | [`crash`] | power cuts after every storage write, and what must be there afterwards |
 //! | [`cancel`] | any case again, with one request dropped at each of its await points |
 //! | [`trace`] | what live nodes were asked, recorded and run again |
 //! | [`faults`] | nodes that misbehave on command: `blkdebug`, `blkverify`, `blklogwrites`, `blkreplay` |
@@ -46,16 +47,15 @@ pub mod cases;
 pub mod chain_cases;
 pub mod cli;
 pub mod cluster_cases;
+pub mod concurrent_cases;
 #[doc(hidden)]
 pub mod conformance;
+pub mod crash;
 pub mod duties;
 pub mod external;
 pub mod fault_cases;
 pub mod faults;
 pub mod graph_cases;
-pub mod concurrent_cases;
-pub mod external;
-pub mod fault_cases;
 pub mod hostile_cases;
 pub mod interop_cases;
 pub mod job_cases;

@@ -20,7 +20,7 @@ pub(super) struct Bench {
 impl Bench {
     /// A bench, if the tools are there and know the format.
     pub fn new(scene: &Arc<Scene>) -> Result<Result<Self, Verdict>, Failure> {
-        let dir = TempDir::new("interop").map_err(|error| Failure(error.to_string()))?;
+        let dir = TempDir::new().map_err(|error| Failure(error.to_string()))?;
         let bench = Self {
             scene: scene.clone(),
             dir,
