@@ -38,7 +38,7 @@ bench:
     cargo bench -p protocol-file --bench inline_read
     cargo bench -p tools --bench stack
 
-# The conformance suite and the race tests as a program: run, list, race, storm-commands
+# The conformance suite and the race tests as a program: run, list, race, crash, storm-commands
 iotests *args:
     cargo run --release -p iotests -- {{args}}
 

@@ -34,6 +34,8 @@ pub struct FormatUnderTest {
     pub create: Options,
     /// The driver claims safeguards of its own: it must keep other ranges whole also when there is no gate.
     pub safeguards: bool,
+    /// The driver claims what the contract says of power cuts: no corruption, and everything there that was flushed.
+    pub crash_safe: bool,
 }
 
 impl FormatUnderTest {
@@ -43,6 +45,7 @@ impl FormatUnderTest {
             name: name.to_owned(),
             create: Options::new(),
             safeguards: false,
+            crash_safe: true,
         }
     }
 
@@ -57,6 +60,13 @@ impl FormatUnderTest {
     #[must_use]
     pub fn with_safeguards(mut self) -> Self {
         self.safeguards = true;
+        self
+    }
+
+    /// See [`Self::crash_safe`].
+    #[must_use]
+    pub fn without_crash_safety(mut self) -> Self {
+        self.crash_safe = false;
         self
     }
 

@@ -79,6 +79,7 @@ pub struct Subject {
     name: String,
     create: Vec<String>,
     safeguards: bool,
+    crash_safe: bool,
     cases: Vec<Case>,
     seeds: Range<u64>,
 }
@@ -97,6 +98,7 @@ impl Subject {
             registry: Registry::new().with(factory),
             create: Vec::new(),
             safeguards: false,
+            crash_safe: true,
             cases: Vec::new(),
             seeds: 0..4,
         }
@@ -121,6 +123,13 @@ impl Subject {
     #[must_use]
     pub fn with_safeguards(mut self) -> Self {
         self.safeguards = true;
+        self
+    }
+
+    /// The driver doesn't claim that its images survive a power cut: cases about that aren't covered.
+    #[must_use]
+    pub fn without_crash_safety(mut self) -> Self {
+        self.crash_safe = false;
         self
     }
 
@@ -149,6 +158,7 @@ impl Subject {
         for options in variants {
             let mut format = FormatUnderTest::new(&self.name);
             format.safeguards = self.safeguards;
+            format.crash_safe = self.crash_safe;
             if !options.is_empty() {
                 format.create = Options::from_dotted(options)
                     .map_err(|error| format!("options of creation '{options}': {error}"))?;

@@ -3,13 +3,15 @@
 
 use std::{
     fs,
-    io::{self, Seek as _, SeekFrom, Write},
+    io::{self, Read, Seek as _, SeekFrom, Write},
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::{
         OnceLock,
         atomic::{AtomicBool, AtomicU64, Ordering},
+        mpsc,
     },
+    time::{Duration, Instant},
 };
 
 /// A file that is removed when this is dropped.
@@ -140,11 +142,27 @@ pub struct Said {
     pub text: String,
 }
 
+/// How long a tool may take that nobody has set a limit for.
+const PATIENCE: Duration = Duration::from_secs(600);
+
 /// Runs a program with `input` on its standard input. `None` when it isn't installed.
 ///
 /// # Errors
 /// Those of starting and feeding it.
 pub fn run(program: &str, arguments: &[&str], input: &str) -> io::Result<Option<Said>> {
+    run_for(program, arguments, input, PATIENCE)
+}
+
+/// [`run`], for no longer than `patience`: then the program is killed.
+///
+/// # Errors
+/// Those of starting and feeding it; `TimedOut`.
+pub fn run_for(
+    program: &str,
+    arguments: &[&str],
+    input: &str,
+    patience: Duration,
+) -> io::Result<Option<Said>> {
     let child = Command::new(program)
         .args(arguments)
         .stdin(Stdio::piped())
@@ -156,21 +174,41 @@ pub fn run(program: &str, arguments: &[&str], input: &str) -> io::Result<Option<
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(error),
     };
-    let feeder = child.stdin.take().map(|mut stdin| {
+    if let Some(mut stdin) = child.stdin.take() {
         let input = input.to_owned();
         // A program that ends early closes the pipe: that shows in its status.
-        std::thread::spawn(move || drop(stdin.write_all(input.as_bytes())))
-    });
-    let output = child.wait_with_output()?;
-    if let Some(feeder) = feeder {
-        let _ = feeder.join();
+        std::thread::spawn(move || drop(stdin.write_all(input.as_bytes())));
     }
-    let mut text = String::from_utf8_lossy(&output.stdout).into_owned();
-    text.push_str(&String::from_utf8_lossy(&output.stderr));
+    let stdout = child.stdout.take().map(collect);
+    let stderr = child.stderr.take().map(collect);
+    let deadline = Instant::now() + patience;
+    let mut text = String::new();
+    for output in [stdout, stderr].into_iter().flatten() {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let Ok(bytes) = output.recv_timeout(left) else {
+            child.kill()?;
+            child.wait()?;
+            let what = format!("{program} hadn't ended after {} s", patience.as_secs());
+            return Err(io::Error::new(io::ErrorKind::TimedOut, what));
+        };
+        text.push_str(&String::from_utf8_lossy(&bytes));
+    }
     Ok(Some(Said {
-        status: output.status.code(),
+        status: child.wait()?.code(),
         text,
     }))
+}
+
+/// Everything that a pipe gives until it is closed.
+fn collect(mut pipe: impl Read + Send + 'static) -> mpsc::Receiver<Vec<u8>> {
+    let (give, take) = mpsc::channel();
+    std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        // What came before an error is kept; a pipe whose reader has gone away is nobody's business.
+        let _ = pipe.read_to_end(&mut bytes);
+        let _ = give.send(bytes);
+    });
+    take
 }
 
 /// What `qemu-img check` says of an image file. `None` when it isn't installed.

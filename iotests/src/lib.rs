@@ -13,9 +13,15 @@
 //! | [`cases`] | the deterministic races |
 //! | [`basic`] | what every driver must do |
 //! | [`duties`] | what the contract leaves to a driver, duty by duty: a failure says which was forgotten |
-//! | [`bench`] | an image beside an exact model of its bytes, and a probe that sees what the core makes of a request |
+//! | [`mod@bench`] | an image beside an exact model of its bytes, and a probe that sees what the core makes of a request |
 //! | [`path_cases`], [`chain_cases`], [`cluster_cases`], [`life_cases`], [`graph_cases`] | the request path; status and backing files; zero writes and discards by kind of cluster; resize, reopen and permissions; drain and graph changes |
+//! | [`job_cases`] | all jobs in all modes on live disks |
+//! | [`fault_cases`] | the n-th request to the storage fails, for all n |
+//! | [`concurrent_cases`] | everything at once, and what is left in memory afterwards |
+//! | [`hostile_cases`] | damaged and malicious images |
+//! | [`interop_cases`] | the installed qemu tools on the other side |
 //! | [`race`] | storms: thousands of interleaved commands |
+//! | [`crash`] | power cuts after every storage write, and what must be there afterwards |
 //! | [`cancel`] | any case again, with one request dropped at each of its await points |
 //! | [`trace`] | what live nodes were asked, recorded and run again |
 //! | [`faults`] | nodes that misbehave on command: `blkdebug`, `blkverify`, `blklogwrites`, `blkreplay` |
@@ -41,15 +47,19 @@ pub mod cases;
 pub mod chain_cases;
 pub mod cli;
 pub mod cluster_cases;
+pub mod concurrent_cases;
 #[doc(hidden)]
 pub mod conformance;
+pub mod crash;
 pub mod duties;
 pub mod external;
 pub mod fault_cases;
 pub mod faults;
 pub mod graph_cases;
+pub mod hostile_cases;
 #[cfg(feature = "mutants")]
 pub mod hunt;
+pub mod interop_cases;
 pub mod job_cases;
 pub mod lab;
 pub mod life_cases;

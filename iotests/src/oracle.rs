@@ -288,6 +288,11 @@ impl Oracle {
         self.begin(sectors_of(offset, len), None, Some(value))
     }
 
+    /// A discard of what a driver may keep, though it discards else (a cluster that is covered in part) begins.
+    pub fn discard_perhaps(&self, offset: u64, len: u64) -> Change {
+        self.begin(sectors_of(offset, len), None, Some(Value::Discarded))
+    }
+
     /// A read begins.
     pub fn read(&self) -> Reading {
         let mut state = self.state.lock();
@@ -306,10 +311,7 @@ impl Oracle {
         let now = state.clock;
         let state = &mut *state;
         let oldest_reader = state.readers.keys().next().copied();
-        for sector in range {
-            let Some(entries) = state.sectors.get_mut(&sector) else {
-                continue;
-            };
+        for (_, entries) in state.sectors.range_mut(range) {
             let Some(this) = entries.iter_mut().find(|entry| entry.id == id) else {
                 continue;
             };

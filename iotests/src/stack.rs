@@ -7,8 +7,8 @@ use std::sync::{
 };
 
 use block_core::{
-    BlockHandle, Graph, Node, Options, PermissionSet, Permissions, RequestFlags,
-    driver::{Capabilities, DriverKind},
+    BlockHandle, ErrorKind, Graph, Node, Options, PermissionSet, Permissions, RequestFlags,
+    driver::{Capabilities, DriverKind, Reopen},
     env::Environment,
     image::{CheckMode, CheckReport, Progress},
 };
@@ -66,6 +66,27 @@ pub(crate) async fn probe(scene: &Scene) -> Result<(Capabilities, u64), Failure>
     let capabilities = node.driver().capabilities();
     lab.graph.release(&node).await?;
     Ok((capabilities, cluster))
+}
+
+/// Why an open image of the format can't become writable, as a job needs it of a base.
+pub(crate) async fn cannot_reopen(scene: &Scene) -> Result<Option<Verdict>, Failure> {
+    let (lab, format) = (&scene.lab, &scene.format);
+    probe(scene).await?;
+    let options = Options::new().with("read-only", true);
+    let node = lab.open(&format.name, "probe", None, &options).await?;
+    let changes = Reopen {
+        read_only: Some(false),
+        ..Reopen::default()
+    };
+    let reopened = lab.graph.reopen(&node, changes).await;
+    lab.graph.release(&node).await?;
+    match reopened {
+        Err(error) if error.kind() == ErrorKind::NotSupported => Ok(Some(Verdict::NotCovered(
+            "the driver can't be reopened".into(),
+        ))),
+        Err(error) => Err(error.into()),
+        Ok(()) => Ok(None),
+    }
 }
 
 /// A handle that reads and writes and lets others do anything.

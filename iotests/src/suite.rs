@@ -8,8 +8,8 @@ use crate::{
     basic,
     case::{Case, FormatUnderTest, Group},
     cases::{self, shared, with_jobs},
-    chain_cases, cli, cluster_cases, duties, fault_cases, graph_cases, job_cases, life_cases,
-    memdriver, path_cases,
+    chain_cases, cli, cluster_cases, concurrent_cases, crash, duties, fault_cases, graph_cases,
+    hostile_cases, interop_cases, job_cases, life_cases, memdriver, path_cases,
 };
 
 /// Every case there is: the races once more under the name of their cancellation.
@@ -23,6 +23,10 @@ pub fn all_cases() -> Vec<Case> {
     all.extend(graph_cases::all());
     all.extend(job_cases::all());
     all.extend(fault_cases::all());
+    all.extend(concurrent_cases::all());
+    all.extend(hostile_cases::all());
+    all.extend(interop_cases::all());
+    all.extend(crash::cases());
     let mut races = cases::all();
     races.extend(with_jobs::cases());
     races.extend(shared::cases());
@@ -162,6 +166,7 @@ impl Suite {
                 ));
             }
         }
+        format.crash_safe = name != memdriver::NAME;
         format.safeguards = self.safeguards.iter().any(|known| known == name);
         Ok(format)
     }

@@ -50,8 +50,18 @@ fn a_third_partys_driver_passes_all_of_them() {
 }
 
 #[test]
-fn qcow2_passes_all_of_them() {
-    expect_passed(&registry(), &qcow2(), &cases(), 2);
+fn qcow2_passes_all_of_them_and_is_covered_by_150() {
+    let mut covered = 0;
+    for case in cases() {
+        for seed in 0..2 {
+            match run(&registry(), &qcow2(), &case, seed, None).verdict {
+                Verdict::Passed => covered += usize::from(seed == 0),
+                Verdict::NotCovered(_) => break,
+                other => panic!("{} (seed {seed}): {other:?}", case.name),
+            }
+        }
+    }
+    assert!(covered >= 150, "only {covered}");
 }
 
 #[test]
@@ -82,15 +92,14 @@ fn qcow2_passes_all_of_them_with_64_bit_refcounts_and_lazy_ones() {
 }
 
 #[test]
-fn qcow2_is_covered_by_150_of_them_and_every_name_is_its_own() {
+fn every_name_is_its_own_and_every_case_says_what_it_proves() {
     let cases = cases();
     let mut names: Vec<&str> = cases.iter().map(|case| case.name.as_str()).collect();
     names.sort_unstable();
     names.dedup();
     assert_eq!(names.len(), cases.len());
-    let covered = cases
-        .iter()
-        .filter(|case| run(&registry(), &qcow2(), case, 0, None).verdict == Verdict::Passed)
-        .count();
-    assert!(covered >= 150, "only {covered}");
+    let mut proves: Vec<&str> = cases.iter().map(|case| case.proves.as_str()).collect();
+    proves.sort_unstable();
+    proves.dedup();
+    assert_eq!(proves.len(), cases.len());
 }

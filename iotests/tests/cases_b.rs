@@ -8,8 +8,9 @@ use format_qcow2::Qcow2Factory;
 use format_raw::RawFactory;
 use format_vmdk::VmdkFactory;
 use iotests::{
-    case::{Case, FormatUnderTest},
-    fault_cases, job_cases, memdriver,
+    cancel,
+    case::{Case, FormatUnderTest, Verdict},
+    concurrent_cases, fault_cases, hostile_cases, interop_cases, job_cases, memdriver,
 };
 
 fn registry() -> Registry {
@@ -60,5 +61,44 @@ fn qcow2_passes_the_cases_about_failing_storage() {
 fn other_formats_pass_the_cases_about_failing_storage() {
     for format in &formats()[1..] {
         passes(format, &fault_cases::all());
+    }
+}
+
+#[test]
+fn every_format_passes_the_cases_about_crowds_and_leaks() {
+    for format in formats() {
+        passes(&format, &concurrent_cases::all());
+    }
+}
+
+#[test]
+fn requests_in_company_may_be_dropped_at_every_await_point_of_qcow2() {
+    let mut dropped = 0;
+    let mut failures = Vec::new();
+    for case in concurrent_cases::worth_dropping() {
+        let sweep = cancel::sweep(&registry(), &qcow2(), &case, 0);
+        match sweep.verdict() {
+            Verdict::Passed => dropped += sweep.dropped,
+            other => failures.push(format!("{}: {other:?}", case.name)),
+        }
+    }
+    println!("{dropped} await points");
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+    assert!(dropped > 200, "only {dropped} await points: inconclusive");
+}
+
+#[test]
+fn damaged_images_of_every_format_harm_nobody() {
+    for format in formats() {
+        expect_passed(&registry(), &format, &hostile_cases::all(), 1);
+    }
+}
+
+#[test]
+fn images_go_back_and_forth_between_every_format_and_the_installed_tools() {
+    for format in formats() {
+        if format.name != memdriver::NAME {
+            passes(&format, &interop_cases::all());
+        }
     }
 }

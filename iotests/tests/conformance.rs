@@ -1,5 +1,5 @@
 //! The macro as a third party uses it, on a driver that somebody else wrote.
 
-use iotests::memdriver::ThirdPartyFactory;
+use iotests::{Subject, memdriver::ThirdPartyFactory};
 
-iotests::conformance!(ThirdPartyFactory);
+iotests::conformance!(Subject::new(ThirdPartyFactory).without_crash_safety());

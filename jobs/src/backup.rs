@@ -117,7 +117,7 @@ impl Backup {
             )));
         }
         let claimed = [source.clone(), target.clone()];
-        let claims = chain::claim(graph, claimed, JobKind::Backup)?;
+        let mut claims = chain::claim(graph, claimed, JobKind::Backup)?;
         let cluster = match chain::cluster_size(graph, target).await {
             Ok(size) => size.unwrap_or(0).max(MIN_CHUNK).next_power_of_two(),
             Err(error) if target.backing().is_some() => {
@@ -153,6 +153,15 @@ impl Backup {
         let name = options.filter_node_name.as_deref();
         let filter = chain::insert_started(graph, driver, name, source, target, || state.start());
         let filter = filter.await?;
+        // Nobody else may take the filter for a disk: it goes away with this job.
+        match graph.claim_for_job(&filter, JobKind::Backup.name()) {
+            Ok(claim) => claims.push(claim),
+            Err(error) => {
+                state.stop();
+                chain::withdraw(graph, &filter).await;
+                return Err(error);
+            }
+        }
         let mut backup = Self {
             graph: graph.clone(),
             source: source.clone(),

@@ -207,7 +207,7 @@ impl Mirror {
         manager: &Arc<JobManager>,
         options: MirrorOptions,
         base: Option<Arc<Node>>,
-        claims: Vec<JobClaim>,
+        mut claims: Vec<JobClaim>,
         counters: Arc<Counters>,
         target_was_read_only: bool,
     ) -> Result<Self> {
@@ -248,6 +248,20 @@ impl Mirror {
                 return Err(error);
             }
         };
+        let kind = if base.is_some() {
+            JobKind::Commit
+        } else {
+            JobKind::Mirror
+        };
+        // Nobody else may take the filter for a disk: it goes away with this job.
+        match graph.claim_for_job(&filter, kind.name()) {
+            Ok(claim) => claims.push(claim),
+            Err(error) => {
+                source.remove_bitmap(&bitmap);
+                chain::withdraw(&graph, &filter).await;
+                return Err(error);
+            }
+        }
         let mut mirror = Self {
             freeze: base
                 .as_ref()

@@ -161,6 +161,30 @@ fn info_never_opens_the_files_that_an_image_names() {
 }
 
 #[test]
+fn the_base_of_a_commit_is_closed_and_clean() {
+    let blk = Alone::new();
+    for args in [
+        // Only closing it clears its dirty bit.
+        "create -q -f qcow2 -o lazy_refcounts=on base.qcow2 1M",
+        "create -q -f qcow2 -b base.qcow2 -F qcow2 top.qcow2",
+        "io -c write\u{a0}0\u{a0}512k top.qcow2",
+        "commit -q top.qcow2",
+    ] {
+        let args: Vec<String> = args
+            .split(' ')
+            .map(|arg| arg.replace('\u{a0}', " "))
+            .collect();
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        let (code, _, err) = blk.blk(&args);
+        assert_eq!(code, 0, "{args:?}: {err}");
+    }
+    let (code, out, _) = blk.blk(&["info", "--output=json", "base.qcow2"]);
+    assert_eq!(code, 0);
+    let value: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(value["dirty-flag"], false);
+}
+
+#[test]
 fn repaired_leaks_are_gone() {
     let blk = Alone::new();
     assert_eq!(

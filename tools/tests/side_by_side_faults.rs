@@ -30,7 +30,7 @@ fn lines(bytes: &[u8]) -> Vec<String> {
     String::from_utf8_lossy(bytes)
         .replace("qemu-io> ", "")
         .lines()
-        .filter(|line| !line.is_empty() && !(line.contains(" ops; ") && line.contains("ops/sec")))
+        .filter(|line| !(line.is_empty() || line.contains(" ops; ") && line.contains("ops/sec")))
         .map(str::to_owned)
         .collect()
 }
@@ -236,7 +236,7 @@ fn the_same_rules_and_breakpoints_give_the_same_words() {
         let theirs = run(THEIRS, dir.path(), &args, script);
         let mut ours = run(OURS, dir.path(), &args, script);
         // That the last flush, when the image is closed, failed is told by ours alone.
-        ours.1.retain(|line| !line.contains("[flush at"));
+        ours.1.retain(|line| !line.contains("[flush"));
         if theirs != ours {
             differences.push(format!(
                 "{options}\n{script}\n  theirs: {theirs:?}\n  ours:   {ours:?}"

@@ -13,7 +13,7 @@ use writing_a_driver::{Factory, step1, step2, step3, step4, step5};
 
 type Verdicts = BTreeMap<String, Verdict>;
 
-/// The first verdict of each case, under two schedules, that isn't "passed".
+/// The first verdict of each case that isn't "passed".
 fn verdicts(factory: impl DriverFactory, claims_safeguards: bool) -> Verdicts {
     let name = factory.name();
     let has_clusters = factory
@@ -27,15 +27,17 @@ fn verdicts(factory: impl DriverFactory, claims_safeguards: bool) -> Verdicts {
     }
     format.safeguards = claims_safeguards;
     let mut verdicts = Verdicts::new();
-    // Those about cancellation are the race cases again.
-    for case in all_cases()
-        .iter()
-        .filter(|case| case.group != Group::Cancel)
-    {
+    for case in all_cases() {
+        // Cancellations are the race cases again, and jobs are many requests: neither tells more about a step.
+        if matches!(case.group, Group::Cancel | Group::Jobs) {
+            continue;
+        }
         let mut verdict = Verdict::Passed;
-        for seed in 0..2 {
+        // What depends on the schedule, or on what a power cut spares, is tried twice.
+        let lucky = matches!(case.group, Group::Crash | Group::Race);
+        for seed in 0..if lucky { 2 } else { 1 } {
             if verdict == Verdict::Passed {
-                verdict = run(&registry, &format, case, seed, None).verdict;
+                verdict = run(&registry, &format, &case, seed, None).verdict;
             }
         }
         verdicts.insert(case.name.clone(), verdict);

@@ -22,7 +22,7 @@ use parking_lot::Mutex;
 use super::{
     Bench, Outcome,
     image::{Layer, open},
-    must, wrong,
+    is_zero, must, wrong,
 };
 use crate::{
     case::{Failure, Scene},
@@ -101,7 +101,7 @@ impl Bench {
                 format!("{} bytes of status at {at:#x}", status.len)
             })?;
             let bytes = &self.model[at as usize..(at + status.len) as usize];
-            let zero = bytes.iter().all(|byte| *byte == 0);
+            let zero = is_zero(bytes);
             must(zero || !status.is_zero(), || {
                 format!(
                     "block status calls {:#x} bytes at {at:#x} zero, which they aren't",
@@ -303,9 +303,9 @@ fn ask_qemu(scene: &Scene, disk: &Disk, layers: &[Layer], model: &[u8]) -> Outco
     }
     let mut hasher = DefaultHasher::new();
     (format, &content, model).hash(&mut hasher);
-    layers
-        .iter()
-        .for_each(|layer| layer.content.hash(&mut hasher));
+    for layer in layers {
+        layer.content.hash(&mut hasher);
+    }
     let key = hasher.finish();
     if asked().lock().clean.contains(&key) {
         return Ok(());

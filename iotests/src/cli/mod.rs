@@ -4,6 +4,7 @@
 //! Exit status: 0 when all passed (or weren't covered), 1 when something failed, 2 when something proved nothing, 3 for
 //! wrong usage.
 
+mod crash;
 mod race;
 mod run;
 mod select;
@@ -42,6 +43,8 @@ enum Command {
     Replay(simulate::cli::Replay),
     #[cfg(feature = "mutants")]
     Mutants(crate::hunt::Hunt),
+    /// Cuts the power after every n-th write of the storage, opens what is left, and judges it
+    Crash(crash::CrashArgs),
     /// Prints a storm as commands for `blk io` and `qemu-io` on standard input
     StormCommands(race::StormArgs),
 }
@@ -68,6 +71,7 @@ pub fn main(suite: &Suite) -> ExitCode {
         Command::Replay(args) => args.run(suite.registry(), suite.bare()),
         #[cfg(feature = "mutants")]
         Command::Mutants(args) => args.run(suite),
+        Command::Crash(args) => crash::crash(suite, &args),
         Command::StormCommands(args) => race::storm_commands(&args),
     };
     match status {

@@ -7,7 +7,12 @@ use clap::ValueEnum;
 use super::{Status, parse_seeds, print_json, print_text};
 use crate::{
     case::Verdict,
-    race::{self, Matrix, commands::Layout},
+    race::{
+        self, Matrix,
+        commands::Layout,
+        scenes,
+        via::{self, Played, Program},
+    },
     runner,
     suite::Suite,
 };
@@ -41,9 +46,27 @@ pub(super) struct RaceArgs {
     /// So often the power is cut (with the gate)
     #[arg(long, default_value_t = 0)]
     power_cuts: usize,
+    /// Plays storms and deterministic races to a program instead, as a black box, and looks at what it left
+    #[arg(long, value_enum)]
+    via: Option<Via>,
+    /// Where qemu-io is, if not in the path
+    #[arg(long, value_name = "PATH")]
+    qemu_io: Option<String>,
+    /// Where blk is (or in IOTESTS_BLK), if not beside this program
+    #[arg(long, value_name = "PATH")]
+    blk: Option<String>,
     /// What is written to standard output
     #[arg(long, value_enum, default_value = "human")]
     output: Output,
+}
+
+/// A program that has qemu-io's commands.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Via {
+    /// The installed QEMU's
+    QemuIo,
+    /// `blk io`
+    Blk,
 }
 
 #[derive(clap::Args)]
@@ -83,7 +106,78 @@ pub(super) fn storm_commands(args: &StormArgs) -> Status {
     Ok(0)
 }
 
+fn program(via: Via, args: &RaceArgs) -> Result<Program, String> {
+    match via {
+        Via::QemuIo => Ok(Program::qemu_io(args.qemu_io.as_deref())),
+        Via::Blk => {
+            let named = args
+                .blk
+                .clone()
+                .or_else(|| std::env::var("IOTESTS_BLK").ok());
+            let beside = || {
+                let path = std::env::current_exe().ok()?.with_file_name("blk");
+                path.exists().then(|| path.to_string_lossy().into_owned())
+            };
+            let path = named.or_else(beside).ok_or(
+                "where is blk? Give --blk PATH or set IOTESTS_BLK, or build it: cargo build --release -p tools",
+            )?;
+            Ok(Program::blk(&path))
+        }
+    }
+}
+
+/// The black box: a line for each race and each storm.
+fn race_via(via: Via, args: &RaceArgs) -> Status {
+    let program = program(via, args)?;
+    let version = program.version()?;
+    let human = args.output == Output::Human;
+    if human {
+        print_text(&format!("{}: {version}", program.name));
+        let columns = ("race", "errors", "changed", "leaks");
+        print_text(&format!(
+            "{:<42} {:>6} {:>8} {:>6}  verdict",
+            columns.0, columns.1, columns.2, columns.3
+        ));
+    }
+    let mut played = Vec::new();
+    let mut show = |one: Played| {
+        if human {
+            let seed = one.seed.map(|seed| format!(" {seed}")).unwrap_or_default();
+            print_text(&format!(
+                "{:<42} {:>6} {:>8} {:>6}  {} {}",
+                format!("{}{seed}", one.name),
+                one.check_errors,
+                one.changed,
+                one.leaks,
+                one.verdict.word(),
+                one.verdict.detail()
+            ));
+        }
+        played.push(one);
+    };
+    for scene in scenes::scenes() {
+        show(via::scene(&program, &scene)?);
+    }
+    for seed in args.seed.clone() {
+        show(via::storm(&program, seed, args.commands)?);
+    }
+    if human {
+        let failed = played.iter().filter(|one| one.verdict.is_failed()).count();
+        let covered = played
+            .iter()
+            .filter(|one| !matches!(one.verdict, Verdict::NotCovered(_)))
+            .count();
+        print_text(&format!("{}: {failed} of {covered} failed", program.name));
+    } else {
+        print_json(&played)?;
+    }
+    Ok(runner::status(played.iter().map(|one| &one.verdict)))
+}
+
 pub(super) fn race(suite: &Suite, args: &RaceArgs) -> Status {
+    if let Some(via) = args.via {
+        return race_via(via, args);
+    }
     if args.region.contains(&0) {
         return Err("--region: at least 1".into());
     }

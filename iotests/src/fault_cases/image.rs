@@ -316,8 +316,12 @@ async fn opened(
             };
             arm();
             match handle.check(mode, Progress::new()).await {
+                // What can't be read may be called damage; it may not be called clean.
                 Ok(report) if report.check_errors > 0 => {
                     Err(Error::io("check errors were counted").with_file(IMAGE))
+                }
+                Ok(report) if act == Act::Check && report.corruptions > 0 => {
+                    Err(Error::io("corruptions were counted").with_file(IMAGE))
                 }
                 Ok(_) => Ok(()),
                 Err(error) => Err(error),

@@ -78,7 +78,6 @@ pub(super) async fn read_file(context: &OpenContext, name: &str) -> Result<Vec<u
     let options = context
         .registry()
         .filename_options(name)?
-        .with("node-name", unused_name(context))
         .with("read-only", true);
     let how = OpenOptions::default();
     let node = context
@@ -114,11 +113,4 @@ pub(super) async fn create_file(context: &OpenContext, name: &str) -> Result<Arc
         .await?;
     let mut holder = Options::new().with("log", Value::Object(options.with("read-only", false).0));
     required(context, &mut holder, "log").await
-}
-
-fn unused_name(context: &OpenContext) -> String {
-    (0u64..)
-        .map(|n| format!("fault-file-{n}"))
-        .find(|name| context.graph().node(name).is_none())
-        .unwrap_or_default()
 }

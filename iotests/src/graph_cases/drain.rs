@@ -197,7 +197,7 @@ async fn nest(scene: Arc<Scene>) -> Outcome {
         .primary()
         .map(|child| child.node().clone());
     for order in [[0, 1, 2], [2, 1, 0], [1, 2, 0]] {
-        let mut guards = vec![
+        let mut guards = [
             Some(graph.drain(&bench.node).await),
             Some(graph.drain_all().await),
             match &storage {

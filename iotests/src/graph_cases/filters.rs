@@ -267,7 +267,16 @@ async fn limits_follow(scene: Arc<Scene>) -> Outcome {
     let graph = &scene.lab.graph;
     let before = bench.handle.limits();
     let (probe, node) = over_storage(&bench, Probe::new().aligned(512))?;
+    // What a node says is what its driver says of the children that it has now.
+    let image = bench.node.clone();
+    let up_to_date = |when: &str| {
+        let said = image.driver().limits(&image.edges());
+        must(image.limits() == said, || {
+            format!("{when} the limits are out of date")
+        })
+    };
     graph.insert_filter(&node).await?;
+    up_to_date("with the filter")?;
     for (offset, len) in [(100, 50), (511, 2), (bench.cluster - 1, 1025)] {
         bench.write(offset, len).await?;
         bench.check_range(offset, len, "through the filter").await?;
@@ -282,7 +291,9 @@ async fn limits_follow(scene: Arc<Scene>) -> Outcome {
     must(bench.handle.limits() == before, || {
         "the limits aren't what they were".into()
     })?;
+    up_to_date("without the filter")?;
     graph.release(&node).await?;
+    drop(image);
     bench.check_all("without it").await?;
     bench.finish().await
 }

@@ -8,7 +8,7 @@ use crate::{
     bench::{Bench, Outcome, Probe, case, must, not_covered, wrong},
     case::{Case, Group, Scene},
     lab::all_permissions,
-    storage::Disk,
+    storage::{Content, Disk},
 };
 
 pub(super) fn cases() -> Vec<Case> {
@@ -306,7 +306,7 @@ async fn replaced(scene: Arc<Scene>) -> Outcome {
     let parked = bench.park(1024, 512).await?;
     let old = bench.model.clone();
     let other = lab.attach(&bench.node, "other")?;
-    lab.disks.insert(Disk::new("copy", Default::default()));
+    lab.disks.insert(Disk::new("copy", Content::default()));
     lab.create(&format.name, "copy", bench.size(), &format.create, None)
         .await?;
     let copy = lab

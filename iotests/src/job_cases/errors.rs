@@ -344,6 +344,9 @@ async fn flush_fails(scene: Arc<Scene>, work: Work) -> CaseResult {
         Ok(stack) => stack,
         Err(verdict) => return Ok(verdict),
     };
+    if let Some(verdict) = work.leaves_base_changed(&stack) {
+        return Ok(verdict);
+    }
     let manager = JobManager::new(stack.graph());
     let disk = disk_of(&stack, work, Side::Target)?;
     let options = JobOptions {

@@ -121,6 +121,9 @@ async fn softly_cancelled(scene: Arc<Scene>, work: Work) -> CaseResult {
         Ok(stack) => stack,
         Err(verdict) => return Ok(verdict),
     };
+    if let Some(verdict) = work.leaves_base_changed(&stack) {
+        return Ok(verdict);
+    }
     let manager = JobManager::new(stack.graph());
     let load = Load::start(&stack, 3);
     let (job, target) = work.start(&stack, &manager, JobOptions::default()).await?;

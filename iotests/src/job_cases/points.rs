@@ -170,7 +170,7 @@ async fn not_twice(scene: Arc<Scene>) -> CaseResult {
     // The guest's own save of a cluster is parked, while the job gets to it as well.
     let hold = copy.hold(Choose::writes().containing(b"IOTS"), Stage::Before);
     let guest = stack.guest.clone();
-    let at = stack.size - stack.unit;
+    let at = 16 * stack.unit;
     let write = scene.start(async move { guest.write(at, 512, NONE).await });
     scene.rest().await;
     if scene.strict() && hold.waiting().is_empty() {

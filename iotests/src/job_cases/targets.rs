@@ -369,6 +369,9 @@ async fn short_base(scene: Arc<Scene>, active: bool) -> CaseResult {
     if let Some(verdict) = crate::stack::lacks(capabilities, needs) {
         return Ok(verdict);
     }
+    if let Some(verdict) = crate::stack::cannot_reopen(&scene).await? {
+        return Ok(verdict);
+    }
     let (lab, format) = (&scene.lab, scene.format.name.clone());
     let graph = lab.graph.clone();
     let size = (300 << 10) + 1536;

@@ -98,9 +98,27 @@ impl Work {
         }
     }
 
+    /// Why a commit that ends without a switch-over can't be judged: what it wrote into its base makes an overlay whose
+    /// header says what the base was like (and can't be rewritten) refuse it.
+    pub(super) fn leaves_base_changed(self, stack: &Stack) -> Option<Verdict> {
+        match self {
+            Self::CommitActive => {
+                crate::stack::lacks(stack.capabilities, Capabilities::CHANGE_BACKING)
+            }
+            _ => None,
+        }
+    }
+
     /// The disk that it works on.
     pub(super) async fn stack(self, scene: &Arc<Scene>) -> Result<Result<Stack, Verdict>, Failure> {
         let (capabilities, _) = crate::stack::probe(scene).await?;
+        if matches!(
+            self,
+            Self::CommitActive | Self::CommitMiddle | Self::StreamAll | Self::StreamTo
+        ) && let Some(verdict) = crate::stack::cannot_reopen(scene).await?
+        {
+            return Ok(Err(verdict));
+        }
         let names = scene.lab.records_backing(&scene.format.name);
         let layers = match self {
             Self::CommitMiddle | Self::StreamTo => 4,

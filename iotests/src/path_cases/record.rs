@@ -128,7 +128,7 @@ async fn recorded(scene: Arc<Scene>, change: Change) -> Outcome {
         Change::Compressed => {
             bench
                 .write_with(offset, len, RequestFlags::WRITE_COMPRESSED)
-                .await?
+                .await?;
         }
     }
     let first = offset / 1024 * 1024;

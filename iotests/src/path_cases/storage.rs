@@ -83,7 +83,7 @@ async fn workload(scene: Arc<Scene>, probe: Probe) -> Outcome {
             4 => {
                 bench
                     .zero(offset, len, RequestFlags::MAY_UNMAP | RequestFlags::FUA)
-                    .await?
+                    .await?;
             }
             _ => bench.discard(offset, len).await?,
         }

@@ -36,6 +36,8 @@ pub struct Campaign {
     pub threads: usize,
     /// Whether requests wait at the gate.
     pub gate: bool,
+    /// Whether books are kept of host space; without, content and checks have to show what goes wrong.
+    pub books: bool,
     /// Stop after so many failures.
     pub max_failures: usize,
 }
@@ -54,7 +56,7 @@ pub struct Totals {
     pub polls: u64,
     /// Of all runs, independent of their order.
     pub hash: u64,
-    /// Seconds that all threads together spent in runs.
+    /// Seconds of processor time that all threads together spent in runs.
     pub busy: f64,
     /// Seconds that it took.
     pub elapsed: f64,
@@ -91,7 +93,7 @@ impl Totals {
     /// What is zero although so many seeds of such scenarios must have met it.
     pub fn uncovered(&self, profile: &Profile) -> Vec<String> {
         let can = |capability| profile.capabilities.contains(capability);
-        let backed = can(Capabilities::BACKING);
+        let backed = can(Capabilities::BACKING | Capabilities::CHANGE_BACKING);
         let mut claims: Vec<(&str, bool)> = vec![
             ("gate-waits", true),
             ("cancelled-await-points", true),
@@ -108,11 +110,8 @@ impl Totals {
             ("bytes-written-through", true),
             ("jobs-commit", backed),
             ("bytes-while-guest-wrote-commit", backed),
-            ("jobs-stream", backed && can(Capabilities::CHANGE_BACKING)),
-            (
-                "bytes-while-guest-wrote-stream",
-                backed && can(Capabilities::CHANGE_BACKING),
-            ),
+            ("jobs-stream", backed),
+            ("bytes-while-guest-wrote-stream", backed),
             ("power-cuts", profile.crash_safe),
             ("power-cuts-with-unflushed", profile.crash_safe),
             ("checks", can(Capabilities::CHECK)),
@@ -154,6 +153,14 @@ impl Totals {
         }
         Verdict::Passed
     }
+}
+
+/// How long this thread has been on a processor, where the system tells: on a machine that others use too, the time that
+/// passes says nothing about what a seed costs.
+fn busy_time() -> Option<Duration> {
+    let text = std::fs::read_to_string("/proc/thread-self/schedstat").ok()?;
+    let nanos = text.split_whitespace().next()?.parse().ok()?;
+    Some(Duration::from_nanos(nanos))
 }
 
 /// What scenarios for `format` may contain: what a new image says that it can do, and which options there are.
@@ -216,7 +223,7 @@ impl Campaign {
         let next = AtomicU64::new(self.seeds.start);
         let enough = AtomicBool::new(false);
         let totals = Mutex::new(Totals::default());
-        let began = Instant::now();
+        let epoch = Instant::now();
         std::thread::scope(|scope| {
             for _ in 0..self.threads.max(1) {
                 scope.spawn(|| {
@@ -225,13 +232,15 @@ impl Campaign {
                         if seed >= self.seeds.end {
                             break;
                         }
-                        let began = Instant::now();
+                        let began = busy_time().unwrap_or_else(|| epoch.elapsed());
                         let scenario = generate(profile, seed);
-                        let how = How::seed(seed).without_gate(!self.gate);
+                        let mut how = How::seed(seed).without_gate(!self.gate);
+                        how.books = self.books;
                         let outcome = run(registry, &scenario, &how);
+                        let now = busy_time().unwrap_or_else(|| epoch.elapsed());
                         each(seed, &outcome);
                         let mut totals = totals.lock();
-                        totals.add(seed, outcome, began.elapsed());
+                        totals.add(seed, outcome, now.saturating_sub(began));
                         if totals.failures.len() >= self.max_failures {
                             enough.store(true, Ordering::Relaxed);
                         }
@@ -240,7 +249,7 @@ impl Campaign {
             }
         });
         let mut totals = totals.into_inner();
-        totals.elapsed = began.elapsed().as_secs_f64();
+        totals.elapsed = epoch.elapsed().as_secs_f64();
         totals.failures.sort_by_key(|failure| failure.0);
         totals
     }

@@ -30,6 +30,9 @@ pub struct Worlds {
     /// Without the driver's own safeguards
     #[arg(long)]
     pub no_safeguards: bool,
+    /// Don't look at what must hold at every step: content and checks have to show what goes wrong
+    #[arg(long)]
+    pub no_invariants: bool,
 }
 
 /// Runs seeds: each decides image options, guests, jobs, faults, power cuts and the schedule
@@ -108,6 +111,12 @@ impl Worlds {
         profile(registry, &self.format, &create)
     }
 
+    fn how(&self, seed: u64) -> How {
+        let mut how = How::seed(seed).without_gate(self.no_gate);
+        how.books = !self.no_invariants;
+        how
+    }
+
     fn again(&self) -> String {
         let mut text = format!("-f {}", self.format);
         if !self.options.is_empty() {
@@ -118,6 +127,9 @@ impl Worlds {
         }
         if self.no_safeguards {
             text.push_str(" --no-safeguards");
+        }
+        if self.no_invariants {
+            text.push_str(" --no-invariants");
         }
         text
     }
@@ -167,6 +179,7 @@ impl Simulate {
             seeds: seeds.clone(),
             threads: self.jobs,
             gate: !self.worlds.no_gate,
+            books: !self.worlds.no_invariants,
             max_failures: self.max_failures.max(1),
         };
         let totals = campaign.run(registry, &profile, |seed, outcome| {
@@ -259,7 +272,7 @@ impl Minimise {
             }
             (None, Some(seed)) => {
                 let profile = self.worlds.profile(self.worlds.registry(registry, bare)?)?;
-                let how = How::seed(seed).without_gate(self.worlds.no_gate);
+                let how = self.worlds.how(seed);
                 (generate(&profile, seed), how, !self.worlds.no_safeguards)
             }
             (None, None) => return Err("a seed or a file is needed".to_owned()),
@@ -298,9 +311,7 @@ impl Replay {
             let seed = self.seed.ok_or("a seed or a file is needed")?;
             let registry = self.worlds.registry(registry, bare)?;
             scenario = generate(&self.worlds.profile(registry)?, seed);
-            let how = How::seed(seed)
-                .without_gate(self.worlds.no_gate)
-                .with_timeline();
+            let how = self.worlds.how(seed).with_timeline();
             outcome = run(registry, &scenario, &how);
         }
         if self.scenario {

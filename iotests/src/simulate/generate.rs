@@ -322,7 +322,7 @@ impl Generator<'_> {
             1 if layers > 2 && rewrites && self.rng.random_ratio(1, 2) => {
                 JobWork::Commit { top: 1, base: 2 }
             }
-            1 if layers > 1 => JobWork::Commit {
+            1 if layers > 1 && rewrites => JobWork::Commit {
                 top: 0,
                 base: self.rng.random_range(1..layers),
             },

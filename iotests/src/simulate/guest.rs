@@ -102,23 +102,20 @@ fn is_excused(world: &World, step: Step, error: &Error) -> bool {
     if !world.setup.gate {
         return true;
     }
-    let resizes = || {
-        let queues = world.phase.queues.iter();
-        queues
-            .flat_map(|queue| &queue.steps)
-            .any(|step| step.kind == StepKind::Resize)
-    };
     match error.kind() {
         // The image was found damaged: that is never in order.
         ErrorKind::Corrupt | ErrorKind::NoMedium => false,
         _ if world.may_fail() => true,
-        ErrorKind::NotPermitted | ErrorKind::NotSupported | ErrorKind::TooBig => {
-            step.kind == StepKind::Resize
+        ErrorKind::NotPermitted | ErrorKind::TooBig => step.kind == StepKind::Resize,
+        // Formats compress only what isn't there yet.
+        ErrorKind::NotSupported | ErrorKind::InvalidInput => {
+            matches!(step.kind, StepKind::Resize | StepKind::WriteCompressed)
         }
+        ErrorKind::Io if step.kind == StepKind::WriteCompressed => true,
         // Beyond the end of a disk that somebody else has made shorter.
         ErrorKind::Io => {
-            step.offset + step.len > world.lengths.lock().iter().copied().min().unwrap_or(0)
-                && resizes()
+            let shortest = world.lengths.lock().iter().copied().min();
+            step.offset + step.len > shortest.unwrap_or(0)
         }
         _ => false,
     }
@@ -188,9 +185,19 @@ async fn carry_out(world: &Arc<World>, queue: usize, step: Step) -> Result<()> {
             result
         }
         StepKind::Discard => {
-            let change = oracle.discard(offset, len);
+            // Whole clusters are discarded, the rest may be.
+            let node = handle.node().skip_filters();
+            let unit = node.limits().discard_alignment.max(512);
+            let end = offset + len;
+            let (first, last) = (offset.next_multiple_of(unit).min(end), end - end % unit);
+            let last = last.max(first);
+            let whole = oracle.discard(first, last - first);
+            let head = oracle.discard_perhaps(offset, first - offset);
+            let tail = oracle.discard_perhaps(last, end - last);
             let result = handle.discard(offset, len).await;
-            change.end(how(&result));
+            for change in [whole, head, tail] {
+                change.end(how(&result));
+            }
             result
         }
         StepKind::Flush => {

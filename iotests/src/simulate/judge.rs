@@ -150,7 +150,7 @@ pub(super) async fn look_again(
         setup,
         &handle,
         &carried.names[0],
-        carried.excused || lenient,
+        carried.excused || carried.may_leak || lenient,
     )
     .await?;
     let length = handle.length();
@@ -211,6 +211,7 @@ pub(super) async fn look_again(
     }
     Ok(Carried {
         lengths: vec![length],
+        may_leak: carried.may_leak || carried.cut || carried.excused,
         cut: false,
         excused: false,
         ..carried

@@ -39,6 +39,7 @@ impl Saved {
     pub fn how(&self) -> How {
         How {
             gate: self.gate,
+            books: self.failure.kind == FailureKind::Invariant,
             values: self.values,
             schedule: Schedule::Script(self.choices.as_slice().into()),
             timeline: false,
@@ -420,10 +421,13 @@ pub fn minimise(
     limit: Duration,
 ) -> Option<Saved> {
     let failure = run(registry, scenario, how).failure?;
+    // Whether what must hold at every step is looked at decides which failure comes first.
+    let books = failure.kind == FailureKind::Invariant;
     let mut search = Search {
         registry,
         kind: failure.kind,
         how: How {
+            books,
             timeline: false,
             choices: false,
             ..how.clone()
@@ -439,8 +443,12 @@ pub fn minimise(
             break;
         }
     }
-    search.best.phases.retain(|phase: &Phase| {
-        phase.cut.is_some() || !phase.queues.is_empty() || !phase.jobs.is_empty()
+    search.change(|scenario| {
+        let before = scenario.phases.len();
+        scenario.phases.retain(|phase: &Phase| {
+            phase.cut.is_some() || !phase.queues.is_empty() || !phase.jobs.is_empty()
+        });
+        scenario.phases.len() < before
     });
     // The schedule is short by now: it gets the time that it takes.
     search.until = Instant::now() + limit;

@@ -26,6 +26,8 @@ use crate::{
 pub struct How {
     /// Whether requests wait at the gate.
     pub gate: bool,
+    /// Whether books are kept of host space: what must hold at every step. Without, content and checks have to show it.
+    pub books: bool,
     /// Random numbers that storage and drivers ask for.
     pub values: u64,
     /// Which ready task runs next.
@@ -41,6 +43,7 @@ impl How {
     pub fn seed(seed: u64) -> Self {
         Self {
             gate: true,
+            books: true,
             values: seed,
             schedule: Schedule::Seed(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 1),
             timeline: false,
@@ -97,6 +100,8 @@ pub(super) struct Carried {
     /// Images that jobs left unfinished: they may be anything but corrupt.
     pub left: Vec<String>,
     pub after_discard: AfterDiscard,
+    /// There was a cut, or worse: clusters may have leaked where no check looks (beyond the end of the file).
+    pub may_leak: bool,
     /// Something went wrong with the storage, so that not all of it could be written.
     pub excused: bool,
     pub cut: bool,
@@ -117,6 +122,7 @@ pub fn run(registry: &Registry, scenario: &Scenario, how: &How) -> Outcome {
         registry: Arc::new(registry.clone()),
         scenario: scenario.clone(),
         gate: how.gate,
+        books: how.books,
         records_backing,
         disks: Disks::new(),
         watch: WorldWatch::new(&recorder),
@@ -197,7 +203,19 @@ async fn make(setup: &Arc<Setup>, lab: &Lab) -> Result<Carried, Failure> {
         names.insert(0, name);
         let node = setup.open(lab, &names).await.map_err(failed)?;
         rule = after_discard(&node);
+        if layer.options.iter().any(|(_, value)| value == "0.10") {
+            // What its discards leave behind depends on whether it has a backing file, which jobs change.
+            rule = AfterDiscard::Anything;
+        }
         let oracle = oracle.get_or_insert_with(|| Oracle::new(AfterDiscard::Zeroes));
+        // What a layer below has beyond this one's end doesn't show.
+        let below = setup.scenario.layers[..number]
+            .iter()
+            .map(|layer| layer.size);
+        let beyond = below.max().unwrap_or(0).saturating_sub(layer.size);
+        if beyond > 0 {
+            oracle.zero(layer.size, beyond).end(Ended::Done);
+        }
         let handle = lab.graph.attach(&node, GUEST, "maker").map_err(failed)?;
         fill(layer, number as u32, oracle, &handle)
             .await
@@ -213,6 +231,7 @@ async fn make(setup: &Arc<Setup>, lab: &Lab) -> Result<Carried, Failure> {
         lengths: vec![length],
         left: Vec::new(),
         after_discard: rule,
+        may_leak: false,
         excused: false,
         cut: false,
     })
@@ -273,7 +292,7 @@ fn run_phase(
     if recorder.keeps_events() {
         recorder.listen_to(manager.subscribe());
     }
-    if phase.cut.is_some() {
+    if phase.cut.is_some() || !phase.faults.is_empty() {
         carried.oracle.expect_power_cut();
     }
     let world = Arc::new(World {

@@ -35,6 +35,7 @@ pub(super) struct Setup {
     pub registry: Arc<Registry>,
     pub scenario: Scenario,
     pub gate: bool,
+    pub books: bool,
     pub records_backing: bool,
     pub disks: Disks,
     pub recorder: Arc<Recorder>,
@@ -195,6 +196,9 @@ impl Setup {
 
     /// Begins to keep books of an image and those below it.
     pub async fn keep_books(&self, lab: &Lab, top: &Arc<Node>) -> Result<()> {
+        if !self.books {
+            return Ok(());
+        }
         let mut nodes = top.chain();
         nodes.insert(0, top.clone());
         for node in nodes {
