@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use block_core::{
     driver::{ChildRole, DriverKind, Truncate},
     error::{Error, Result},
-    flags::{PermissionSet, Permissions},
+    flags::{PermissionSet, Permissions, RequestFlags},
     graph::{FreezeGuard, Graph, JobClaim},
     handle::BlockHandle,
     mutant,
@@ -275,6 +275,7 @@ impl Commit {
                 .truncate(len, how)
                 .await?;
         }
+        self.hide_what_lies_beyond(transfer).await?;
         let policies = Policies {
             read: self.on_error,
             write: self.on_error,
@@ -290,6 +291,24 @@ impl Commit {
         }
         let admission = transfer.handle.admit().await;
         child(&admission, ChildRole::Target)?.flush().await
+    }
+
+    /// A longer overlay reads zeroes beyond the end of `top`, whatever a longer base holds there. It has to go on reading
+    /// zeroes when `top` is gone.
+    async fn hide_what_lies_beyond(&self, transfer: &Arc<Transfer>) -> Result<()> {
+        let overlays = self.graph.parents(&self.filter);
+        let longest = overlays.iter().map(|overlay| overlay.length()).max();
+        let (start, end) = (
+            self.top.length(),
+            self.base.length().min(longest.unwrap_or(0)),
+        );
+        if start >= end {
+            return Ok(());
+        }
+        let admission = transfer.handle.admit().await;
+        child(&admission, ChildRole::Target)?
+            .write_zeroes(start, end - start, RequestFlags::MAY_UNMAP)
+            .await
     }
 
     /// Overlays read from the base from here on.

@@ -178,6 +178,42 @@ fn a_node_that_a_job_works_on_is_busy_for_other_jobs_and_its_chain_is_frozen() {
 }
 
 #[test]
+fn the_filter_of_a_job_is_no_disk_for_another_one_until_it_is_gone() {
+    run(|bench| async move {
+        let (chain, target, _) = two_disks(&bench).await;
+        let job = slow_mirror(&bench, &chain, &target).await;
+        assert!(job.wait_status(JobStatus::Running).await);
+        let top = chain.last().expect("a chain");
+        let filter = bench.graph.parents(&top.node).pop().expect("a filter");
+        let second = bench.layer("second", target.node.length(), None);
+        bench.graph.keep(&second.node);
+        let busy = format!(
+            "Node '{}' is busy: block device is in use by block job: mirror",
+            filter.name()
+        );
+        let mirror = MirrorOptions::new(&filter, &second.node);
+        refused(bench.manager.mirror(mirror).await, &busy);
+        let backup = BackupOptions::new(&filter, &second.node);
+        refused(bench.manager.backup(backup).await, &busy);
+        job.cancel(true).expect("it runs");
+        job.wait().await.expect_err("cancelled");
+        let mut backup = BackupOptions::new(&top.node, &second.node);
+        backup.job = options("slow-backup");
+        backup.job.speed = 64 << 10;
+        let job = bench.manager.backup(backup).await.expect("a backup");
+        let filter = bench.graph.parents(&top.node).pop().expect("a filter");
+        let busy = format!(
+            "Node '{}' is busy: block device is in use by block job: backup",
+            filter.name()
+        );
+        let mirror = MirrorOptions::new(&filter, &target.node);
+        refused(bench.manager.mirror(mirror).await, &busy);
+        job.cancel(true).expect("it runs");
+        job.wait().await.expect_err("cancelled");
+    });
+}
+
+#[test]
 fn verbs_are_refused_where_the_state_forbids_them() {
     run(|bench| async move {
         let (chain, target, _) = two_disks(&bench).await;

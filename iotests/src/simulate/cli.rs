@@ -1,7 +1,7 @@
 //! The commands `simulate`, `minimise` and `replay`: they print, and decide the exit status. The statuses are those of the
 //! program: 0 passed, 1 failed, 2 inconclusive, 3 wrong usage.
 
-use std::{ops::Range, path::PathBuf, time::Duration};
+use std::{ops::Range, path::PathBuf};
 
 use block_core::{Options, Registry};
 
@@ -68,9 +68,9 @@ pub struct Minimise {
     /// Where it is written
     #[arg(long, default_value = "failure.json")]
     save: PathBuf,
-    /// Seconds that it may take
-    #[arg(long, default_value_t = 60)]
-    seconds: u64,
+    /// The most runs that it may take
+    #[arg(long, default_value_t = 10_000)]
+    runs: u64,
 }
 
 /// Runs a saved failure, a seed, or a trace (`blk --trace FILE`) again, and prints what happens
@@ -285,8 +285,7 @@ impl Minimise {
         };
         let registry = choose(registry, bare, safeguards)?;
         describe(&scenario);
-        let limit = Duration::from_secs(self.seconds);
-        let Some(saved) = minimise(registry, &scenario, &how, safeguards, limit) else {
+        let Some(saved) = minimise(registry, &scenario, &how, safeguards, self.runs) else {
             println!("it passes");
             return Ok(0);
         };

@@ -4,8 +4,6 @@
 //!
 //! A smaller scenario meets other schedules: each candidate is tried under several before it is given up.
 
-use std::time::{Duration, Instant};
-
 use block_core::Registry;
 use serde::{Deserialize, Serialize};
 
@@ -60,13 +58,13 @@ struct Search<'a> {
     kind: FailureKind,
     how: How,
     best: Scenario,
-    until: Instant,
     runs: u64,
+    max_runs: u64,
 }
 
 impl Search<'_> {
     fn is_over(&self) -> bool {
-        Instant::now() >= self.until
+        self.runs >= self.max_runs
     }
 
     fn fails(&mut self, scenario: &Scenario, how: &How) -> bool {
@@ -83,7 +81,7 @@ impl Search<'_> {
             return false;
         }
         // Small ones are cheap, and their failures rarer.
-        let tries = (600 / (candidate.weight() as u64 + 4)).clamp(4, 80);
+        let tries = (400 / (candidate.weight() as u64 + 4)).clamp(4, 40);
         for n in 0..tries {
             let mut how = self.how.clone();
             if n > 0 {
@@ -412,13 +410,13 @@ fn simpler_steps(step: &Step) -> Vec<Step> {
     all
 }
 
-/// Makes a failing scenario as small as `limit` allows. `None` when it doesn't fail at all.
+/// Makes a failing scenario as small as so many runs of it allow, and its schedule with as many more. `None` when it doesn't fail at all.
 pub fn minimise(
     registry: &Registry,
     scenario: &Scenario,
     how: &How,
     safeguards: bool,
-    limit: Duration,
+    runs: u64,
 ) -> Option<Saved> {
     let failure = run(registry, scenario, how).failure?;
     // Whether what must hold at every step is looked at decides which failure comes first.
@@ -433,8 +431,8 @@ pub fn minimise(
             ..how.clone()
         },
         best: scenario.clone(),
-        until: Instant::now() + limit,
         runs: 0,
+        max_runs: runs,
     };
     loop {
         let structure = search.structure();
@@ -451,7 +449,7 @@ pub fn minimise(
         scenario.phases.len() < before
     });
     // The schedule is short by now: it gets the time that it takes.
-    search.until = Instant::now() + limit;
+    search.max_runs = search.runs + runs;
     let choices = search.schedule();
     let mut saved = Saved {
         failure,

@@ -203,8 +203,11 @@ async fn make(setup: &Arc<Setup>, lab: &Lab) -> Result<Carried, Failure> {
         names.insert(0, name);
         let node = setup.open(lab, &names).await.map_err(failed)?;
         rule = after_discard(&node);
-        if layer.options.iter().any(|(_, value)| value == "0.10") {
-            // What its discards leave behind depends on whether it has a backing file, which jobs change.
+        let layers = &setup.scenario.layers;
+        let mut options = layers.iter().flat_map(|layer| &layer.options);
+        if options.any(|(_, value)| value == "0.10") {
+            // What its discards leave behind depends on whether it has a backing file; jobs change that, and which of
+            // the images is the topmost.
             rule = AfterDiscard::Anything;
         }
         let oracle = oracle.get_or_insert_with(|| Oracle::new(AfterDiscard::Zeroes));

@@ -105,7 +105,15 @@ fn layer(world: &World, n: usize) -> Option<Arc<Node>> {
 }
 
 /// A new image for a job.
-async fn new_target(world: &World, number: usize, length: u64) -> Result<(Arc<Node>, String)> {
+///
+/// One that is going to get a backing file names it from the beginning, as `qemu-img create -b` has it: a format without
+/// zero clusters has to know.
+async fn new_target(
+    world: &World,
+    number: usize,
+    length: u64,
+    backing: Option<&str>,
+) -> Result<(Arc<Node>, String)> {
     let name = format!("target-{}-{number}", world.number);
     let mut layer = world
         .setup
@@ -120,10 +128,10 @@ async fn new_target(world: &World, number: usize, length: u64) -> Result<(Arc<No
         });
     layer.size = length;
     let (setup, lab) = (&world.setup, &world.lab);
-    setup.create(lab, &name, &layer, None).await?;
+    setup.create(lab, &name, &layer, backing).await?;
     super::run::apply_faults(world, super::scenario::Where::Target, &name);
     world.targets.lock().push(name.clone());
-    let node = setup.open(lab, std::slice::from_ref(&name)).await?;
+    let node = setup.open_alone(lab, &name).await?;
     lab.graph.keep(&node);
     Ok((node, name))
 }
@@ -170,14 +178,19 @@ async fn start(world: &Arc<World>, number: usize, plan: &JobPlan) -> Result<Opti
             Some(started(manager.commit(options).await?))
         }
         JobWork::Mirror { sync, blocking } => {
-            let target = new_target(world, number, device.length()).await?;
+            let top = device.skip_filters();
             let rewrites = world.setup.records_backing
-                && target
-                    .0
+                && top
                     .driver()
                     .capabilities()
                     .contains(Capabilities::CHANGE_BACKING);
             let sync = if rewrites { sync } else { Sync::Full };
+            let backing = match sync {
+                Sync::Full => None,
+                Sync::Top => top.backing().and_then(|node| node.filename()),
+                Sync::None => top.filename(),
+            };
+            let target = new_target(world, number, device.length(), backing.as_deref()).await?;
             let options = MirrorOptions {
                 job,
                 sync: sync_mode(sync),
@@ -209,7 +222,7 @@ async fn start(world: &Arc<World>, number: usize, plan: &JobPlan) -> Result<Opti
             break_snapshot,
         } => {
             let length = device.length();
-            let target = new_target(world, number, length).await?;
+            let target = new_target(world, number, length, None).await?;
             let options = BackupOptions {
                 job,
                 sync: sync_mode(sync),

@@ -169,10 +169,27 @@ impl Setup {
 
     /// Opens the topmost of `names` over the others.
     pub async fn open(&self, lab: &Lab, names: &[String]) -> Result<Arc<Node>> {
+        self.open_with(lab, names, Options::new()).await
+    }
+
+    /// Opens an image without the backing file that it may name.
+    pub async fn open_alone(&self, lab: &Lab, name: &str) -> Result<Arc<Node>> {
+        let mut options = Options::new();
+        if self.records_backing {
+            options.set("backing", Value::Null);
+        }
+        self.open_with(lab, &[name.to_owned()], options).await
+    }
+
+    async fn open_with(
+        &self,
+        lab: &Lab,
+        names: &[String],
+        mut options: Options,
+    ) -> Result<Arc<Node>> {
         let Some((top, below)) = names.split_first() else {
             return Err(block_core::Error::invalid("a chain of no images"));
         };
-        let mut options = Options::new();
         for (key, value) in &self.scenario.open {
             options.set(key, value.as_str());
         }
