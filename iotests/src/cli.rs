@@ -370,6 +370,11 @@ pub fn all_cases() -> Vec<Case> {
     let cancels: Vec<Case> = cancels.collect();
     all.extend(races);
     all.extend(cancels);
+    all.extend(crate::job_cases::all());
+    all.extend(crate::fault_cases::all());
+    all.extend(crate::concurrent_cases::all());
+    all.extend(crate::hostile_cases::all());
+    all.extend(crate::interop_cases::all());
     all
 }
 

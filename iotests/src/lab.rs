@@ -130,7 +130,8 @@ impl Lab {
             .await
     }
 
-    fn records_backing(&self, format: &str) -> bool {
+    /// Whether images of the format name their backing file themselves.
+    pub fn records_backing(&self, format: &str) -> bool {
         self.registry.get(format).is_ok_and(|factory| {
             factory
                 .create_options()

@@ -11,6 +11,11 @@
 //! | [`case`] | what a case is, how it is run, and what comes out |
 //! | [`cases`] | the deterministic races |
 //! | [`basic`] | what every driver must do |
+//! | [`job_cases`] | all jobs in all modes on live disks |
+//! | [`fault_cases`] | the n-th request to the storage fails, for all n |
+//! | [`concurrent_cases`] | everything at once, and what is left in memory afterwards |
+//! | [`hostile_cases`] | damaged and malicious images |
+//! | [`interop_cases`] | the installed qemu tools on the other side |
 //! | [`race`] | storms: thousands of interleaved commands |
 //! | [`cancel`] | any case again, with one request dropped at each of its await points |
 //! | [`external`] | the installed qemu tools as a second opinion |
@@ -26,7 +31,12 @@ pub mod cancel;
 pub mod case;
 pub mod cases;
 pub mod cli;
+pub mod concurrent_cases;
 pub mod external;
+pub mod fault_cases;
+pub mod hostile_cases;
+pub mod interop_cases;
+pub mod job_cases;
 pub mod lab;
 pub mod memdriver;
 pub mod oracle;
@@ -34,6 +44,7 @@ pub mod pattern;
 pub mod race;
 pub mod relay;
 pub mod sim;
+mod stack;
 pub mod storage;
 
 /// Runs the program with the drivers of `registry`, on the process's arguments; gives its exit status.
