@@ -250,6 +250,7 @@ impl Commit {
                 compress: false,
                 ask_target: false,
                 serialise_target: false,
+                must_hide: false,
             },
             watch: Some(Watch::new(&self.device, WATCH)?),
         }));

@@ -213,14 +213,19 @@ impl Mirror {
     ) -> Result<Self> {
         let graph = manager.graph().clone();
         let (source, target) = (options.device, options.target);
-        let granularity = match options.granularity {
+        let cluster = chain::cluster_size(&graph, &target)
+            .await?
+            .unwrap_or(4096)
+            .next_power_of_two();
+        let mut granularity = match options.granularity {
             Some(granularity) => check_granularity(granularity)?,
-            None => chain::cluster_size(&graph, &target)
-                .await?
-                .unwrap_or(4096)
-                .clamp(4096, 65536)
-                .next_power_of_two(),
+            None => cluster.clamp(4096, 65536),
         };
+        if options.sync != SyncMode::Full {
+            // A part of a cluster is filled up with what the target has below it now, which isn't what it gets in the end:
+            // clusters are copied whole.
+            granularity = granularity.max(cluster);
+        }
         let bitmap = Arc::new(DirtyBitmap::new(source.length(), granularity)?);
         let state = MirrorState::new(
             bitmap.clone(),
@@ -315,6 +320,8 @@ impl Mirror {
                 ask_target: self.target_backing == TargetBacking::Keep
                     && self.target.backing().is_none(),
                 serialise_target: false,
+                must_hide: self.target_backing == TargetBacking::FromSource
+                    && self.sync != SyncMode::Full,
             },
             watch: Some(Watch::new(&self.source, granularity)?),
         }));

@@ -239,7 +239,9 @@ impl BlockDriver for MirrorTop {
         flags: RequestFlags,
     ) -> Result<()> {
         let source = passthrough::filtered(&request)?;
-        if !self.writes_through() {
+        // When only a part of the disk is copied, what is below the target in the end isn't there yet: the job knows how
+        // to hide it.
+        if !self.writes_through() || !self.state.clean_is_common {
             return source.write_zeroes(offset, len, flags).await;
         }
         let target = passthrough::target(&request)?;

@@ -82,6 +82,8 @@ pub(crate) struct Copier {
     pub ask_target: bool,
     /// Writes to the target are serialising.
     pub serialise_target: bool,
+    /// The target gets a backing file later: zeroes have to be its own, not what nobody has written yet.
+    pub must_hide: bool,
 }
 
 /// How chunks are copied from the filtered child of a job's filter to its target child.
@@ -233,8 +235,35 @@ impl Copier {
                 .write_zeroes(at, len, flags)
                 .await
                 .map_err(CopyError::write)?;
+            if self.must_hide {
+                Self::own_zeroes(target, at, len).await?;
+            }
             copied.zeroed += len;
             at += len;
+        }
+        Ok(())
+    }
+}
+
+impl Copier {
+    /// Writes zeroes as data where the target has none of its own after a zero write: an image without a mark for zeroes
+    /// leaves what has nothing below it unallocated.
+    async fn own_zeroes(target: &Child, offset: u64, len: u64) -> Result<(), CopyError> {
+        let end = offset + len;
+        let mut at = offset;
+        while at < end {
+            let (own, run) = chain::is_allocated_above(target.node(), None, false, at, end - at)
+                .await
+                .map_err(CopyError::write)?;
+            let run = advance(run, end - at).map_err(CopyError::write)?;
+            if !own {
+                let zeroes = block_core::Buffer::try_new(run as usize).map_err(CopyError::write)?;
+                target
+                    .write(at, IoBuf::from(zeroes), RequestFlags::empty())
+                    .await
+                    .map_err(CopyError::write)?;
+            }
+            at += run;
         }
         Ok(())
     }

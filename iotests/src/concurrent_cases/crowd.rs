@@ -232,7 +232,7 @@ async fn one_cluster(scene: Arc<Scene>) -> CaseResult {
                 stack
                     .guest
                     .zero(at, stack.unit, RequestFlags::MAY_UNMAP)
-                    .await?
+                    .await?;
             }
             1 if stack.discards() => stack.guest.discard(at, stack.unit).await?,
             _ => {}
@@ -289,10 +289,10 @@ async fn far_apart(scene: Arc<Scene>, cache: Option<(&'static str, u64)>) -> Cas
             // What a driver doesn't know it refuses by name.
             let text = error.to_string();
             let named = cache.is_some_and(|(option, _)| text.contains(option));
-            return match named {
-                true => Ok(Verdict::NotCovered(text)),
-                false => Err(error.into()),
-            };
+            if named {
+                return Ok(Verdict::NotCovered(text));
+            }
+            return Err(error.into());
         }
         Err(error) => return Err(error.into()),
     };
@@ -361,7 +361,7 @@ async fn nearly_full(scene: Arc<Scene>) -> CaseResult {
         Err(verdict) => return Ok(verdict),
     };
     let disk = stack.disk(0)?;
-    let end = disk.len() + 2 * stack.unit;
+    let end = disk.len();
     disk.set_jitter(2);
     disk.fail(
         Choose::writes()
@@ -396,8 +396,12 @@ async fn nearly_full(scene: Arc<Scene>) -> CaseResult {
     }
     stack.judge("while the storage is full").await?;
     disk.clear_rules();
-    if refused.load(Ordering::SeqCst) == 0 && stack.capabilities.contains(Capabilities::COMPRESSED)
-    {
+    let full = |entry: &crate::storage::LogEntry| {
+        entry.result == Some(Err(block_core::ErrorKind::NoSpace))
+    };
+    // A refusal may have been healed by what a discard gave back.
+    let never = refused.load(Ordering::SeqCst) == 0 && !disk.log().iter().any(full);
+    if never && stack.capabilities.contains(Capabilities::COMPRESSED) {
         return Ok(Verdict::Inconclusive("the storage was never full".into()));
     }
     // Whatever failed may have leaked, but not corrupted.

@@ -78,13 +78,11 @@ async fn sweep(scene: Arc<Scene>, kind: OpKind, extent: Extent) -> CaseResult {
     let mut fired = 0;
     for n in 0..2000 {
         let what = format!("{} {n}", kind.name());
-        match one(&start, kind, extent, n)
-            .await
-            .map_err(|failure| Failure(format!("{what}: {failure}")))?
-        {
-            true => fired += 1,
-            false => break,
+        let failed = one(&start, kind, extent, n).await;
+        if !failed.map_err(|failure| Failure(format!("{what}: {failure}")))? {
+            break;
         }
+        fired += 1;
     }
     if fired == 0 {
         let why = format!("the workload sends no {} to the storage", kind.name());

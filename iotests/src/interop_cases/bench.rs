@@ -55,6 +55,7 @@ impl Bench {
     }
 
     /// Runs `qemu-img`.
+    #[allow(clippy::unused_self)]
     pub fn img(&self, arguments: &[&str]) -> Result<Said, Failure> {
         external::run("qemu-img", arguments, "")
             .map_err(|error| Failure(error.to_string()))?

@@ -201,8 +201,10 @@ async fn bring(
     state: State,
     manager: &Arc<JobManager>,
 ) -> Result<Result<(Arc<Job>, Option<Arc<block_core::Node>>), Verdict>, Failure> {
-    let mut options = JobOptions::default();
-    options.auto_finalize = state != State::Pending;
+    let mut options = JobOptions {
+        auto_finalize: state != State::Pending,
+        ..JobOptions::default()
+    };
     if matches!(state, State::Paused) {
         options.speed = 64 << 10;
     }
@@ -377,8 +379,8 @@ async fn speed(scene: Arc<Scene>, work: Work) -> CaseResult {
     job.set_speed(0)?;
     let lifted = env.now();
     end_well(&job, work).await?;
-    let rest = env.now() - lifted;
-    if rest > Duration::from_secs(1) || env.now() - began < Duration::from_secs(1) {
+    let rest = env.now().saturating_sub(lifted);
+    if rest > Duration::from_secs(1) || env.now().saturating_sub(began) < Duration::from_secs(1) {
         return Err(format!("without a limit it took {rest:?}").into());
     }
     finish(&scene, stack, work, target).await
