@@ -240,33 +240,3 @@ pub fn check_bytes(format: &str, bytes: &[u8]) -> Result<Option<()>, String> {
         Some(said) => Err(said.text),
     }
 }
-
-/// A directory that is removed, with all that is in it, when this is dropped.
-#[derive(Debug)]
-pub struct TempDir(PathBuf);
-
-impl TempDir {
-    /// A new, empty directory.
-    ///
-    /// # Errors
-    /// Those of the file system.
-    pub fn new(label: &str) -> io::Result<Self> {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let name = format!("iotests-{}-{number}-{label}.d", std::process::id());
-        let path = std::env::temp_dir().join(name);
-        fs::create_dir(&path)?;
-        Ok(Self(path))
-    }
-
-    /// Where it is.
-    pub fn path(&self) -> &Path {
-        &self.0
-    }
-}
-
-impl Drop for TempDir {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
