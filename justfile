@@ -28,9 +28,9 @@ loom:
     RUSTFLAGS="--cfg loom" LOOM_MAX_PREEMPTIONS=2 CARGO_TARGET_DIR=target/loom cargo test --release -p block-core --test loom_tracked --test loom_pins
     RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom cargo test --release -p format-qcow2 --lib -- loom
 
-# Undefined behaviour in the buffers (needs a nightly with the miri component)
+# Undefined behaviour in the buffers (`rustup component add miri rust-src --toolchain nightly` first; four minutes)
 miri:
-    cargo +nightly miri test -p block-core buffer
+    cargo +nightly miri test -p block-core --lib buffer
 
 # The numbers that the README speaks of
 bench:
@@ -38,9 +38,9 @@ bench:
     cargo bench -p protocol-file --bench inline_read
     cargo bench -p tools --bench stack
 
-# The conformance suite and the race tests as a program: run, list, race, storm-commands
+# The conformance suite and the race tests as a program: run, list, race, crash, storm-commands
 iotests *args:
-    cargo run --release -p iotests --example iotests -- {{args}}
+    cargo run --release -p iotests -- {{args}}
 
 # Licences, bans, advisories (needs cargo-deny)
 deny:

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use crate::{
     driver::{Capabilities, DriverKind},
     error::{Error, Operation, Result},
+    mutant,
     node::Node,
     path,
     status::{BlockStatus, DriverStatus, StatusFlags},
@@ -98,7 +99,12 @@ async fn layer(node: &Arc<Node>, offset: u64, len: u64, want_zero: bool) -> Resu
     } else if node.driver().capabilities().contains(Capabilities::BACKING) {
         match edges.child(crate::driver::ChildRole::Backing) {
             None => flags |= StatusFlags::ZERO,
-            Some(backing) if offset >= backing.length() => flags |= StatusFlags::ZERO,
+            Some(backing)
+                if offset >= backing.length()
+                    && !mutant::is_active("status-beyond-short-backing-not-zero") =>
+            {
+                flags |= StatusFlags::ZERO;
+            }
             Some(_) => {}
         }
     } else if node.driver().kind() == DriverKind::Format {
@@ -201,6 +207,10 @@ pub(crate) async fn block_status(
     let mut depth = 0;
     loop {
         let found = if node.driver().kind() == DriverKind::Filter {
+            if crate::debug::listens(&node) {
+                // A fault injector may have an error for this.
+                ask_driver(&node, offset, len).await?;
+            }
             Layer {
                 flags: StatusFlags::empty(),
                 len,

@@ -16,6 +16,7 @@ use bitflags::bitflags;
 
 use crate::{
     buffer::{IoBuf, IoBufMut},
+    debug::DebugEvent,
     error::{Error, ErrorKind, Result},
     flags::{PermissionSet, Permissions, RequestFlags},
     image::{CheckMode, CheckReport, ImageInfo, Progress},
@@ -92,6 +93,8 @@ bitflags! {
         const COPY_ON_READ = 1 << 16;
         /// A write past the end grows the node.
         const GROW = 1 << 17;
+        /// `debug_event` wants to be told what drivers above do (a fault injector). Set once and for all.
+        const DEBUG_EVENTS = 1 << 18;
     }
 }
 
@@ -131,6 +134,16 @@ pub enum Mapping {
     },
     /// It takes more than a look at the cache: call `read` or `write`.
     NotCached,
+}
+
+/// How far [`BlockDriver::try_read`] or [`BlockDriver::try_write`] got.
+#[derive(Debug)]
+pub enum Attempt {
+    /// It is done, or has failed for good.
+    Done(Result<()>),
+    /// So many bytes at the front are done, a multiple of the request alignment. The rest takes the driver's own
+    /// future; 0 when nothing was tried.
+    Left(usize),
 }
 
 /// How storage is to be preallocated when an image grows or is made.
@@ -223,6 +236,20 @@ pub trait BlockDriver: Send + Sync + 'static {
     fn try_map(&self, edges: &Edges, offset: u64, len: u64, intent: MapIntent) -> Mapping {
         let _ = (edges, offset, len, intent);
         Mapping::NotCached
+    }
+
+    /// Fills `buf` with what is at `offset`, if that is a matter of copying: what is in the page cache, or in memory. It
+    /// doesn't wait (but see protocol-file's `inline=always`) and asks nothing of any child. The core calls it before every
+    /// [`Self::read`], inside the same tracked request, so that a request which ends at once costs no future.
+    fn try_read(&self, offset: u64, buf: &mut IoBufMut) -> Attempt {
+        let _ = (offset, buf);
+        Attempt::Left(0)
+    }
+
+    /// The same for [`Self::write`]. Flags that take more than a copy (FUA, WRITE_COMPRESSED) are left to it.
+    fn try_write(&self, offset: u64, buf: &IoBuf, flags: RequestFlags) -> Attempt {
+        let _ = (offset, buf, flags);
+        Attempt::Left(0)
     }
 
     /// Fills `buf` with what is at `offset`.
@@ -344,6 +371,12 @@ pub trait BlockDriver: Send + Sync + 'static {
     async fn reopen(self: Arc<Self>, request: Request, changes: Reopen) -> Result<()> {
         let _ = (request, changes);
         Err(Error::from_kind(ErrorKind::NotSupported))
+    }
+
+    /// Something happens in a driver above this one, which goes on when this returns. Only with
+    /// [`Capabilities::DEBUG_EVENTS`].
+    async fn debug_event(self: Arc<Self>, event: DebugEvent) {
+        let _ = event;
     }
 
     /// Last call: writes back everything and marks the image clean. The node is drained. After an error the driver

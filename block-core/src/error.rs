@@ -369,7 +369,8 @@ impl fmt::Display for Error {
         if let Some(operation) = inner.operation {
             sep(f)?;
             write!(f, "{operation}")?;
-            if let Some((offset, len)) = inner.range {
+            // Opening, flushing and the like have no range.
+            if let Some((offset, len)) = inner.range.filter(|range| *range != (0, 0)) {
                 write!(f, " at {offset:#x}+{len:#x}")?;
             }
         }

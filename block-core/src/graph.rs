@@ -17,7 +17,7 @@ use parking_lot::{Mutex, ReentrantMutex};
 use crate::{
     deferred::DeferredWork,
     drain::{DrainGuard, Drains},
-    driver::{BlockDriver, ChildRole, Reopen},
+    driver::{BlockDriver, ChildRole},
     env::Environment,
     error::{Error, ErrorKind, Operation, Result},
     flags::PermissionSet,
@@ -135,7 +135,10 @@ pub struct Graph {
     claims: Mutex<HashMap<u64, String>>,
     /// Nodes whose opening was given up.
     orphans: Mutex<Vec<Arc<Node>>>,
+    on_new_node: Mutex<Option<NodeHook>>,
 }
+
+type NodeHook = Arc<dyn Fn(&Arc<Node>) + Send + Sync>;
 
 impl Graph {
     /// An empty graph.
@@ -161,7 +164,14 @@ impl Graph {
             gate,
             claims: Mutex::default(),
             orphans: Mutex::default(),
+            on_new_node: Mutex::default(),
         })
+    }
+
+    /// Has `hook` called with every node that is added from now on, before anybody can send it a request: the place to give
+    /// it an [observer](Node::observe).
+    pub fn on_new_node(&self, hook: impl Fn(&Arc<Node>) + Send + Sync + 'static) {
+        *self.on_new_node.lock() = Some(Arc::new(hook));
     }
 
     /// The environment.
@@ -238,6 +248,10 @@ impl Graph {
             return Err(error);
         }
         node.refresh_limits();
+        let hook = self.on_new_node.lock().clone();
+        if let Some(hook) = hook {
+            hook(&node);
+        }
         Ok(node)
     }
 
@@ -327,6 +341,11 @@ impl Graph {
                     node.set_edges(edges.clone());
                 }
             }
+            if !change.edges.is_empty() {
+                for node in topology.nodes.values() {
+                    node.refresh_debugged();
+                }
+            }
             for (id, node) in &change.root_nodes {
                 if let Some(root) = topology.roots.get(id) {
                     root.node.store(node.clone());
@@ -344,7 +363,7 @@ impl Graph {
             }
             for (id, set) in &change.root_permissions {
                 if let Some(root) = topology.roots.get(id) {
-                    *root.permissions.lock() = *set;
+                    root.set_permissions(*set);
                 }
             }
             if !change.edges.is_empty() {
@@ -516,57 +535,6 @@ impl Graph {
         format: Option<&str>,
     ) -> Result<()> {
         handle::change_backing(node, None, file, format).await
-    }
-
-    /// Changes options of an open image, drained: first its storage (when it becomes writable), then the image, or the
-    /// other way round (when it becomes read-only).
-    pub async fn reopen(self: &Arc<Self>, node: &Arc<Node>, changes: Reopen) -> Result<()> {
-        let _drained = self.drain(node).await;
-        let result = self.reopen_drained(node, &changes).await;
-        if let (Err(_), Some(read_only)) = (&result, changes.read_only) {
-            // All or nothing: what was switched is switched back, as far as it goes.
-            let back = Reopen {
-                read_only: Some(!read_only),
-                ..Reopen::default()
-            };
-            if node.driver().is_read_only() == read_only
-                && let Err(error) = self.reopen_drained(node, &back).await
-            {
-                tracing::warn!(node = node.name(), %error, "a reopen that failed can't be undone");
-            }
-        }
-        result
-    }
-
-    async fn reopen_drained(self: &Arc<Self>, node: &Arc<Node>, changes: &Reopen) -> Result<()> {
-        let run = |node: Arc<Node>, changes: Reopen| async move {
-            let driver = node.driver().clone();
-            path::exclusive(&node, None, move |request| driver.reopen(request, changes)).await
-        };
-        let storage: Vec<Arc<Node>> = node
-            .edges()
-            .iter()
-            .filter(|edge| !matches!(edge.role, ChildRole::Backing | ChildRole::Target))
-            .map(|edge| edge.child.node().clone())
-            .collect();
-        let only_mode = Reopen {
-            read_only: changes.read_only,
-            ..Reopen::default()
-        };
-        if changes.read_only == Some(false) {
-            for child in &storage {
-                Box::pin(self.reopen(child, only_mode.clone())).await?;
-            }
-        }
-        run(node.clone(), changes.clone()).await?;
-        reset_after_reopen(node, changes);
-        self.commit(Change::default())?;
-        if changes.read_only == Some(true) {
-            for child in &storage {
-                Box::pin(self.reopen(child, only_mode.clone())).await?;
-            }
-        }
-        Ok(())
     }
 
     /// Forbids changes of the chain edges from `top` down to `base` (or to the end), until the guard is dropped.
@@ -744,21 +712,6 @@ fn check_frozen(topology: &Topology, id: u64, new: &Edges) -> Result<()> {
         }
     }
     Ok(())
-}
-
-fn reset_after_reopen(node: &Arc<Node>, changes: &Reopen) {
-    *node.flush.failed.lock() = None;
-    node.with_options(|options| {
-        if let Some(read_only) = changes.read_only {
-            options.read_only = read_only;
-        }
-        if let Some(value) = changes.options.get("discard")
-            && let Ok(mode) = serde_json::from_value(value.clone())
-        {
-            options.discard = mode;
-        }
-    });
-    node.refresh_limits();
 }
 
 fn filtered(filter: &Arc<Node>) -> Result<Arc<Node>> {

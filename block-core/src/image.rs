@@ -7,6 +7,8 @@ use std::sync::{
 
 use serde_json::Value;
 
+use crate::error::ErrorKind;
+
 /// What `info` shows beyond the node's name and length.
 #[derive(Debug, Clone, Default)]
 pub struct ImageInfo {
@@ -87,8 +89,11 @@ pub struct CheckReport {
     pub fragmented_clusters: u64,
     /// Those stored compressed.
     pub compressed_clusters: u64,
-    /// What was found, in order; bounded (further findings are only counted).
+    /// What was found and what was done about it, in order; bounded (further findings are only counted). What a
+    /// repair left is in the counts; a check after it names it.
     pub findings: Vec<Finding>,
+    /// Why the repair that was asked for was not begun; the image is as it was.
+    pub refused: Option<ErrorKind>,
 }
 
 impl CheckReport {
@@ -108,12 +113,17 @@ impl CheckReport {
         if let Some(counter) = counter {
             *counter += 1;
         }
+        self.note(Finding {
+            severity,
+            message: message.into(),
+            repaired,
+        });
+    }
+
+    /// Adds a finding that is counted elsewhere.
+    pub fn note(&mut self, finding: Finding) {
         if self.findings.len() < Self::MAX_FINDINGS {
-            self.findings.push(Finding {
-                severity,
-                message: message.into(),
-                repaired,
-            });
+            self.findings.push(finding);
         }
     }
 

@@ -9,7 +9,7 @@ use std::{
     },
 };
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption, Guard};
 use parking_lot::{Mutex, RwLock};
 
 use crate::{
@@ -20,7 +20,8 @@ use crate::{
     error::Error,
     flags::PermissionSet,
     limits::Limits,
-    options::NodeOptions,
+    observe::Observer,
+    options::{DetectZeroes, DiscardMode, NodeOptions},
     request::Child,
     stats::NodeStats,
     tracked::Tracker,
@@ -97,6 +98,14 @@ impl<'a> IntoIterator for &'a Edges {
     }
 }
 
+/// What every request looks at, in one place, so that it takes one load. Immutable: a change makes a new one.
+pub(crate) struct View {
+    pub edges: Arc<Edges>,
+    pub limits: Limits,
+    pub discard: DiscardMode,
+    pub detect_zeroes: DetectZeroes,
+}
+
 /// What flush needs to know about the past of a node.
 #[derive(Default)]
 pub(crate) struct FlushState {
@@ -117,22 +126,28 @@ pub struct Node {
     driver: Arc<dyn BlockDriver>,
     env: Arc<dyn Environment>,
     pub(crate) deferred: Arc<DeferredWork>,
-    edges: ArcSwap<Edges>,
-    limits: ArcSwap<Limits>,
+    view: ArcSwap<View>,
     tracker: Arc<Tracker>,
     options: RwLock<NodeOptions>,
     pub(crate) flush: FlushState,
     bitmaps: RwLock<Vec<Arc<DirtyBitmap>>>,
     has_bitmaps: AtomicBool,
     stats: NodeStats,
+    /// Boxed once more, because a pointer to a trait object doesn't fit into one word.
+    observer: ArcSwapOption<Box<dyn Observer>>,
+    has_observer: AtomicBool,
     /// What all parents together use and share, as last committed.
     permissions: Mutex<PermissionSet>,
     /// Held by the program itself, not only by parents (`blockdev-add`).
     pub(crate) kept: AtomicBool,
     /// It is being closed: nobody may come to it any more.
     pub(crate) closing: AtomicBool,
+    /// A node below wants to be told of debug events: requests go through the drivers then, not past them.
+    debugged: AtomicBool,
     /// Bumped when something that requests look at before they have their ticket changes: length, edges, options.
     epoch: AtomicU64,
+    /// The largest request alignment that any parent ever had: how far beyond the end parents may read.
+    parent_alignment: AtomicU64,
 }
 
 impl Node {
@@ -146,25 +161,33 @@ impl Node {
         tracker: Arc<Tracker>,
         options: NodeOptions,
     ) -> Self {
-        let limits = driver.limits(&edges);
+        let view = View {
+            limits: driver.limits(&edges),
+            edges: Arc::new(edges),
+            discard: options.discard,
+            detect_zeroes: options.detect_zeroes,
+        };
         Self {
             id,
             name,
             driver,
             env,
             deferred,
-            edges: ArcSwap::from_pointee(edges),
-            limits: ArcSwap::from_pointee(limits),
+            view: ArcSwap::from_pointee(view),
             tracker,
             options: RwLock::new(options),
             flush: FlushState::default(),
             bitmaps: RwLock::default(),
             has_bitmaps: AtomicBool::new(false),
             stats: NodeStats::default(),
+            observer: ArcSwapOption::empty(),
+            has_observer: AtomicBool::new(false),
             permissions: Mutex::new(PermissionSet::NONE),
             kept: AtomicBool::new(false),
             closing: AtomicBool::new(false),
+            debugged: AtomicBool::new(false),
             epoch: AtomicU64::new(0),
+            parent_alignment: AtomicU64::new(1),
         }
     }
 
@@ -190,14 +213,51 @@ impl Node {
 
     /// The children now.
     pub fn edges(&self) -> Arc<Edges> {
-        self.edges.load_full()
+        self.view.load().edges.clone()
+    }
+
+    /// The block size in which parents read: the last block may lie partly beyond the end, where it reads as zeroes.
+    pub(crate) fn tail_alignment(&self, limits: &Limits) -> u64 {
+        let parents = self.parent_alignment.load(Ordering::SeqCst);
+        parents.max(limits.request_alignment).max(1)
+    }
+
+    /// What requests look at, now.
+    #[inline]
+    pub(crate) fn view(&self) -> Guard<Arc<View>> {
+        self.view.load()
+    }
+
+    /// Makes another view. Whoever looked at the old one before they had their ticket looks again.
+    fn change_view(&self, change: impl Fn(&View) -> View) {
+        self.view.rcu(|old| change(old));
+        self.bump_epoch();
+        let view = self.view();
+        for edge in view.edges.iter() {
+            let child = &edge.child.node().parent_alignment;
+            child.fetch_max(view.limits.request_alignment, Ordering::SeqCst);
+        }
     }
 
     pub(crate) fn set_edges(&self, edges: Arc<Edges>) {
-        self.edges.store(edges);
-        self.bump_epoch();
+        self.change_view(|old| View {
+            edges: edges.clone(),
+            ..*old
+        });
     }
 
+    /// Whether a node below wants to be told of this node's debug events.
+    pub fn is_debugged(&self) -> bool {
+        self.debugged.load(Ordering::Relaxed)
+    }
+
+    /// After a change of edges anywhere below.
+    pub(crate) fn refresh_debugged(&self) {
+        let debugged = crate::debug::heard(&self.view.load().edges);
+        self.debugged.store(debugged, Ordering::Relaxed);
+    }
+
+    #[inline]
     pub(crate) fn epoch(&self) -> u64 {
         self.epoch.load(Ordering::SeqCst)
     }
@@ -208,23 +268,26 @@ impl Node {
 
     /// The node's length in bytes, now.
     pub fn length(&self) -> u64 {
-        self.driver.length(&self.edges.load())
+        self.driver.length(&self.view.load().edges)
     }
 
     /// The node's limits, now.
     pub fn limits(&self) -> Limits {
-        **self.limits.load()
+        self.view.load().limits
     }
 
     pub(crate) fn refresh_limits(&self) {
-        self.limits
-            .store(Arc::new(self.driver.limits(&self.edges.load())));
+        self.change_view(|old| View {
+            limits: self.driver.limits(&old.edges),
+            edges: old.edges.clone(),
+            ..*old
+        });
     }
 
     /// The file name that a user knows the node by: its own, or that of the child that holds its data.
     pub fn filename(&self) -> Option<String> {
         self.driver.filename().or_else(|| {
-            let edges = self.edges.load();
+            let edges = self.edges();
             edges
                 .child(ChildRole::File)
                 .or_else(|| edges.primary())
@@ -238,7 +301,15 @@ impl Node {
     }
 
     pub(crate) fn with_options<T>(&self, f: impl FnOnce(&mut NodeOptions) -> T) -> T {
-        f(&mut self.options.write())
+        let mut options = self.options.write();
+        let result = f(&mut options);
+        self.change_view(|old| View {
+            edges: old.edges.clone(),
+            discard: options.discard,
+            detect_zeroes: options.detect_zeroes,
+            ..*old
+        });
+        result
     }
 
     pub(crate) fn option<T>(&self, f: impl FnOnce(&NodeOptions) -> T) -> T {
@@ -253,6 +324,23 @@ impl Node {
     /// Counters.
     pub fn stats(&self) -> &NodeStats {
         &self.stats
+    }
+
+    /// From the next request on, `observer` is told of every request of this node; `None` ends that.
+    pub fn observe(&self, observer: Option<Box<dyn Observer>>) {
+        self.has_observer
+            .store(observer.is_some(), Ordering::Release);
+        self.observer.store(observer.map(Arc::new));
+    }
+
+    /// Tells the observer, if there is one.
+    #[inline]
+    pub(crate) fn tell(&self, event: impl FnOnce(&dyn Observer)) {
+        if self.has_observer.load(Ordering::Acquire)
+            && let Some(observer) = &*self.observer.load()
+        {
+            event(&***observer);
+        }
     }
 
     /// What all its parents together use and share.

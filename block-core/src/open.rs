@@ -267,6 +267,11 @@ pub(crate) fn filename_options(registry: &Registry, filename: &str) -> Result<Op
             "host_device" => "host_device",
             "file" => "file",
             _ => {
+                if let Ok(factory) = registry.get(prefix)
+                    && let Some(options) = factory.parse_filename(registry, rest)
+                {
+                    return options;
+                }
                 return match registry.get(prefix) {
                     Ok(factory) if factory.kind() == DriverKind::Protocol => {
                         Ok(Options::new().with("driver", prefix).with("filename", rest))

@@ -133,18 +133,22 @@ impl Options {
         }
     }
 
-    /// Fills the driver's structure from what is left. Unknown keys are an error that names them.
+    /// Fills the driver's structure from what is left.
+    ///
+    /// # Errors
+    /// EINVAL, for the first option that is wrong: its name, its value and what is allowed are the error's
+    /// [field](Error::field). The words are qemu's.
     pub fn parse<T: de::DeserializeOwned>(self) -> Result<T> {
-        serde_json::from_value(Value::Object(self.0)).map_err(|error| {
-            let text = error.to_string();
-            match text
-                .strip_prefix("unknown field `")
-                .and_then(|rest| rest.split_once('`'))
-            {
-                Some((key, _)) => Error::invalid(format!("Invalid parameter '{key}'")),
-                None => Error::invalid(format!("Invalid options: {text}")),
-            }
-        })
+        let text = |map: &Map<String, Value>| {
+            serde_json::from_value::<T>(Value::Object(map.clone()))
+                .err()
+                .map(|error| error.to_string())
+        };
+        match text(&self.0) {
+            None => serde_json::from_value(Value::Object(self.0))
+                .map_err(|error| Error::invalid(format!("Invalid options: {error}"))),
+            Some(said) => Err(explain(&said, culprit(&self.0, &said, &text))),
+        }
     }
 
     /// As JSON text.
@@ -152,6 +156,91 @@ impl Options {
         Value::Object(self.0.clone()).to_string()
     }
 }
+
+/// The option that `said` is about, as a dotted key, and its value. `serde` doesn't tell; but it looks at options in their
+/// order and stops at the first one that is wrong, so that is the last one of the shortest beginning of `map` about which
+/// it says the same.
+fn culprit(
+    map: &Map<String, Value>,
+    said: &str,
+    text: &dyn Fn(&Map<String, Value>) -> Option<String>,
+) -> Option<(String, Value)> {
+    let is_said = |map: &Map<String, Value>| text(map).is_some_and(|text| text == said);
+    let mut beginning = Map::new();
+    if is_said(&beginning) {
+        return None;
+    }
+    for (key, value) in map {
+        let before = beginning.clone();
+        beginning.insert(key.clone(), value.clone());
+        if !is_said(&beginning) {
+            continue;
+        }
+        let inner = value.as_object().and_then(|inner| {
+            culprit(inner, said, &|part| {
+                let mut all = before.clone();
+                all.insert(key.clone(), Value::Object(part.clone()));
+                text(&all)
+            })
+        });
+        return Some(match inner {
+            Some((rest, value)) => (format!("{key}.{rest}"), value),
+            None => (key.clone(), value.clone()),
+        });
+    }
+    None
+}
+
+/// `serde`'s words about an option in qemu's.
+fn explain(said: &str, culprit: Option<(String, Value)>) -> Error {
+    if let Some((key, _)) = quoted(said, "missing field `") {
+        return Error::invalid(format!("Parameter '{key}' is missing"));
+    }
+    let Some((key, value)) = culprit else {
+        return Error::invalid(format!("Invalid options: {said}"));
+    };
+    let shown = shown(&value);
+    if quoted(said, "unknown field `").is_some() {
+        return Error::invalid(format!("Invalid parameter '{key}'"));
+    }
+    if let Some((bad, expected)) = quoted(said, "unknown variant `") {
+        // ", expected one of `off`, `full`", or a single one.
+        let mut allowed: Vec<&str> = expected.split('`').skip(1).step_by(2).collect();
+        allowed.dedup();
+        return Error::invalid(format!("invalid parameter value: {bad}")).with_field(
+            &key,
+            bad,
+            allowed.join(", "),
+        );
+    }
+    if let Some(allowed) = said.strip_prefix(EXPECTS) {
+        return Error::invalid(format!("Parameter '{key}' {said}"))
+            .with_field(&key, shown, allowed);
+    }
+    if let Some((_, allowed)) = said.split_once(", expected ") {
+        return Error::invalid(format!(
+            "Invalid parameter type for '{key}', expected: {allowed}"
+        ))
+        .with_field(&key, shown, allowed);
+    }
+    Error::invalid(format!("Parameter '{key}': {said}"))
+}
+
+/// A value as the user wrote it.
+fn shown(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    }
+}
+
+/// What stands between `start` and the next backquote, and the rest.
+fn quoted<'a>(text: &'a str, start: &str) -> Option<(&'a str, &'a str)> {
+    text.strip_prefix(start)?.split_once('`')
+}
+
+/// What the loose values of this file say when they can't be read begins so: the option's name goes before it.
+const EXPECTS: &str = "expects ";
 
 /// What stands for a child in options.
 #[derive(Debug, Clone, PartialEq)]
@@ -300,12 +389,9 @@ pub struct Switch(pub bool);
 impl<'de> Deserialize<'de> for Switch {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
         let value = Value::deserialize(deserializer)?;
-        match &value {
-            Value::Bool(on) => Ok(Self(*on)),
-            _ => parse_switch("value", &value)
-                .map(Self)
-                .map_err(|_| de::Error::custom(format!("expected 'on' or 'off', found {value}"))),
-        }
+        parse_switch("", &value)
+            .map(Self)
+            .map_err(|_| de::Error::custom(format!("{EXPECTS}'on' or 'off'")))
     }
 }
 
@@ -316,16 +402,14 @@ pub struct Size(pub u64);
 
 impl<'de> Deserialize<'de> for Size {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
-        match Value::deserialize(deserializer)? {
-            Value::Number(number) => number
-                .as_u64()
-                .map(Self)
-                .ok_or_else(|| de::Error::custom(format!("{number} is not a number of bytes"))),
-            Value::String(text) => parse_size(&text).map(Self).map_err(de::Error::custom),
-            other => Err(de::Error::custom(format!(
-                "{other} is not a number of bytes"
-            ))),
-        }
+        let bytes = match Value::deserialize(deserializer)? {
+            Value::Number(number) => number.as_u64(),
+            Value::String(text) => parse_size(&text).ok(),
+            _ => None,
+        };
+        bytes
+            .map(Self)
+            .ok_or_else(|| de::Error::custom(format!("{EXPECTS}a non-negative number below 2^64")))
     }
 }
 
@@ -342,17 +426,14 @@ pub struct Number(pub u64);
 
 impl<'de> Deserialize<'de> for Number {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
-        match Value::deserialize(deserializer)? {
-            Value::Number(number) => number
-                .as_u64()
-                .map(Self)
-                .ok_or_else(|| de::Error::custom(format!("{number} is not a whole number"))),
-            Value::String(text) => text
-                .parse()
-                .map(Self)
-                .map_err(|_| de::Error::custom(format!("'{text}' is not a whole number"))),
-            other => Err(de::Error::custom(format!("{other} is not a whole number"))),
-        }
+        let number = match Value::deserialize(deserializer)? {
+            Value::Number(number) => number.as_u64(),
+            Value::String(text) => text.parse().ok(),
+            _ => None,
+        };
+        number
+            .map(Self)
+            .ok_or_else(|| de::Error::custom(format!("{EXPECTS}a number")))
     }
 }
 
@@ -442,6 +523,41 @@ pub enum DetectZeroes {
     Unmap,
 }
 
+impl DiscardMode {
+    pub(crate) fn parse(value: Value) -> Result<Self> {
+        serde_json::from_value(value.clone()).map_err(|_| {
+            Error::invalid("Invalid discard option").with_field(
+                "discard",
+                shown(&value),
+                "ignore, unmap",
+            )
+        })
+    }
+}
+
+impl DetectZeroes {
+    pub(crate) fn parse(value: Value) -> Result<Self> {
+        serde_json::from_value(value.clone()).map_err(|_| {
+            let value = shown(&value);
+            Error::invalid(format!("invalid parameter value: {value}")).with_field(
+                "detect-zeroes",
+                value,
+                "off, on, unmap",
+            )
+        })
+    }
+
+    /// Whether a node may have both.
+    pub(crate) fn check_with(self, discard: DiscardMode) -> Result<()> {
+        if self == Self::Unmap && discard == DiscardMode::Ignore {
+            return Err(Error::invalid(
+                "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap",
+            ));
+        }
+        Ok(())
+    }
+}
+
 /// `cache.direct`, `cache.no-flush`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
@@ -480,15 +596,11 @@ impl NodeOptions {
         }
         let discard = match options.take("discard") {
             None => DiscardMode::Unmap,
-            Some(value) => serde_json::from_value(value).map_err(|_| {
-                Error::invalid("Invalid discard option: expected 'ignore' or 'unmap'")
-            })?,
+            Some(value) => DiscardMode::parse(value)?,
         };
         let detect_zeroes = match options.take("detect-zeroes") {
             None => DetectZeroes::Off,
-            Some(value) => serde_json::from_value(value).map_err(|_| {
-                Error::invalid("Invalid detect-zeroes option: expected 'off', 'on' or 'unmap'")
-            })?,
+            Some(value) => DetectZeroes::parse(value)?,
         };
         let mut cache = inherited.cache;
         match options.take("cache") {
@@ -520,11 +632,7 @@ impl NodeOptions {
                 "force-share=on can only be used with read-only images",
             ));
         }
-        if detect_zeroes == DetectZeroes::Unmap && discard == DiscardMode::Ignore {
-            return Err(Error::invalid(
-                "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap",
-            ));
-        }
+        detect_zeroes.check_with(discard)?;
         Ok(Self {
             node_name,
             discard,
@@ -625,6 +733,77 @@ mod tests {
             .parse::<Some>()
             .unwrap_err();
         assert_eq!(error.reason(), "Invalid parameter 'bogus'");
+    }
+
+    #[test]
+    fn a_value_that_isnt_allowed_is_named_with_its_option_and_what_is() {
+        #[derive(Debug, Deserialize)]
+        #[serde(deny_unknown_fields, rename_all = "kebab-case")]
+        #[allow(dead_code)]
+        struct Tree {
+            first: Option<DiscardMode>,
+            zeroes: Option<DetectZeroes>,
+            size: Option<Size>,
+            inner: Option<Inner>,
+            count: Option<Number>,
+        }
+        #[derive(Debug, Deserialize)]
+        #[serde(deny_unknown_fields, rename_all = "kebab-case")]
+        #[allow(dead_code)]
+        struct Inner {
+            fast: Switch,
+            name: String,
+        }
+        let error = |text: &str| {
+            let options = Options::from_text(text).unwrap();
+            options.parse::<Tree>().unwrap_err()
+        };
+        for (text, reason, field) in [
+            (
+                "first=unmap,size=1k,zeroes=bogus",
+                "invalid parameter value: bogus",
+                Some(("zeroes", "bogus", "off, on, unmap")),
+            ),
+            (
+                // The same bad value twice: the first one is named.
+                "zeroes=bogus,first=bogus",
+                "invalid parameter value: bogus",
+                Some(("zeroes", "bogus", "off, on, unmap")),
+            ),
+            (
+                "count=1,size=big",
+                "Parameter 'size' expects a non-negative number below 2^64",
+                Some(("size", "big", "a non-negative number below 2^64")),
+            ),
+            (
+                "size=1,count=1k",
+                "Parameter 'count' expects a number",
+                Some(("count", "1k", "a number")),
+            ),
+            (
+                "inner.name=x,inner.fast=maybe",
+                "Parameter 'inner.fast' expects 'on' or 'off'",
+                Some(("inner.fast", "maybe", "'on' or 'off'")),
+            ),
+            (
+                r#"{"inner": {"fast": true, "name": 5}}"#,
+                "Invalid parameter type for 'inner.name', expected: a string",
+                Some(("inner.name", "5", "a string")),
+            ),
+            (
+                "inner.fast=on,inner.name=x,inner.bogus=1",
+                "Invalid parameter 'inner.bogus'",
+                None,
+            ),
+            ("inner.fast=on", "Parameter 'name' is missing", None),
+        ] {
+            let error = error(text);
+            assert_eq!(error.reason(), reason, "{text}");
+            let found = error
+                .field()
+                .map(|field| (&*field.name, &*field.value, &*field.allowed));
+            assert_eq!(found, field, "{text}");
+        }
     }
 
     #[test]

@@ -66,6 +66,13 @@ pub trait DriverFactory: Send + Sync + 'static {
     /// Opens an image. The options left in `options` are the driver's own: the common ones are in `context`.
     async fn open(&self, context: OpenContext, options: Options) -> Result<Opened>;
 
+    /// The options that the file name `NAME:rest` stands for, where NAME is the driver's own. A protocol's are
+    /// understood without this; formats and filters have none unless they say so.
+    fn parse_filename(&self, registry: &Registry, rest: &str) -> Option<Result<Options>> {
+        let _ = (registry, rest);
+        None
+    }
+
     /// The options that `create` takes.
     fn create_options(&self) -> &'static [CreateOption] {
         &[]

@@ -7,6 +7,7 @@ use std::{fmt, sync::Arc};
 
 use crate::{
     buffer::{Buffer, IoBuf, IoBufMut},
+    debug::{self, DebugEvent},
     driver::{BlockDriver, ChildRole, Truncate},
     env::Environment,
     error::{Error, ErrorKind, Operation, Result},
@@ -14,6 +15,7 @@ use crate::{
     limits::Limits,
     node::{Edges, Node},
     path::{self, Op, Origin},
+    producer::ProducerId,
     status::BlockStatus,
     tracked::{RequestKind, Tracked, TrackedRange},
 };
@@ -23,11 +25,22 @@ use crate::{
 pub struct Request {
     node: Arc<Node>,
     edges: Arc<Edges>,
+    producer: ProducerId,
 }
 
 impl Request {
-    pub(crate) fn new(node: Arc<Node>, edges: Arc<Edges>) -> Self {
-        Self { node, edges }
+    pub(crate) fn new(node: Arc<Node>, edges: Arc<Edges>, producer: ProducerId) -> Self {
+        Self {
+            node,
+            edges,
+            producer,
+        }
+    }
+
+    /// On whose behalf it is made: the handle that the topmost request came through, however many layers above.
+    /// [`ProducerId::NONE`] for what a driver does by itself.
+    pub fn producer(&self) -> ProducerId {
+        self.producer
     }
 
     /// The node that the request is at.
@@ -43,6 +56,22 @@ impl Request {
     /// The environment.
     pub fn env(&self) -> &Arc<dyn Environment> {
         self.node.env()
+    }
+
+    /// Tells a fault injector below the node, if there is one, what is about to happen, and goes on when that lets
+    /// it. Costs next to nothing without one.
+    ///
+    /// Cancellation: a request that was stopped here and is dropped doesn't go on.
+    pub async fn debug_event(&self, event: DebugEvent) {
+        if self.node.is_debugged() {
+            Box::pin(self.tell(event)).await;
+        }
+    }
+
+    async fn tell(&self, event: DebugEvent) {
+        if let Some(child) = debug::told(&self.edges) {
+            debug::tell(child.node(), event).await;
+        }
     }
 
     /// The first child in `role`.
@@ -133,13 +162,21 @@ impl Child {
         self.0.filename()
     }
 
+    /// Tells this child, or the nearest fault injector below it, what its parent is about to do to it. See
+    /// [`Request::debug_event`].
+    pub async fn debug_event(&self, event: DebugEvent) {
+        if self.0.is_debugged() || debug::listens(&self.0) {
+            Box::pin(debug::tell(&self.0, event)).await;
+        }
+    }
+
     /// Fills `buf` from `offset`.
     ///
     /// # Errors
     /// EIO when the range ends beyond the child's length.
     pub async fn read(&self, offset: u64, buf: IoBufMut) -> Result<()> {
         path::submit(
-            &self.0,
+            self.0.clone(),
             Origin::Parent,
             Op::read(offset, buf, RequestFlags::empty()),
         )
@@ -178,7 +215,7 @@ impl Child {
         flags: RequestFlags,
     ) -> Result<()> {
         path::submit(
-            &self.0,
+            self.0.clone(),
             Origin::Parent,
             Op::write(offset, buf.into(), flags),
         )
@@ -187,12 +224,12 @@ impl Child {
 
     /// Makes a range read as zeroes.
     pub async fn write_zeroes(&self, offset: u64, len: u64, flags: RequestFlags) -> Result<()> {
-        path::submit(&self.0, Origin::Parent, Op::zero(offset, len, flags)).await
+        path::submit(self.0.clone(), Origin::Parent, Op::zero(offset, len, flags)).await
     }
 
     /// Discards a range.
     pub async fn discard(&self, offset: u64, len: u64) -> Result<()> {
-        path::submit(&self.0, Origin::Parent, Op::discard(offset, len)).await
+        path::submit(self.0.clone(), Origin::Parent, Op::discard(offset, len)).await
     }
 
     /// Makes all completed writes durable.
@@ -202,7 +239,7 @@ impl Child {
 
     /// Changes its length.
     pub async fn truncate(&self, length: u64, how: Truncate) -> Result<()> {
-        path::submit(&self.0, Origin::Parent, Op::truncate(length, how)).await
+        path::submit(self.0.clone(), Origin::Parent, Op::truncate(length, how)).await
     }
 
     /// What the start of a range is made of, through the child's whole chain.
@@ -252,7 +289,12 @@ impl Reservation {
     pub async fn read(&self, offset: u64, buf: IoBufMut) -> Result<()> {
         self.check(offset, buf.len() as u64, Operation::Read)?;
         let op = Op::read(offset, buf, RequestFlags::empty());
-        path::submit(self.child.node(), Origin::Nested(self.tracked.clone()), op).await
+        path::submit(
+            self.child.node().clone(),
+            Origin::Nested(self.tracked.clone()),
+            op,
+        )
+        .await
     }
 
     /// Writes inside the range.
@@ -265,14 +307,24 @@ impl Reservation {
         let buf = buf.into();
         self.check(offset, buf.len() as u64, Operation::Write)?;
         let op = Op::write(offset, buf, flags);
-        path::submit(self.child.node(), Origin::Nested(self.tracked.clone()), op).await
+        path::submit(
+            self.child.node().clone(),
+            Origin::Nested(self.tracked.clone()),
+            op,
+        )
+        .await
     }
 
     /// Zeroes inside the range.
     pub async fn write_zeroes(&self, offset: u64, len: u64, flags: RequestFlags) -> Result<()> {
         self.check(offset, len, Operation::WriteZeroes)?;
         let op = Op::zero(offset, len, flags);
-        path::submit(self.child.node(), Origin::Nested(self.tracked.clone()), op).await
+        path::submit(
+            self.child.node().clone(),
+            Origin::Nested(self.tracked.clone()),
+            op,
+        )
+        .await
     }
 
     /// Block status, which needs no ticket.

@@ -8,12 +8,9 @@
 //! Nothing here touches the layers below the child other than by reading through it. Content as seen at the filter
 //! never changes; the copies are `WRITE_UNCHANGED`.
 
-use std::{
-    any::Any,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-    },
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
 };
 
 use async_trait::async_trait;
@@ -22,7 +19,7 @@ use block_core::{
     buffer::{Buffer, IoBuf, IoBufMut},
     chain,
     driver::{
-        BlockDriver, Capabilities, ChildRole, DriverKind, MapIntent, Mapping, Reopen, Truncate,
+        BlockDriver, Capabilities, ChildRole, DriverKind, MapIntent, Mapping,
         default_child_permissions,
     },
     flags::{PermissionSet, Permissions, RequestFlags},
@@ -31,10 +28,9 @@ use block_core::{
     options::Options,
     registry::{DriverFactory, OpenContext, Opened},
     request::{Child, Request, Reservation},
-    status::DriverStatus,
 };
 
-use crate::passthrough;
+use crate::passthrough::{self, Base};
 
 /// The most that is copied in one go, and held in memory for it.
 const CHUNK: u64 = 1 << 20;
@@ -55,8 +51,7 @@ pub struct Populated {
 ///
 /// As a filter it needs consistent reads and unchanged writes of its child, and shares what its parents share.
 pub struct CopyOnRead {
-    child: Capabilities,
-    read_only: AtomicBool,
+    base: Base,
     copied: AtomicU64,
     zeroed: AtomicU64,
     passed: AtomicU64,
@@ -66,8 +61,7 @@ impl CopyOnRead {
     /// A filter to be put over `child`. `read_only` is about what comes from above: copies are written regardless.
     pub fn new(child: &Child, read_only: bool) -> Self {
         Self {
-            child: child.driver().capabilities(),
-            read_only: AtomicBool::new(read_only),
+            base: Base::new(child, read_only),
             copied: AtomicU64::new(0),
             zeroed: AtomicU64::new(0),
             passed: AtomicU64::new(0),
@@ -281,17 +275,8 @@ impl BlockDriver for CopyOnRead {
         "copy-on-read"
     }
 
-    fn kind(&self) -> DriverKind {
-        DriverKind::Filter
-    }
-
     fn capabilities(&self) -> Capabilities {
-        passthrough::capabilities(self.child, self.read_only.load(Ordering::Acquire))
-            | Capabilities::COPY_ON_READ
-    }
-
-    fn length(&self, edges: &Edges) -> u64 {
-        passthrough::length(edges)
+        self.base.capabilities() | Capabilities::COPY_ON_READ
     }
 
     fn limits(&self, edges: &Edges) -> Limits {
@@ -303,8 +288,7 @@ impl BlockDriver for CopyOnRead {
     }
 
     fn child_permissions(&self, role: ChildRole, parents: PermissionSet) -> PermissionSet {
-        let mut set =
-            default_child_permissions(role, parents, self.read_only.load(Ordering::Acquire));
+        let mut set = default_child_permissions(role, parents, self.base.is_read_only());
         set.used |= Permissions::CONSISTENT_READ | Permissions::WRITE_UNCHANGED;
         set
     }
@@ -356,37 +340,6 @@ impl BlockDriver for CopyOnRead {
         request.file()?.discard(offset, len).await
     }
 
-    async fn flush(self: Arc<Self>, request: Request) -> Result<()> {
-        request.file()?.flush().await
-    }
-
-    async fn truncate(self: Arc<Self>, request: Request, length: u64, how: Truncate) -> Result<()> {
-        request.file()?.truncate(length, how).await
-    }
-
-    async fn block_status(
-        self: Arc<Self>,
-        _request: Request,
-        offset: u64,
-        len: u64,
-    ) -> Result<DriverStatus> {
-        Ok(passthrough::status(offset, len))
-    }
-
-    async fn reopen(self: Arc<Self>, _request: Request, changes: Reopen) -> Result<()> {
-        if let Some(key) = changes.options.keys().next() {
-            return Err(Error::invalid(format!("Cannot change the option '{key}'")));
-        }
-        if let Some(read_only) = changes.read_only {
-            self.read_only.store(read_only, Ordering::Release);
-        }
-        Ok(())
-    }
-
-    async fn close(self: Arc<Self>, _request: Request) -> Result<()> {
-        Ok(())
-    }
-
     fn counters(&self) -> Vec<(&'static str, u64)> {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         vec![
@@ -396,9 +349,7 @@ impl BlockDriver for CopyOnRead {
         ]
     }
 
-    fn as_any(&self) -> &dyn Any {
-        self
-    }
+    passthrough::pass_through!();
 }
 
 /// Makes `copy-on-read` nodes. Its one option is the child, `file`.
@@ -422,9 +373,6 @@ impl DriverFactory for CopyOnReadFactory {
         }
         let child = Child::unattached(Arc::clone(&file));
         let driver = CopyOnRead::new(&child, context.node.read_only);
-        Ok(Opened {
-            driver: Arc::new(driver),
-            edges: vec![(ChildRole::Filtered, "file".to_owned(), file)],
-        })
+        Ok(passthrough::opened(Arc::new(driver), file))
     }
 }

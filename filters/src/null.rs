@@ -12,7 +12,7 @@ use std::{
 
 use async_trait::async_trait;
 use block_core::{
-    Error, Result,
+    Result,
     buffer::{IoBuf, IoBufMut},
     driver::{BlockDriver, Capabilities, DriverKind, Reopen},
     flags::RequestFlags,
@@ -24,6 +24,8 @@ use block_core::{
     status::{DriverStatus, StatusFlags},
 };
 use serde::Deserialize;
+
+use crate::passthrough;
 
 /// The length when none is given, as in QEMU.
 const DEFAULT_SIZE: u64 = 1 << 30;
@@ -161,13 +163,7 @@ impl BlockDriver for Null {
     }
 
     async fn reopen(self: Arc<Self>, _request: Request, changes: Reopen) -> Result<()> {
-        if let Some(key) = changes.options.keys().next() {
-            return Err(Error::invalid(format!("Cannot change the option '{key}'")));
-        }
-        if let Some(read_only) = changes.read_only {
-            self.read_only.store(read_only, Ordering::Release);
-        }
-        Ok(())
+        passthrough::reopen(&self.read_only, &changes)
     }
 
     async fn close(self: Arc<Self>, _request: Request) -> Result<()> {

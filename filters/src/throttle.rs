@@ -1,31 +1,30 @@
 //! `throttle`: holds requests back so that rates of bytes and requests per second are kept. It changes nothing else about
 //! them; flushes and metadata pass at once.
 
-use std::{
-    any::Any,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-    },
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
 };
 
 use async_trait::async_trait;
 use block_core::{
-    Error, Result,
+    Result,
     buffer::{IoBuf, IoBufMut},
-    driver::{BlockDriver, Capabilities, ChildRole, DriverKind, Reopen, Truncate},
+    driver::{BlockDriver, Capabilities, DriverKind},
     flags::RequestFlags,
     limits::Limits,
     node::Edges,
     options::{Options, Size},
     registry::{DriverFactory, OpenContext, Opened},
     request::{Child, Request},
-    status::DriverStatus,
 };
 use parking_lot::Mutex;
 use serde::Deserialize;
 
-use crate::{bucket::Bucket, passthrough};
+use crate::{
+    bucket::Bucket,
+    passthrough::{self, Base},
+};
 
 /// Rates, 0 for none; named as QEMU names the limits of its throttle groups.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
@@ -55,8 +54,7 @@ struct Limit {
 
 /// A node that throttles its one child.
 pub struct Throttle {
-    child: Capabilities,
-    read_only: AtomicBool,
+    base: Base,
     limits: Mutex<Vec<Limit>>,
     waits: AtomicU64,
 }
@@ -83,8 +81,7 @@ impl Throttle {
             })
             .collect();
         Self {
-            child: child.driver().capabilities(),
-            read_only: AtomicBool::new(read_only),
+            base: Base::new(child, read_only),
             limits: Mutex::new(limits),
             waits: AtomicU64::new(0),
         }
@@ -112,17 +109,8 @@ impl BlockDriver for Throttle {
         "throttle"
     }
 
-    fn kind(&self) -> DriverKind {
-        DriverKind::Filter
-    }
-
     fn capabilities(&self) -> Capabilities {
-        let all = passthrough::capabilities(self.child, self.read_only.load(Ordering::Acquire));
-        all - Capabilities::TRY_MAP
-    }
-
-    fn length(&self, edges: &Edges) -> u64 {
-        passthrough::length(edges)
+        self.base.capabilities() - Capabilities::TRY_MAP
     }
 
     fn limits(&self, edges: &Edges) -> Limits {
@@ -161,44 +149,11 @@ impl BlockDriver for Throttle {
         request.file()?.discard(offset, len).await
     }
 
-    async fn flush(self: Arc<Self>, request: Request) -> Result<()> {
-        request.file()?.flush().await
-    }
-
-    async fn truncate(self: Arc<Self>, request: Request, length: u64, how: Truncate) -> Result<()> {
-        request.file()?.truncate(length, how).await
-    }
-
-    async fn block_status(
-        self: Arc<Self>,
-        _request: Request,
-        offset: u64,
-        len: u64,
-    ) -> Result<DriverStatus> {
-        Ok(passthrough::status(offset, len))
-    }
-
-    async fn reopen(self: Arc<Self>, _request: Request, changes: Reopen) -> Result<()> {
-        if let Some(key) = changes.options.keys().next() {
-            return Err(Error::invalid(format!("Cannot change the option '{key}'")));
-        }
-        if let Some(read_only) = changes.read_only {
-            self.read_only.store(read_only, Ordering::Release);
-        }
-        Ok(())
-    }
-
-    async fn close(self: Arc<Self>, _request: Request) -> Result<()> {
-        Ok(())
-    }
-
     fn counters(&self) -> Vec<(&'static str, u64)> {
         vec![("throttle-waits", self.waits.load(Ordering::Relaxed))]
     }
 
-    fn as_any(&self) -> &dyn Any {
-        self
-    }
+    passthrough::pass_through!();
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -226,9 +181,6 @@ impl DriverFactory for ThrottleFactory {
         let options: ThrottleOptions = options.parse()?;
         let child = Child::unattached(Arc::clone(&file));
         let driver = Throttle::new(&child, options.limits, context.node.read_only);
-        Ok(Opened {
-            driver: Arc::new(driver),
-            edges: vec![(ChildRole::Filtered, "file".to_owned(), file)],
-        })
+        Ok(passthrough::opened(Arc::new(driver), file))
     }
 }

@@ -7,9 +7,11 @@ use std::sync::{Arc, atomic::Ordering};
 
 use block_core::{
     buffer::IoBuf,
+    debug::DebugEvent,
     driver::{Preallocation, Truncate},
     error::{Error, ErrorKind, Result},
     flags::RequestFlags,
+    mutant,
     request::Request,
     space::SpaceEvent,
 };
@@ -60,7 +62,10 @@ impl Qcow2 {
         let entries = self.geometry.l1_entries_for(new);
         self.reclaiming(request, || self.grow_l1(request, entries))
             .await?;
-        if how.zero && self.has_backing(request) {
+        if how.zero
+            && self.has_backing(request)
+            && !mutant::is_active("qcow2-grown-range-shows-backing")
+        {
             self.zero_new(request, old, new).await?;
         }
         if how.preallocation != Preallocation::Off {
@@ -99,6 +104,7 @@ impl Qcow2 {
             .filter(|entries| u64::from(*entries) * 8 <= MAX_L1_BYTES)
             .ok_or_else(|| Error::new(ErrorKind::TooBig, "Active L1 table too large"))?;
         let clusters = self.geometry.clusters_for(needed * 8);
+        file.debug_event(DebugEvent::L1GrowAllocTable).await;
         let allocation = meta.allocate_contiguous(file, clusters).await?;
         let place = self.geometry.host_start(allocation.first());
         // The copy is made from the disk: what is linked in memory only follows with the next batch.
@@ -107,8 +113,11 @@ impl Qcow2 {
             .await?
             .to_vec();
         bytes.resize((clusters * self.geometry.cluster_size()) as usize, 0);
+        file.debug_event(DebugEvent::L1GrowWriteTable).await;
         file.write(place.0, bytes, RequestFlags::empty()).await?;
-        self.write_refcounts(&mut meta, request).await?;
+        if !mutant::is_active("qcow2-new-l1-table-not-counted-durably") {
+            self.write_refcounts(&mut meta, request).await?;
+        }
         // From here on the header may point to the new table: its clusters aren't given out again whatever happens. When
         // it is unknown which table counts, both stay allocated.
         for cluster in allocation.clusters() {
@@ -117,6 +126,7 @@ impl Qcow2 {
         }
         allocation.linked();
         let failure = &self.writeback.failure;
+        file.debug_event(DebugEvent::L1GrowActivateTable).await;
         let switched =
             header_update::write_l1_pointer(file, &mut meta.header, place, entries).await;
         failure.note(switched)?;
@@ -141,6 +151,7 @@ impl Qcow2 {
     async fn write_refcounts(&self, meta: &mut Meta, request: &Request) -> Result<()> {
         let file = request.file()?;
         let copies = meta.refcounts.dirty_copies();
+        file.debug_event(DebugEvent::RefblockUpdate).await;
         for copy in &copies {
             file.write(copy.host.0, copy.bytes.clone(), RequestFlags::empty())
                 .await?;
@@ -193,7 +204,9 @@ impl Qcow2 {
             let (run, pin) = self.locate(request.file()?, new, edge - new).await?;
             drop(pin);
             use crate::io::map::Run;
-            if matches!(run, Run::Data { .. } | Run::Compressed { .. }) {
+            if matches!(run, Run::Data { .. } | Run::Compressed { .. })
+                && !mutant::is_active("qcow2-shrink-leaves-tail")
+            {
                 self.write_zero_data(request, new, edge).await?;
             }
         }
@@ -208,6 +221,7 @@ impl Qcow2 {
     /// Drops all data of this layer.
     pub async fn empty(self: &Arc<Self>, request: &Request) -> Result<()> {
         self.check_writable()?;
+        request.debug_event(DebugEvent::EmptyImagePrepare).await;
         let end = ClusterIndex(self.length().div_ceil(self.geometry.cluster_size()));
         self.change_clusters(request, ClusterIndex(0), end, Change::Full)
             .await?;

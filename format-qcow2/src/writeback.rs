@@ -18,8 +18,10 @@ use std::sync::{
 };
 
 use block_core::{
+    debug::DebugEvent,
     error::{Error, ErrorKind, Result},
     flags::RequestFlags,
+    mutant,
     request::{Child, Request},
     space::SpaceEvent,
 };
@@ -125,7 +127,9 @@ impl Qcow2 {
             let mut meta = self.lock_meta(file).await?;
             self.snapshot(&mut meta)?
         };
-        if let Err(error) = self.write_snapshot(file, &snapshot).await {
+        if let Err(error) = self.write_snapshot(file, &snapshot).await
+            && !mutant::is_active("qcow2-write-back-error-swallowed")
+        {
             self.meta.lock().await.linked |= snapshot.linked;
             return Err(error);
         }
@@ -183,6 +187,17 @@ impl Qcow2 {
     }
 
     async fn write_snapshot(&self, file: &Child, snapshot: &Snapshot) -> Result<()> {
+        if mutant::is_active("qcow2-links-written-before-refcounts") {
+            let slices = snapshot
+                .slices
+                .iter()
+                .map(|copy| (copy.host, copy.bytes.clone()));
+            write_all(file, slices).await?;
+            self.barrier(file).await?;
+        }
+        if !snapshot.blocks.is_empty() {
+            file.debug_event(DebugEvent::RefblockUpdate).await;
+        }
         self.tap.tell(|| SpaceEvent::WriteBack("refcounts"));
         let blocks = snapshot
             .blocks
@@ -193,7 +208,9 @@ impl Qcow2 {
             let meta = self.meta.lock().await;
             meta.refcounts.has_unpublished()
         };
-        if snapshot.linked || publishes {
+        if (snapshot.linked || publishes)
+            && !mutant::is_active("qcow2-no-barrier-between-data-and-links")
+        {
             self.barrier(file).await?;
         }
         if publishes {
@@ -216,9 +233,18 @@ impl Qcow2 {
             .l1
             .iter()
             .map(|(at, raw)| (snapshot.l1_offset + at * 8, raw.to_be_bytes().to_vec()));
+        if !snapshot.slices.is_empty() {
+            file.debug_event(DebugEvent::L2Update).await;
+        }
         self.tap.tell(|| SpaceEvent::WriteBack("links"));
         write_all(file, slices).await?;
+        if !snapshot.l1.is_empty() {
+            file.debug_event(DebugEvent::L1Update).await;
+        }
         write_all(file, l1).await?;
+        if mutant::is_active("qcow2-no-barrier-after-links") {
+            return Ok(());
+        }
         self.barrier(file).await?;
         self.tap.tell(|| SpaceEvent::WriteBack("data"));
         Ok(())
@@ -237,7 +263,12 @@ impl Qcow2 {
             meta.refcounts.wrote(copy);
         }
         for copy in &snapshot.slices {
-            copy.slice.wrote(copy.version);
+            let version = if mutant::is_active("qcow2-slice-clean-although-changed") {
+                copy.slice.version()
+            } else {
+                copy.version
+            };
+            copy.slice.wrote(version);
             if !copy.slice.is_dirty() {
                 meta.dirty_slices.remove(&copy.index.0);
             }
@@ -270,7 +301,10 @@ impl Qcow2 {
         if ready.is_empty() {
             return Ok(());
         }
-        self.punch(file, &punches).await;
+        let late = mutant::is_active("qcow2-publish-before-punch");
+        if !late {
+            self.punch(file, &punches).await;
+        }
         let mut meta = self.meta.lock().await;
         let mut result = Ok(());
         let mut kept = Freed::default();
@@ -307,6 +341,10 @@ impl Qcow2 {
         // Their unlinks are durable already.
         meta.quarantine.close(kept, 0, &self.pins);
         self.note_sizes(&meta);
+        drop(meta);
+        if late {
+            self.punch(file, &punches).await;
+        }
         result
     }
 

@@ -12,6 +12,7 @@ use async_trait::async_trait;
 use block_core::{
     Error, ErrorKind, Result,
     buffer::{IoBuf, IoBufMut},
+    debug::DebugEvent,
     driver::{
         BlockDriver, Capabilities, ChildRole, DriverKind, MapIntent, Mapping, Reopen, Truncate,
     },
@@ -143,7 +144,9 @@ impl BlockDriver for RawDriver {
 
     async fn read(self: Arc<Self>, request: Request, offset: u64, buf: IoBufMut) -> Result<()> {
         let offset = self.window().locate(offset, buf.len() as u64)?;
-        request.file()?.read(offset, buf).await
+        let file = request.file()?;
+        file.debug_event(DebugEvent::ReadAio).await;
+        file.read(offset, buf).await
     }
 
     async fn write(

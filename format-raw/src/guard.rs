@@ -10,6 +10,7 @@ use std::sync::Arc;
 use block_core::{
     Error, ErrorKind, Result,
     buffer::IoBuf,
+    debug::DebugEvent,
     flags::RequestFlags,
     registry::Registry,
     request::{Child, Request},
@@ -104,6 +105,7 @@ pub(crate) async fn write(
         Some(guard) => guard.allow(child, offset, Change::Data(&buf)).await?,
         None => None,
     };
+    child.debug_event(DebugEvent::WriteAio).await;
     child.write(offset, buf, flags).await
 }
 

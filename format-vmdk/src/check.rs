@@ -115,7 +115,15 @@ pub(crate) async fn check(
             let main = sparse.tables.read_table(file, primary).await?;
             let same = match sparse.tables.read_table(file, redundant).await {
                 Ok(copy) => main[..] == copy[..],
-                Err(_) => false,
+                Err(error) => {
+                    // Not known to be bad, but not known to be good either.
+                    let text = format!(
+                        "ERROR: could not read redundant grain table {index}: {}",
+                        error.reason()
+                    );
+                    report.add(Severity::CheckError, false, text);
+                    continue;
+                }
             };
             if !same {
                 // Whatever a power cut left behind: readers use the primary table.

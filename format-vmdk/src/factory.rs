@@ -33,6 +33,33 @@ struct Found {
     edges: Vec<(ChildRole, String, Arc<Node>)>,
 }
 
+/// Opens whichever of the kinds of image it is.
+async fn open_found(
+    context: &OpenContext,
+    options: &mut Options,
+    node: &Arc<Node>,
+    file: &Child,
+) -> Result<Found> {
+    let head = file
+        .read_padded(0, HEADER_SIZE.min(file.length() as usize))
+        .await?;
+    let found = match magic(&head) {
+        Magic::HostedSparse => open_sparse(context, options, node, file, &head).await?,
+        Magic::Cowd => return Err(unsupported_type("vmfsSparse")),
+        Magic::Other if head.len() < 4 => {
+            return Err(Error::new(
+                ErrorKind::WrongFormat,
+                "Image not in VMDK format",
+            ));
+        }
+        Magic::Other => open_text(context, options, node, file).await?,
+    };
+    if let Some(key) = options.0.keys().next() {
+        return Err(Error::invalid(format!("Invalid parameter '{key}'")));
+    }
+    Ok(found)
+}
+
 #[async_trait]
 impl DriverFactory for VmdkFactory {
     fn name(&self) -> &'static str {
@@ -51,23 +78,12 @@ impl DriverFactory for VmdkFactory {
     async fn open(&self, context: OpenContext, mut options: Options) -> Result<Opened> {
         let node = context.open_file(&mut options).await?;
         let file = Child::unattached(Arc::clone(&node));
-        let head = file
-            .read_padded(0, HEADER_SIZE.min(file.length() as usize))
-            .await?;
-        let mut found = match magic(&head) {
-            Magic::HostedSparse => open_sparse(&context, &mut options, &node, &file, &head).await?,
-            Magic::Cowd => return Err(unsupported_type("vmfsSparse")),
-            Magic::Other if head.len() < 4 => {
-                return Err(Error::new(
-                    ErrorKind::WrongFormat,
-                    "Image not in VMDK format",
-                ));
-            }
-            Magic::Other => open_text(&context, &mut options, &node, &file).await?,
-        };
-        if let Some(key) = options.0.keys().next() {
-            return Err(Error::invalid(format!("Invalid parameter '{key}'")));
-        }
+        let mut found = open_found(&context, &mut options, &node, &file)
+            .await
+            .map_err(|error| match file.filename() {
+                Some(name) => error.with_file(name),
+                None => error,
+            })?;
         found
             .edges
             .insert(0, (ChildRole::File, "file".to_owned(), node));

@@ -7,7 +7,6 @@
 use std::{
     fmt,
     future::Future,
-    panic::AssertUnwindSafe,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -15,12 +14,15 @@ use std::{
 };
 
 use block_core::{Options, Registry};
-use futures::{FutureExt, future::BoxFuture};
+use futures::{FutureExt, TryFutureExt as _, future::BoxFuture};
 use serde::Serialize;
 
 use crate::{
+    aftermath,
+    duties::Duty,
     lab::{Lab, LabOptions},
-    sim::{CancelAt, Cancelled, DropWhen, Order, Running},
+    panics,
+    sim::{CancelAt, Cancelled, DropWhen, Order, Running, Stuck},
 };
 
 /// A format to be tested, and how its images are made.
@@ -32,6 +34,8 @@ pub struct FormatUnderTest {
     pub create: Options,
     /// The driver claims safeguards of its own: it must keep other ranges whole also when there is no gate.
     pub safeguards: bool,
+    /// The driver claims what the contract says of power cuts: no corruption, and everything there that was flushed.
+    pub crash_safe: bool,
 }
 
 impl FormatUnderTest {
@@ -41,6 +45,7 @@ impl FormatUnderTest {
             name: name.to_owned(),
             create: Options::new(),
             safeguards: false,
+            crash_safe: true,
         }
     }
 
@@ -57,11 +62,46 @@ impl FormatUnderTest {
         self.safeguards = true;
         self
     }
+
+    /// See [`Self::crash_safe`].
+    #[must_use]
+    pub fn without_crash_safety(mut self) -> Self {
+        self.crash_safe = false;
+        self
+    }
+
+    /// Name and options, for tables: `qcow2:cluster_size=4k,compat=0.10`.
+    pub fn label(&self) -> String {
+        if self.create.0.is_empty() {
+            return self.name.clone();
+        }
+        format!("{}:{}", self.name, self.create_text())
+    }
+
+    /// The options as `-o` takes them.
+    pub fn create_text(&self) -> String {
+        let options = self.create.0.iter().map(|(key, value)| match value {
+            serde_json::Value::String(text) => format!("{key}={text}"),
+            other => format!("{key}={other}"),
+        });
+        options.collect::<Vec<String>>().join(",")
+    }
 }
 
 /// Why a case failed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Failure(pub String);
+
+/// Begins the text of a failure that isn't one. No message begins like that.
+const NOT_COVERED: &str = "\0not covered: ";
+
+impl Failure {
+    /// Ends a case from within a helper because the driver doesn't have what the case is about: no failure, but
+    /// [`Verdict::NotCovered`].
+    pub fn not_covered(why: &str) -> Self {
+        Self(format!("{NOT_COVERED}{why}"))
+    }
+}
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -207,6 +247,12 @@ pub struct Case {
     pub gate: bool,
     /// The request alignment of its storage, in bytes.
     pub alignment: u64,
+    /// The one duty of a driver that it is about, if it is about one alone: a failure names it.
+    pub duty: Option<Duty>,
+    /// It belongs to the subset that runs in a few seconds.
+    pub quick: bool,
+    /// It leaves images behind that are damaged on purpose.
+    pub damages: bool,
     run: Arc<CaseFn>,
 }
 
@@ -233,6 +279,9 @@ impl Case {
             proves: proves.into(),
             gate: true,
             alignment: 1,
+            duty: None,
+            quick: true,
+            damages: false,
             run: Arc::new(move |scene| run(scene).boxed()),
         }
     }
@@ -241,6 +290,27 @@ impl Case {
     #[must_use]
     pub fn without_gate(mut self) -> Self {
         self.gate = false;
+        self
+    }
+
+    /// About one duty alone. Whatever makes it fail, the duty was forgotten.
+    #[must_use]
+    pub fn duty(mut self, duty: Duty) -> Self {
+        self.duty = Some(duty);
+        self
+    }
+
+    /// Takes too long for the quick subset.
+    #[must_use]
+    pub fn slow(mut self) -> Self {
+        self.quick = false;
+        self
+    }
+
+    /// Leaves images behind that are damaged on purpose: nobody looks at them afterwards.
+    #[must_use]
+    pub fn leaves_damage(mut self) -> Self {
+        self.damages = true;
         self
     }
 
@@ -274,6 +344,7 @@ pub struct Scene {
     cancel: Option<CancelPlan>,
     started: AtomicUsize,
     reached: Arc<AtomicBool>,
+    damaged: AtomicBool,
 }
 
 impl Scene {
@@ -298,6 +369,15 @@ impl Scene {
         }
     }
 
+    /// The images of this run are damaged on purpose: nobody looks at them afterwards.
+    pub fn leaves_damage(&self) {
+        self.damaged.store(true, Ordering::SeqCst);
+    }
+
+    pub(crate) fn is_damaged(&self) -> bool {
+        self.damaged.load(Ordering::SeqCst)
+    }
+
     /// Everything that can happen by itself has happened.
     pub async fn rest(&self) {
         self.lab.env.idle().await;
@@ -317,7 +397,18 @@ pub struct Run {
     pub polls: u64,
 }
 
-/// Runs a case once.
+/// How a case is run.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct How {
+    /// Decides the schedule; 0 is first come first served.
+    pub seed: u64,
+    /// A request that is dropped on the way.
+    pub cancel: Option<CancelPlan>,
+    /// Ask the installed qemu-img about the images that the case leaves behind.
+    pub external: bool,
+}
+
+/// Runs a case once. Without asking qemu-img: [`run_how`] can.
 pub fn run(
     registry: &Registry,
     format: &FormatUnderTest,
@@ -325,48 +416,73 @@ pub fn run(
     seed: u64,
     cancel: Option<CancelPlan>,
 ) -> Run {
+    let how = How {
+        seed,
+        cancel,
+        external: false,
+    };
+    run_how(registry, format, case, how)
+}
+
+/// Runs a case once, and judges what it leaves behind ([`crate::aftermath`]).
+pub fn run_how(registry: &Registry, format: &FormatUnderTest, case: &Case, how: How) -> Run {
+    let options = LabOptions {
+        seed: how.seed,
+        order: if how.seed == 0 {
+            Order::Fifo
+        } else {
+            Order::Random
+        },
+        gate: case.gate,
+        alignment: case.alignment,
+    };
     let scene = Arc::new(Scene {
-        lab: Lab::new(
-            registry,
-            LabOptions {
-                seed,
-                order: if seed == 0 {
-                    Order::Fifo
-                } else {
-                    Order::Random
-                },
-                gate: case.gate,
-                alignment: case.alignment,
-            },
-        ),
+        lab: Lab::new(registry, options),
         format: format.clone(),
         gate: case.gate,
-        cancel,
+        cancel: how.cancel,
         started: AtomicUsize::new(0),
         reached: Arc::default(),
+        damaged: AtomicBool::new(case.damages),
     });
     let env = scene.lab.env.clone();
     let future = (case.run)(scene.clone());
-    let verdict = std::panic::catch_unwind(AssertUnwindSafe(|| env.try_run(future)));
-    let verdict = match verdict {
-        Ok(Ok(Ok(verdict))) => verdict,
-        Ok(Ok(Err(failure))) => Verdict::Failed(failure.0),
-        Ok(Err(stuck)) => Verdict::Failed(stuck.to_string()),
-        Err(panic) => {
-            let text = panic
-                .downcast_ref::<String>()
-                .cloned()
-                .or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()))
-                .unwrap_or_default();
-            Verdict::Failed(format!("panic: {text}"))
-        }
+    let mut verdict = judged(panics::catch(|| env.try_run(future)));
+    let polls = env.polls();
+    if verdict == Verdict::Passed && how.cancel.is_none() {
+        let look = aftermath::judge(&scene, case.group, how.external).map_ok(|()| Verdict::Passed);
+        verdict = judged(panics::catch(|| env.try_run(look)));
+    }
+    let verdict = match (verdict, case.duty) {
+        (Verdict::Failed(seen), Some(duty)) => Verdict::Failed(duty.explain(&seen)),
+        (verdict, _) => verdict,
     };
+    let leaks = aftermath::Leaks::watch(&scene);
     let run = Run {
         verdict,
         requests: scene.started.load(Ordering::SeqCst),
         dropped: scene.reached.load(Ordering::SeqCst),
-        polls: env.polls(),
+        polls,
     };
     env.shutdown();
-    run
+    drop((scene, env));
+    match leaks.found() {
+        Some(text) if run.verdict == Verdict::Passed => Run {
+            verdict: Verdict::Failed(text),
+            ..run
+        },
+        _ => run,
+    }
+}
+
+fn judged(ended: Result<Result<CaseResult, Stuck>, String>) -> Verdict {
+    match ended {
+        Ok(Ok(Ok(verdict))) => verdict,
+        Ok(Ok(Err(Failure(text)))) => match text.strip_prefix(NOT_COVERED) {
+            Some(why) => Verdict::NotCovered(why.to_owned()),
+            None => Verdict::Failed(text),
+        },
+        Ok(Err(stuck)) => Verdict::Failed(stuck.to_string()),
+        Err(panic) => Verdict::Failed(panic),
+    }
 }

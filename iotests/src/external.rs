@@ -3,10 +3,15 @@
 
 use std::{
     fs,
-    io::{self, Write},
+    io::{self, Read, Seek as _, SeekFrom, Write},
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        OnceLock,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+        mpsc,
+    },
+    time::{Duration, Instant},
 };
 
 /// A file that is removed when this is dropped.
@@ -39,6 +44,95 @@ impl Drop for TempFile {
     }
 }
 
+/// A directory that is removed with everything in it when this is dropped.
+#[derive(Debug)]
+pub struct TempDir(PathBuf);
+
+impl TempDir {
+    /// A new, empty directory.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn new() -> io::Result<Self> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("iotests-{}-{number}.d", std::process::id()));
+        fs::create_dir(&path)?;
+        Ok(Self(path))
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// Writes a file in it, with holes where whole pages are zero, and gives its path.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn put(&self, name: &str, bytes: &[u8]) -> io::Result<PathBuf> {
+        let path = self.0.join(name);
+        let mut file = fs::File::create(&path)?;
+        file.set_len(bytes.len() as u64)?;
+        for (at, page) in bytes.chunks(4096).enumerate() {
+            if page.iter().any(|byte| *byte != 0) {
+                file.seek(SeekFrom::Start(at as u64 * 4096))?;
+                file.write_all(page)?;
+            }
+        }
+        Ok(path)
+    }
+}
+
+impl Drop for TempDir {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Whether a name is one file's in a directory, and nothing else.
+pub fn is_plain_name(name: &str) -> bool {
+    !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\0', ':'])
+}
+
+static FORBIDDEN: AtomicBool = AtomicBool::new(false);
+
+/// From now on no tool is asked for a second opinion in this process.
+pub fn forbid() {
+    FORBIDDEN.store(true, Ordering::Relaxed);
+}
+
+/// The version that the installed qemu-img gives, if there is one and it may be asked.
+pub fn version() -> Option<&'static str> {
+    static VERSION: OnceLock<Option<String>> = OnceLock::new();
+    if FORBIDDEN.load(Ordering::Relaxed) {
+        return None;
+    }
+    let version = VERSION.get_or_init(|| {
+        let said = run("qemu-img", &["--version"], "").ok()??;
+        said.text.lines().next().map(str::to_owned)
+    });
+    version.as_deref()
+}
+
+/// Whether qemu-img may be asked and has a driver of that name, so that its opinion is of any worth.
+pub fn knows(format: &str) -> bool {
+    static FORMATS: OnceLock<Vec<String>> = OnceLock::new();
+    if version().is_none() {
+        return false;
+    }
+    let formats = FORMATS.get_or_init(|| {
+        let help = run("qemu-img", &["--help"], "").ok().flatten();
+        let text = help.map(|said| said.text).unwrap_or_default();
+        // "Supported formats: raw …", or "Supported image formats:", a blank line, and the names on the lines below.
+        let list = text.split_once("formats:").map(|(_, rest)| rest);
+        let list = list.unwrap_or_default().split("See ").next();
+        let names = list.unwrap_or_default().split_whitespace();
+        names.map(str::to_owned).collect()
+    });
+    formats.iter().any(|known| known == format)
+}
+
 /// What a tool said.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Said {
@@ -48,11 +142,27 @@ pub struct Said {
     pub text: String,
 }
 
+/// How long a tool may take that nobody has set a limit for.
+const PATIENCE: Duration = Duration::from_secs(600);
+
 /// Runs a program with `input` on its standard input. `None` when it isn't installed.
 ///
 /// # Errors
 /// Those of starting and feeding it.
 pub fn run(program: &str, arguments: &[&str], input: &str) -> io::Result<Option<Said>> {
+    run_for(program, arguments, input, PATIENCE)
+}
+
+/// [`run`], for no longer than `patience`: then the program is killed.
+///
+/// # Errors
+/// Those of starting and feeding it; `TimedOut`.
+pub fn run_for(
+    program: &str,
+    arguments: &[&str],
+    input: &str,
+    patience: Duration,
+) -> io::Result<Option<Said>> {
     let child = Command::new(program)
         .args(arguments)
         .stdin(Stdio::piped())
@@ -64,21 +174,41 @@ pub fn run(program: &str, arguments: &[&str], input: &str) -> io::Result<Option<
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(error),
     };
-    let feeder = child.stdin.take().map(|mut stdin| {
+    if let Some(mut stdin) = child.stdin.take() {
         let input = input.to_owned();
         // A program that ends early closes the pipe: that shows in its status.
-        std::thread::spawn(move || drop(stdin.write_all(input.as_bytes())))
-    });
-    let output = child.wait_with_output()?;
-    if let Some(feeder) = feeder {
-        let _ = feeder.join();
+        std::thread::spawn(move || drop(stdin.write_all(input.as_bytes())));
     }
-    let mut text = String::from_utf8_lossy(&output.stdout).into_owned();
-    text.push_str(&String::from_utf8_lossy(&output.stderr));
+    let stdout = child.stdout.take().map(collect);
+    let stderr = child.stderr.take().map(collect);
+    let deadline = Instant::now() + patience;
+    let mut text = String::new();
+    for output in [stdout, stderr].into_iter().flatten() {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let Ok(bytes) = output.recv_timeout(left) else {
+            child.kill()?;
+            child.wait()?;
+            let what = format!("{program} hadn't ended after {} s", patience.as_secs());
+            return Err(io::Error::new(io::ErrorKind::TimedOut, what));
+        };
+        text.push_str(&String::from_utf8_lossy(&bytes));
+    }
     Ok(Some(Said {
-        status: output.status.code(),
+        status: child.wait()?.code(),
         text,
     }))
+}
+
+/// Everything that a pipe gives until it is closed.
+fn collect(mut pipe: impl Read + Send + 'static) -> mpsc::Receiver<Vec<u8>> {
+    let (give, take) = mpsc::channel();
+    std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        // What came before an error is kept; a pipe whose reader has gone away is nobody's business.
+        let _ = pipe.read_to_end(&mut bytes);
+        let _ = give.send(bytes);
+    });
+    take
 }
 
 /// What `qemu-img check` says of an image file. `None` when it isn't installed.
@@ -94,16 +224,49 @@ pub fn check_file(format: &str, path: &Path) -> io::Result<Option<Said>> {
 }
 
 /// Whether the installed `qemu-img check` finds these bytes clean: `Ok(None)` when it isn't installed, or knows no
-/// check for the format.
+/// check for the format, or may not be asked.
 ///
 /// # Errors
 /// What it found, in its own words.
 pub fn check_bytes(format: &str, bytes: &[u8]) -> Result<Option<()>, String> {
+    if !knows(format) {
+        return Ok(None);
+    }
     let file = TempFile::new(format, bytes).map_err(|error| error.to_string())?;
     match check_file(format, file.path()).map_err(|error| error.to_string())? {
         None => Ok(None),
         Some(said) if said.status == Some(0) => Ok(Some(())),
         Some(said) if said.status == Some(63) || said.text.contains("Unknown driver") => Ok(None),
         Some(said) => Err(said.text),
+    }
+}
+
+/// A directory that is removed, with all that is in it, when this is dropped.
+#[derive(Debug)]
+pub struct TempDir(PathBuf);
+
+impl TempDir {
+    /// A new, empty directory.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn new(label: &str) -> io::Result<Self> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("iotests-{}-{number}-{label}.d", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        fs::create_dir(&path)?;
+        Ok(Self(path))
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for TempDir {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
     }
 }

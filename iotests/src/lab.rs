@@ -1,7 +1,7 @@
 //! A laboratory: one deterministic world with simulated disks, a registry whose `file` protocol is that storage, and a
 //! graph with or without the gate. It sets things up and looks at them; it decides nothing about right and wrong.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use block_core::{
     BlockHandle, Graph, Node, Options, Registry, RequestFlags, Result,
@@ -9,6 +9,7 @@ use block_core::{
     flags::{PermissionSet, Permissions},
     registry::{ImplicitOpens, OpenOptions},
 };
+use parking_lot::Mutex;
 
 use crate::{
     oracle::{AfterDiscard, Ended, Mismatch, Oracle},
@@ -51,6 +52,7 @@ pub struct Lab {
     pub registry: Arc<Registry>,
     /// The graph.
     pub graph: Arc<Graph>,
+    opened: Mutex<Vec<(String, Weak<Node>)>>,
 }
 
 /// What a producer uses and shares in tests: everything.
@@ -108,7 +110,13 @@ impl Lab {
             disks,
             registry,
             graph,
+            opened: Mutex::default(),
         }
+    }
+
+    /// Every image that was ever opened here, by the node's name.
+    pub(crate) fn opened(&self) -> Vec<(String, Weak<Node>)> {
+        self.opened.lock().clone()
     }
 
     /// The disk with that file name.
@@ -139,7 +147,8 @@ impl Lab {
             .await
     }
 
-    fn records_backing(&self, format: &str) -> bool {
+    /// Whether images of the format name their backing file themselves.
+    pub fn records_backing(&self, format: &str) -> bool {
         self.registry.get(format).is_ok_and(|factory| {
             factory
                 .create_options()
@@ -148,14 +157,13 @@ impl Lab {
         })
     }
 
-    /// Opens an image. `backing` is given explicitly to formats that don't record it.
-    pub async fn open(
+    /// The options to open an image with. `backing` is among them for formats that don't record it.
+    pub fn open_options(
         &self,
         format: &str,
-        name: &str,
         backing: Option<(&str, &str)>,
         extra: &Options,
-    ) -> Result<Arc<Node>> {
+    ) -> Options {
         let mut options = extra.clone();
         if let Some((file, backing_format)) = backing
             && !self.records_backing(format)
@@ -166,13 +174,29 @@ impl Lab {
                 .with("file", serde_json::Value::Object(file.0));
             options.set("backing", serde_json::Value::Object(backing.0));
         }
+        options
+    }
+
+    /// Opens an image. `backing` is given explicitly to formats that don't record it.
+    pub async fn open(
+        &self,
+        format: &str,
+        name: &str,
+        backing: Option<(&str, &str)>,
+        extra: &Options,
+    ) -> Result<Arc<Node>> {
+        let options = self.open_options(format, backing, extra);
         let how = OpenOptions {
             implicit: ImplicitOpens::Permit,
             ..OpenOptions::default()
         };
-        self.registry
+        let node = self
+            .registry
             .open_file(&self.graph, name, Some(format), options, how)
-            .await
+            .await?;
+        let watched = (node.name().to_owned(), Arc::downgrade(&node));
+        self.opened.lock().push(watched);
+        Ok(node)
     }
 
     /// A producer's handle.

@@ -211,6 +211,20 @@ impl Oracle {
         }
     }
 
+    /// The first sector from `offset` on (both in bytes) that anybody ever asked to be changed, or that held something at
+    /// the beginning.
+    pub fn next_known(&self, offset: u64) -> Option<u64> {
+        let state = self.state.lock();
+        let from = offset.div_ceil(SECTOR)..;
+        let asked = state.sectors.range(from.clone()).next().map(|(at, _)| *at);
+        let initial = state.initial.range(from).next().map(|(at, _)| *at);
+        let first = match (asked, initial) {
+            (Some(a), Some(b)) => Some(a.min(b)),
+            (a, b) => a.or(b),
+        };
+        first.map(|sector| sector * SECTOR)
+    }
+
     fn begin(&self, range: Range<u64>, owner: Option<u32>, value: Option<Value>) -> Change {
         let mut state = self.state.lock();
         state.clock += 1;

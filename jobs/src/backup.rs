@@ -144,6 +144,7 @@ impl Backup {
             // What shows through from a backing file may change: it has to be hidden.
             ask_target: target.backing().is_none(),
             serialise_target: true,
+            must_hide: false,
         };
         let state = BackupState::new(to_copy, copier.clone(), options.on_cbw_error, counters);
         let driver = Arc::new(CopyBeforeWrite {

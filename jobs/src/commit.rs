@@ -11,6 +11,7 @@ use block_core::{
     flags::{PermissionSet, Permissions, RequestFlags},
     graph::{FreezeGuard, Graph, JobClaim},
     handle::BlockHandle,
+    mutant,
     node::Node,
 };
 use futures::future::BoxFuture;
@@ -249,6 +250,7 @@ impl Commit {
                 compress: false,
                 ask_target: false,
                 serialise_target: false,
+                must_hide: false,
             },
             watch: Some(Watch::new(&self.device, WATCH)?),
         }));
@@ -285,6 +287,9 @@ impl Commit {
             cursor: Cursor::new(len, CHUNK),
         };
         engine.pass(&mut plan).await?;
+        if mutant::is_active("commit-base-not-flushed") {
+            return Ok(());
+        }
         let admission = transfer.handle.admit().await;
         child(&admission, ChildRole::Target)?.flush().await
     }
@@ -318,7 +323,7 @@ impl Commit {
             let names_backing = overlay.edges().iter().any(|edge| {
                 edge.role == ChildRole::Backing && edge.child.node().id() == self.filter.id()
             });
-            if names_backing {
+            if names_backing && !mutant::is_active("commit-header-not-rewritten") {
                 let name = self.backing_file.as_deref();
                 chain::rewrite_backing(&self.graph, &overlay, Some(&self.base), name).await?;
             }

@@ -5,7 +5,10 @@
 
 use std::{collections::VecDeque, sync::Arc, task::Poll, time::Duration};
 
-use block_core::error::{Error, Result};
+use block_core::{
+    error::{Error, Result},
+    mutant,
+};
 use futures::{
     future::BoxFuture,
     stream::{FuturesUnordered, StreamExt},
@@ -314,7 +317,10 @@ impl Engine {
                     plan.copied(&self.job, chunk, &Copied::default());
                     return Ok(());
                 }
-                if !plan.take_back(chunk) && action != ErrorAction::Report {
+                if !plan.take_back(chunk)
+                    && action != ErrorAction::Report
+                    && !mutant::is_active("job-failed-chunk-not-retried")
+                {
                     self.again.push_back(chunk);
                 }
                 if action == ErrorAction::Report {

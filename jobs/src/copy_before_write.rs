@@ -20,6 +20,7 @@ use block_core::{
     error::{Error, Result},
     flags::{PermissionSet, Permissions, RequestFlags},
     limits::Limits,
+    mutant,
     node::Edges,
     request::{Child, Request},
     status::DriverStatus,
@@ -105,6 +106,10 @@ impl BackupState {
                 offset,
                 len: len.min(range.end() - offset),
             };
+            let early = mutant::is_active("backup-cluster-marked-before-copied");
+            if early {
+                self.to_copy.clear(chunk.offset, chunk.len);
+            }
             let copied = self.copier.copy(source, target, chunk).await?;
             self.to_copy.clear(chunk.offset, chunk.len);
             total.copied += copied.copied;
@@ -147,6 +152,7 @@ impl CopyBeforeWrite {
                 Ok(())
             }
             Err(error) => match state.on_error {
+                OnCbwError::BreakGuestWrite if mutant::is_active("backup-error-ignored") => Ok(()),
                 OnCbwError::BreakGuestWrite => Err(before_write(error.error)),
                 OnCbwError::BreakSnapshot => {
                     state.stop();
@@ -173,6 +179,9 @@ impl BlockDriver for CopyBeforeWrite {
     }
 
     fn capabilities(&self) -> Capabilities {
+        if mutant::is_active("backup-filter-not-serialising") {
+            return passthrough::CAPABILITIES;
+        }
         passthrough::CAPABILITIES | Capabilities::SERIALISE_WRITES
     }
 
@@ -224,14 +233,18 @@ impl BlockDriver for CopyBeforeWrite {
         len: u64,
         flags: RequestFlags,
     ) -> Result<()> {
-        self.before_change(&request, offset, len).await?;
+        if !mutant::is_active("backup-zero-write-not-copied-before") {
+            self.before_change(&request, offset, len).await?;
+        }
         passthrough::filtered(&request)?
             .write_zeroes(offset, len, flags)
             .await
     }
 
     async fn discard(self: Arc<Self>, request: Request, offset: u64, len: u64) -> Result<()> {
-        self.before_change(&request, offset, len).await?;
+        if !mutant::is_active("backup-discard-not-copied-before") {
+            self.before_change(&request, offset, len).await?;
+        }
         passthrough::filtered(&request)?.discard(offset, len).await
     }
 

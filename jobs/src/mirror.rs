@@ -16,6 +16,7 @@ use block_core::{
     flags::PermissionSet,
     graph::{FreezeGuard, Graph, JobClaim},
     handle::BlockHandle,
+    mutant,
     node::Node,
 };
 use futures::future::BoxFuture;
@@ -212,14 +213,19 @@ impl Mirror {
     ) -> Result<Self> {
         let graph = manager.graph().clone();
         let (source, target) = (options.device, options.target);
-        let granularity = match options.granularity {
+        let cluster = chain::cluster_size(&graph, &target)
+            .await?
+            .unwrap_or(4096)
+            .next_power_of_two();
+        let mut granularity = match options.granularity {
             Some(granularity) => check_granularity(granularity)?,
-            None => chain::cluster_size(&graph, &target)
-                .await?
-                .unwrap_or(4096)
-                .clamp(4096, 65536)
-                .next_power_of_two(),
+            None => cluster.clamp(4096, 65536),
         };
+        if options.sync != SyncMode::Full {
+            // A part of a cluster is filled up with what the target has below it now, which isn't what it gets in the end:
+            // clusters are copied whole.
+            granularity = granularity.max(cluster);
+        }
         let bitmap = Arc::new(DirtyBitmap::new(source.length(), granularity)?);
         let state = MirrorState::new(
             bitmap.clone(),
@@ -314,6 +320,8 @@ impl Mirror {
                 ask_target: self.target_backing == TargetBacking::Keep
                     && self.target.backing().is_none(),
                 serialise_target: false,
+                must_hide: self.target_backing == TargetBacking::FromSource
+                    && self.sync != SyncMode::Full,
             },
             watch: Some(Watch::new(&self.source, granularity)?),
         }));
@@ -443,12 +451,14 @@ impl Mirror {
             .graph
             .drain_except(&self.source, &plan.transfer.handle)
             .await;
-        while bitmap.dirty_granules() != 0 {
+        while bitmap.dirty_granules() != 0 && !mutant::is_active("mirror-no-last-pass") {
             plan.cursor = 0;
             engine.rush(&mut plan).await?;
         }
         job.set_remaining(0);
-        self.flush_target(&plan.transfer).await?;
+        if !mutant::is_active("mirror-target-not-flushed") {
+            self.flush_target(&plan.transfer).await?;
+        }
         drop(plan);
         if job.ending() == Some(Ending::Complete) {
             self.switch_over().await?;
@@ -564,7 +574,9 @@ impl Plan for MirrorPlan {
 
     /// The next pass finds it.
     fn take_back(&mut self, chunk: Chunk) -> bool {
-        self.state.bitmap.set(chunk.offset, chunk.len);
+        if !mutant::is_active("mirror-failed-chunk-forgotten") {
+            self.state.bitmap.set(chunk.offset, chunk.len);
+        }
         true
     }
 

@@ -19,6 +19,7 @@ use block_core::{
     error::{Error, Result},
     flags::{PermissionSet, Permissions, RequestFlags},
     limits::Limits,
+    mutant,
     node::Edges,
     request::Request,
     status::DriverStatus,
@@ -110,7 +111,10 @@ impl MirrorState {
         let end = offset + len;
         let mut from = offset - offset % granularity;
         let mut to = end.next_multiple_of(granularity);
-        let is_common = |at: u64| self.clean_is_common && !self.bitmap.is_dirty(at);
+        let is_common = |at: u64| {
+            self.clean_is_common && !self.bitmap.is_dirty(at)
+                || mutant::is_active("mirror-partial-write-cleans-granule")
+        };
         let head_is_whole = offset == from && (end >= from + granularity || end >= length);
         if !head_is_whole && !is_common(offset) {
             from += granularity;
@@ -143,6 +147,11 @@ impl MirrorTop {
                 }
             }
             // The granules stay dirty: the job copies them, or fails.
+            Err(_) if mutant::is_active("mirror-target-error-swallowed") => {
+                self.state
+                    .bitmap
+                    .clear(common.0, common.1.saturating_sub(common.0));
+            }
             Err(error) => *self.state.error.lock() = Some(error),
         }
     }
@@ -230,7 +239,9 @@ impl BlockDriver for MirrorTop {
         flags: RequestFlags,
     ) -> Result<()> {
         let source = passthrough::filtered(&request)?;
-        if !self.writes_through() {
+        // When only a part of the disk is copied, what is below the target in the end isn't there yet: the job knows how
+        // to hide it.
+        if !self.writes_through() || !self.state.clean_is_common {
             return source.write_zeroes(offset, len, flags).await;
         }
         let target = passthrough::target(&request)?;
@@ -241,7 +252,11 @@ impl BlockDriver for MirrorTop {
         } else {
             RequestFlags::empty()
         };
-        let result = target.write_zeroes(offset, len, unmap).await;
+        let result = if mutant::is_active("mirror-zero-write-not-written-through") {
+            Ok(())
+        } else {
+            target.write_zeroes(offset, len, unmap).await
+        };
         self.written(result, common, len);
         Ok(())
     }

@@ -12,6 +12,7 @@ use block_core::{
     flags::{PermissionSet, Permissions, RequestFlags},
     graph::{FreezeGuard, Graph, JobClaim},
     handle::BlockHandle,
+    mutant,
     node::Node,
 };
 use futures::future::BoxFuture;
@@ -285,7 +286,10 @@ impl Prefetch {
     async fn prefetch(&self, at: u64, len: u64) -> Result<(), CopyError> {
         let buffer = Buffer::try_new(len as usize).map_err(CopyError::read)?;
         let (lent, buf) = buffer.lend();
-        let flags = RequestFlags::COPY_ON_READ | RequestFlags::PREFETCH;
+        let mut flags = RequestFlags::COPY_ON_READ | RequestFlags::PREFETCH;
+        if mutant::is_active("stream-copies-nothing") {
+            flags = RequestFlags::empty();
+        }
         let result = self.handle.readv(at, buf, flags).await;
         drop(lent);
         result.map_err(|error| {

@@ -11,6 +11,7 @@ use block_core::{
     error::{Error, Result},
     flags::RequestFlags,
     handle::{Admission, BlockHandle},
+    mutant,
     node::Node,
     request::Child,
     tracked::TrackedRange,
@@ -81,6 +82,8 @@ pub(crate) struct Copier {
     pub ask_target: bool,
     /// Writes to the target are serialising.
     pub serialise_target: bool,
+    /// The target gets a backing file later: zeroes have to be its own, not what nobody has written yet.
+    pub must_hide: bool,
 }
 
 /// How chunks are copied from the filtered child of a job's filter to its target child.
@@ -104,7 +107,7 @@ pub(crate) fn child(admission: &Admission, role: ChildRole) -> Result<Child> {
 impl Transfer {
     /// Admits an operation on a chunk.
     pub(crate) async fn admit(&self, chunk: Chunk) -> Admission {
-        if self.serialise {
+        if self.serialise && !mutant::is_active("job-chunk-without-ticket") {
             self.handle.admit_serialising(chunk.offset, chunk.len).await
         } else {
             self.handle.admit().await
@@ -115,10 +118,18 @@ impl Transfer {
     pub(crate) async fn copy(&self, chunk: Chunk, admitted: impl FnOnce() + Send) -> CopyResult {
         let busy = self.watch.as_ref().is_some_and(|watch| watch.begin(chunk));
         let admission = self.admit(chunk).await;
-        admitted();
+        let mut admitted = Some(admitted);
+        if !mutant::is_active("mirror-dirty-bit-cleared-after-copy")
+            && let Some(admitted) = admitted.take()
+        {
+            admitted();
+        }
         let source = child(&admission, ChildRole::Filtered).map_err(CopyError::read)?;
         let target = child(&admission, ChildRole::Target).map_err(CopyError::write)?;
         let mut copied = self.copier.copy(&source, &target, chunk).await?;
+        if let Some(admitted) = admitted.take() {
+            admitted();
+        }
         let wrote = self.watch.as_ref().is_some_and(|watch| watch.end(chunk));
         copied.beside_guest = busy || wrote;
         Ok(copied)
@@ -149,7 +160,9 @@ impl Copier {
                 .await
                 .map_err(CopyError::read)?;
             len = advance(status.len, len).map_err(CopyError::read)?;
-            if status.is_zero() {
+            if status.is_zero() && mutant::is_active("job-skips-zeroes") {
+                copied.skipped += len;
+            } else if status.is_zero() {
                 self.zero(target, at, len, &mut copied).await?;
             } else {
                 self.data(source, target, at, len, &mut copied).await?;
@@ -222,8 +235,35 @@ impl Copier {
                 .write_zeroes(at, len, flags)
                 .await
                 .map_err(CopyError::write)?;
+            if self.must_hide {
+                Self::own_zeroes(target, at, len).await?;
+            }
             copied.zeroed += len;
             at += len;
+        }
+        Ok(())
+    }
+}
+
+impl Copier {
+    /// Writes zeroes as data where the target has none of its own after a zero write: an image without a mark for zeroes
+    /// leaves what has nothing below it unallocated.
+    async fn own_zeroes(target: &Child, offset: u64, len: u64) -> Result<(), CopyError> {
+        let end = offset + len;
+        let mut at = offset;
+        while at < end {
+            let (own, run) = chain::is_allocated_above(target.node(), None, false, at, end - at)
+                .await
+                .map_err(CopyError::write)?;
+            let run = advance(run, end - at).map_err(CopyError::write)?;
+            if !own {
+                let zeroes = block_core::Buffer::try_new(run as usize).map_err(CopyError::write)?;
+                target
+                    .write(at, IoBuf::from(zeroes), RequestFlags::empty())
+                    .await
+                    .map_err(CopyError::write)?;
+            }
+            at += run;
         }
         Ok(())
     }

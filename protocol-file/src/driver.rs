@@ -14,12 +14,13 @@ use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use block_core::{
     buffer::{BufferPool, IoBuf, IoBufMut},
-    driver::{BlockDriver, Capabilities, DriverKind, Reopen, Truncate},
+    driver::{Attempt, BlockDriver, Capabilities, DriverKind, Reopen, Truncate},
     error::{Error, ErrorKind, Operation, Result},
     flags::{PermissionSet, RequestFlags},
     image::ImageInfo,
     limits::Limits,
     node::Edges,
+    producer::ProducerId,
     request::Request,
     status::{DriverStatus, StatusFlags},
 };
@@ -30,7 +31,7 @@ use crate::{
     engine::Engine,
     fd_sets::FdSets,
     image_lock::{ImageLock, Locking},
-    inline::{self, Attempt},
+    inline,
     open_file::{FileKind, OpenFile, OpenHow, is_unsupported},
     options::Inline,
     space::{self, Extent},
@@ -146,6 +147,21 @@ impl FileDriver {
         }
     }
 
+    /// What came of a write.
+    #[inline]
+    fn wrote(&self, result: io::Result<()>, offset: u64, len: u64) -> Result<()> {
+        match result {
+            Ok(()) => {
+                self.grown_to(offset + len);
+                Ok(())
+            }
+            Err(error) => {
+                self.refresh_length();
+                Err(self.error(error, Operation::Write, offset, len))
+            }
+        }
+    }
+
     /// After a failure nobody knows how far the file has grown: look.
     fn refresh_length(&self) {
         if let Ok(length) = self.file.load().query_length() {
@@ -161,15 +177,17 @@ impl FileDriver {
     /// Runs `work` on the file, away from the tasks.
     async fn blocking<T: Send + 'static>(
         &self,
+        producer: ProducerId,
         work: impl FnOnce(&OpenFile) -> io::Result<T> + Send + 'static,
     ) -> io::Result<T> {
         let file = self.file.load_full();
-        self.engine.call(move || work(&file)).await?
+        self.engine.call(producer, move || work(&file)).await?
     }
 
     /// Reads through memory that O_DIRECT accepts.
     async fn read_bounced(
         &self,
+        producer: ProducerId,
         file: &Arc<OpenFile>,
         mut offset: u64,
         mut buf: IoBufMut,
@@ -183,7 +201,9 @@ impl FileDriver {
                 .try_get(len)
                 .map_err(|_| io::Error::from_raw_os_error(libc::ENOMEM))?
                 .lend();
-            self.engine.read(file.clone(), offset, whole, 0).await?;
+            self.engine
+                .read(producer, file.clone(), offset, whole)
+                .await?;
             let bounce = lent
                 .reclaim()
                 .map_err(|_| io::Error::from_raw_os_error(libc::EIO))?;
@@ -197,6 +217,7 @@ impl FileDriver {
     /// Writes through memory that O_DIRECT accepts.
     async fn write_bounced(
         &self,
+        producer: ProducerId,
         file: &Arc<OpenFile>,
         mut offset: u64,
         mut buf: IoBuf,
@@ -213,7 +234,7 @@ impl FileDriver {
             piece.copy_to_slice(0, &mut bounce);
             let data = IoBuf::from(bounce);
             self.engine
-                .write(file.clone(), offset, data.clone(), 0, dsync)
+                .write(producer, file.clone(), offset, data.clone(), dsync)
                 .await?;
             if let Ok(bounce) = data.try_into_buffer() {
                 self.bounce.put(bounce);
@@ -225,9 +246,9 @@ impl FileDriver {
 
     async fn write_queued(
         &self,
+        producer: ProducerId,
         offset: u64,
         buf: IoBuf,
-        done: usize,
         dsync: bool,
     ) -> io::Result<()> {
         let file = self.file.load_full();
@@ -235,16 +256,18 @@ impl FileDriver {
         let needs_bounce =
             file.is_direct() && !buf.is_aligned(file.memory_alignment(), file.transfer_unit());
         if needs_bounce {
-            return self.write_bounced(&file, offset, buf, dsync).await;
+            return self
+                .write_bounced(producer, &file, offset, buf, dsync)
+                .await;
         }
-        self.engine.write(file, offset, buf, done, dsync).await
+        self.engine.write(producer, file, offset, buf, dsync).await
     }
 
     /// A durable write. Where the kernel has no RWF_DSYNC here, a flush follows the write.
-    async fn write_durable(&self, offset: u64, buf: IoBuf) -> io::Result<()> {
+    async fn write_durable(&self, producer: ProducerId, offset: u64, buf: IoBuf) -> io::Result<()> {
         let file = self.file.load_full();
         if !file.refusals.dsync.is_set() {
-            match self.write_queued(offset, buf.clone(), 0, true).await {
+            match self.write_queued(producer, offset, buf.clone(), true).await {
                 Err(error) if is_unsupported(&error) => file.refusals.dsync.set(),
                 Err(error) => {
                     // The kernel tells an error of write-back once: this write may have been told of one that
@@ -263,14 +286,14 @@ impl FileDriver {
                 done => return done,
             }
         }
-        self.write_queued(offset, buf, 0, false).await?;
-        self.sync().await
+        self.write_queued(producer, offset, buf, false).await?;
+        self.sync(producer).await
     }
 
     /// `fdatasync`, whose failure is remembered.
-    async fn sync(&self) -> io::Result<()> {
+    async fn sync(&self, producer: ProducerId) -> io::Result<()> {
         self.counters.flushes.add();
-        let result = self.engine.flush(self.file.load_full()).await;
+        let result = self.engine.flush(producer, self.file.load_full()).await;
         if result.is_err() {
             self.flush_failed.store(true, Ordering::Release);
         }
@@ -357,72 +380,78 @@ impl BlockDriver for FileDriver {
         self.lock.abort(&self.file.load());
     }
 
-    async fn read(
-        self: Arc<Self>,
-        _request: Request,
-        offset: u64,
-        mut buf: IoBufMut,
-    ) -> Result<()> {
-        let left = match inline::read(&self.file.load(), self.inline, offset, &mut buf) {
-            Attempt::Done(Ok(())) => {
+    #[inline]
+    fn try_read(&self, offset: u64, buf: &mut IoBufMut) -> Attempt {
+        let attempt = inline::read(&self.file.load(), self.inline, offset, buf);
+        match attempt {
+            inline::Attempt::Done(Ok(())) => {
                 self.counters.inline_reads.add();
-                return Ok(());
+                Attempt::Done(Ok(()))
             }
-            Attempt::Done(Err(error)) => {
-                return Err(self.error(error, Operation::Read, offset, buf.len() as u64));
+            inline::Attempt::Done(Err(error)) => {
+                let len = buf.len() as u64;
+                Attempt::Done(Err(self.error(error, Operation::Read, offset, len)))
             }
-            Attempt::Left(left) => left,
-        };
+            inline::Attempt::Left(done) => Attempt::Left(done),
+        }
+    }
+
+    #[inline]
+    fn try_write(&self, offset: u64, buf: &IoBuf, flags: RequestFlags) -> Attempt {
+        if flags.contains(RequestFlags::FUA) && !self.no_flush {
+            return Attempt::Left(0);
+        }
+        let attempt = inline::write(&self.file.load(), self.inline, offset, buf);
+        match attempt {
+            inline::Attempt::Done(result) => {
+                self.counters.inline_writes.add();
+                Attempt::Done(self.wrote(result, offset, buf.len() as u64))
+            }
+            inline::Attempt::Left(done) => {
+                if done > 0 {
+                    self.grown_to(offset + done as u64);
+                }
+                Attempt::Left(done)
+            }
+        }
+    }
+
+    async fn read(self: Arc<Self>, request: Request, offset: u64, buf: IoBufMut) -> Result<()> {
         let file = self.file.load_full();
-        let len = buf.len() as u64;
+        let (producer, len) = (request.producer(), buf.len() as u64);
         self.counters.queued_reads.add();
         let needs_bounce =
             file.is_direct() && !buf.is_aligned(file.memory_alignment(), file.transfer_unit());
         let result = if needs_bounce {
-            self.read_bounced(&file, offset, buf).await
+            self.read_bounced(producer, &file, offset, buf).await
         } else {
-            self.engine.read(file, offset, buf, left).await
+            self.engine.read(producer, file, offset, buf).await
         };
         result.map_err(|error| self.error(error, Operation::Read, offset, len))
     }
 
     async fn write(
         self: Arc<Self>,
-        _request: Request,
+        request: Request,
         offset: u64,
         buf: IoBuf,
         flags: RequestFlags,
     ) -> Result<()> {
         let len = buf.len() as u64;
+        let producer = request.producer();
         let durable = flags.contains(RequestFlags::FUA) && !self.no_flush;
         let result = if durable {
             self.check_flushable()?;
-            self.write_durable(offset, buf).await
+            self.write_durable(producer, offset, buf).await
         } else {
-            let attempt = inline::write(&self.file.load(), self.inline, offset, &buf);
-            match attempt {
-                Attempt::Done(result) => {
-                    self.counters.inline_writes.add();
-                    result
-                }
-                Attempt::Left(left) => self.write_queued(offset, buf, left, false).await,
-            }
+            self.write_queued(producer, offset, buf, false).await
         };
-        match result {
-            Ok(()) => {
-                self.grown_to(offset + len);
-                Ok(())
-            }
-            Err(error) => {
-                self.refresh_length();
-                Err(self.error(error, Operation::Write, offset, len))
-            }
-        }
+        self.wrote(result, offset, len)
     }
 
     async fn write_zeroes(
         self: Arc<Self>,
-        _request: Request,
+        request: Request,
         offset: u64,
         len: u64,
         flags: RequestFlags,
@@ -434,10 +463,12 @@ impl BlockDriver for FileDriver {
         self.counters.zeroes.add();
         let may_unmap = flags.contains(RequestFlags::MAY_UNMAP);
         let mut result = self
-            .blocking(move |file| space::write_zeroes(file, offset, len, may_unmap))
+            .blocking(request.producer(), move |file| {
+                space::write_zeroes(file, offset, len, may_unmap)
+            })
             .await;
         if result.is_ok() && durable {
-            result = self.sync().await;
+            result = self.sync(request.producer()).await;
         }
         match result {
             Ok(()) => {
@@ -451,10 +482,12 @@ impl BlockDriver for FileDriver {
         }
     }
 
-    async fn discard(self: Arc<Self>, _request: Request, offset: u64, len: u64) -> Result<()> {
+    async fn discard(self: Arc<Self>, request: Request, offset: u64, len: u64) -> Result<()> {
         self.counters.discards.add();
         let result = self
-            .blocking(move |file| space::discard(file, offset, len))
+            .blocking(request.producer(), move |file| {
+                space::discard(file, offset, len)
+            })
             .await;
         result.map_err(|error| {
             if is_unsupported(&error) {
@@ -464,22 +497,17 @@ impl BlockDriver for FileDriver {
         })
     }
 
-    async fn flush(self: Arc<Self>, _request: Request) -> Result<()> {
+    async fn flush(self: Arc<Self>, request: Request) -> Result<()> {
         if self.no_flush || !self.file.load().is_writable() {
             return Ok(());
         }
         self.check_flushable()?;
-        self.sync()
+        self.sync(request.producer())
             .await
             .map_err(|error| self.error(error, Operation::Flush, 0, 0))
     }
 
-    async fn truncate(
-        self: Arc<Self>,
-        _request: Request,
-        length: u64,
-        how: Truncate,
-    ) -> Result<()> {
+    async fn truncate(self: Arc<Self>, request: Request, length: u64, how: Truncate) -> Result<()> {
         let old = self.length.load(Ordering::Acquire);
         let refuse = |text: &str| {
             Err(Error::invalid(text)
@@ -501,7 +529,9 @@ impl BlockDriver for FileDriver {
         check_preallocation(how.preallocation, old, length)
             .map_err(|error| error.with_file(&self.how.path))?;
         let result = self
-            .blocking(move |file| space::resize(file, length, how.preallocation))
+            .blocking(request.producer(), move |file| {
+                space::resize(file, length, how.preallocation)
+            })
             .await;
         self.refresh_length();
         result.map_err(|error| {
@@ -512,15 +542,17 @@ impl BlockDriver for FileDriver {
 
     async fn block_status(
         self: Arc<Self>,
-        _request: Request,
+        request: Request,
         offset: u64,
         len: u64,
     ) -> Result<DriverStatus> {
         let file = self.file.load_full();
         let extent = if file.is_regular() && !file.refusals.seek_data.is_set() {
-            self.blocking(move |file| Ok(space::extent_at(file, offset, len)))
-                .await
-                .map_err(|error| self.error(error, Operation::BlockStatus, offset, len))?
+            self.blocking(request.producer(), move |file| {
+                Ok(space::extent_at(file, offset, len))
+            })
+            .await
+            .map_err(|error| self.error(error, Operation::BlockStatus, offset, len))?
         } else {
             Extent::Data(len)
         };
@@ -537,7 +569,7 @@ impl BlockDriver for FileDriver {
 
     async fn copy_range_from(
         self: Arc<Self>,
-        _request: Request,
+        request: Request,
         source: Arc<dyn BlockDriver>,
         source_offset: u64,
         offset: u64,
@@ -549,7 +581,9 @@ impl BlockDriver for FileDriver {
         self.counters.copies.add();
         let from = source.file.load_full();
         let result = self
-            .blocking(move |to| space::copy_range(&from, source_offset, to, offset, len))
+            .blocking(request.producer(), move |to| {
+                space::copy_range(&from, source_offset, to, offset, len)
+            })
             .await;
         match result {
             Ok(()) => {
@@ -584,7 +618,7 @@ impl BlockDriver for FileDriver {
     }
 
     /// Opens the same file again, read-only or read-write, and forgets that a flush failed. Image locks move with it.
-    async fn reopen(self: Arc<Self>, _request: Request, changes: Reopen) -> Result<()> {
+    async fn reopen(self: Arc<Self>, request: Request, changes: Reopen) -> Result<()> {
         for (key, value) in &changes.options {
             let same = match key.as_str() {
                 "filename" => value.as_str() == Some(&self.how.path),
@@ -605,7 +639,7 @@ impl BlockDriver for FileDriver {
         let (sets, old_file) = (self.fd_sets.clone(), old.clone());
         let new = self
             .engine
-            .call(move || how.open_again(&old_file, &sets))
+            .call(request.producer(), move || how.open_again(&old_file, &sets))
             .await
             .map_err(|error| self.error(error, Operation::Reopen, 0, 0))??;
         self.lock.carry_over(&new)?;

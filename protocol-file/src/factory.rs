@@ -7,6 +7,7 @@ use block_core::{
     driver::{BlockDriver, DriverKind},
     error::{Error, ErrorKind, Operation, Result},
     options::Options,
+    producer::ProducerId,
     registry::{CreateContext, CreateOption, DriverFactory, OpenContext, Opened},
 };
 
@@ -117,7 +118,9 @@ impl FileFactory {
             direct: mode.direct,
         };
         let file = how.adopt(file, writable && !mode.read_only)?;
-        let engine = self.engine(options.aio, mode.direct)?;
+        let engine = self
+            .engine(options.aio, mode.direct)
+            .map_err(|error| error.with_file(&how.path))?;
         FileDriver::new(file, engine, self.settings(how, options, mode)).map(Arc::new)
     }
 
@@ -172,7 +175,9 @@ impl FileFactory {
             no_flush: node.cache.no_flush.0,
             force_share: node.force_share,
         };
-        let engine = self.engine(options.aio, mode.direct)?;
+        let engine = self
+            .engine(options.aio, mode.direct)
+            .map_err(|error| error.with_file(&path))?;
         let how = OpenHow {
             path,
             device,
@@ -187,7 +192,7 @@ impl FileFactory {
             let file = how.open(&fd_sets);
             (how, file)
         };
-        let (how, file) = engine.call(opening).await?;
+        let (how, file) = engine.call(ProducerId::NONE, opening).await?;
         let settings = self.settings(how, &options, mode);
         let driver: Arc<dyn BlockDriver> = Arc::new(FileDriver::new(file?, engine, settings)?);
         Ok(Opened {
@@ -247,7 +252,7 @@ impl DriverFactory for FileFactory {
         let path = strip_prefix(&context.filename).to_owned();
         let engine = self.engine(Aio::Threads, false)?;
         engine
-            .call(move || {
+            .call(ProducerId::NONE, move || {
                 if is_device(&path) {
                     create::check_device(&path, &options)
                 } else {
@@ -287,7 +292,9 @@ impl DriverFactory for HostDeviceFactory {
         let path = strip_prefix(&context.filename).to_owned();
         let engine = self.0.engine(Aio::Threads, false)?;
         engine
-            .call(move || create::check_device(&path, &options))
+            .call(ProducerId::NONE, move || {
+                create::check_device(&path, &options)
+            })
             .await?
     }
 }

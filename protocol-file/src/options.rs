@@ -4,7 +4,7 @@ use block_core::{
     error::{Error, Result},
     options::{Options, Size, Switch},
 };
-use serde::{Deserialize, de::DeserializeOwned};
+use serde::Deserialize;
 
 use crate::image_lock::Locking;
 use block_core::driver::Preallocation;
@@ -80,20 +80,6 @@ pub struct FileCreateOptions {
 
 const OPEN_KEYS: [&str; 4] = ["filename", "aio", "inline", "locking"];
 
-fn parse<T: DeserializeOwned>(options: Options) -> Result<T> {
-    options.parse().map_err(|error| {
-        // serde's text of an enumeration's bad value, and the value that it names.
-        let reason = error.reason();
-        match reason
-            .split_once("unknown variant `")
-            .and_then(|(_, rest)| rest.split_once('`'))
-        {
-            Some((value, _)) => Error::invalid(format!("invalid parameter value: {value}")),
-            None => error,
-        }
-    })
-}
-
 impl FileOptions {
     /// Reads the options of `driver`.
     pub fn from_options(driver: &str, mut options: Options) -> Result<Self> {
@@ -110,7 +96,7 @@ impl FileOptions {
         if let Some(on) = options.get("locking").and_then(serde_json::Value::as_bool) {
             options.set("locking", if on { "on" } else { "off" });
         }
-        parse(options)
+        options.parse()
     }
 
     /// The path.
@@ -131,7 +117,7 @@ impl FileOptions {
 impl FileCreateOptions {
     /// Reads the options.
     pub fn from_options(options: Options) -> Result<Self> {
-        parse(options)
+        options.parse()
     }
 }
 

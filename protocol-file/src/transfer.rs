@@ -4,7 +4,10 @@
 
 use std::{io, os::fd::AsFd, sync::Arc};
 
-use block_core::buffer::{IoBuf, IoBufMut};
+use block_core::{
+    buffer::{IoBuf, IoBufMut},
+    producer::ProducerId,
+};
 use futures::channel::oneshot;
 
 use crate::{
@@ -39,16 +42,18 @@ pub(crate) struct Transfer {
     pub(crate) vectors: IoVecs,
     /// Whose queue it came from.
     pub(crate) lane: usize,
+    /// On whose behalf it is done.
+    pub(crate) producer: ProducerId,
 }
 
 impl Transfer {
-    /// A transfer whose first `done` bytes are done already, and the way to its end.
+    /// A transfer, and the way to its end.
     pub(crate) fn new(
         file: Arc<OpenFile>,
         kind: Kind,
         offset: u64,
-        done: usize,
         lane: usize,
+        producer: ProducerId,
     ) -> (Box<Self>, oneshot::Receiver<io::Result<()>>) {
         let (reply, end) = oneshot::channel();
         let vectors = IoVecs::default();
@@ -56,11 +61,12 @@ impl Transfer {
             file,
             kind,
             offset,
-            done,
+            done: 0,
             retries: 0,
             reply,
             vectors,
             lane,
+            producer,
         };
         (Box::new(transfer), end)
     }

@@ -16,6 +16,7 @@ use std::process::ExitCode;
 use common::{
     output::{complain, say, write_out},
     program::Program,
+    trace,
 };
 
 fn main() -> ExitCode {
@@ -27,7 +28,21 @@ fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .init();
     Program::set_argv0(&argv0);
-    ExitCode::from(dispatch(Program::from_argv0(&argv0), &args))
+    let program = Program::from_argv0(&argv0);
+    if program.is_qemu() {
+        return ExitCode::from(dispatch(program, &args));
+    }
+    let args = match trace::take(args) {
+        Ok((wanted, args)) => {
+            wanted.into_iter().for_each(trace::want);
+            args
+        }
+        Err(message) => {
+            complain!("blk: {message}");
+            return ExitCode::from(1);
+        }
+    };
+    ExitCode::from(dispatch(program, &args))
 }
 
 fn dispatch(program: Program, args: &[String]) -> u8 {
@@ -103,7 +118,15 @@ fn help(program: Program) {
         );
     }
     say!(
-        "\nOptions:\n  -h, --help     print this help and exit\n  -V, --version  print the version and exit\n\n\
-         Environment:\n  RUST_LOG       what is logged to standard error (error, warn, info, debug, trace)"
+        "\nOptions:\n  -h, --help     print this help and exit\n  -V, --version  print the version and exit"
+    );
+    if program == Program::Blk {
+        say!(
+            "  --trace FILE   record the requests of every image that the command opens; 'iotests replay FILE' runs\n                 \
+             them again under the simulator\n  --trace-hashes with --trace: record a hash of what is written"
+        );
+    }
+    say!(
+        "\nEnvironment:\n  RUST_LOG       what is logged to standard error (error, warn, info, debug, trace)"
     );
 }

@@ -1,8 +1,9 @@
 //! `blk live`, shortened: it passes, says why, leaves the base alone, and ends cleanly on an interrupt.
 
 use std::{
+    path::Path,
     process::{Command, Stdio},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 const BLK: &str = env!("CARGO_BIN_EXE_blk");
@@ -40,38 +41,78 @@ fn a_short_run_passes_and_reports_what_happened() {
     );
 }
 
-#[test]
-fn an_interrupt_ends_it_cleanly() {
+/// Interrupts a run that would last minutes, with a job and the guest at work.
+fn interrupt(more: &[&str]) {
     let directory = tempfile::tempdir().unwrap();
     let child = Command::new(BLK)
-        .args(["live", "--seconds", "60", "-q", "--scratch"])
+        .args(["live", "--seconds", "300", "-q"])
+        .args(more)
+        .arg("--scratch")
         .arg(directory.path())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    std::thread::sleep(Duration::from_secs(3));
+    // The first job starts right after its target was made.
+    let begun = Instant::now();
+    while !has_target(directory.path()) {
+        assert!(begun.elapsed() < Duration::from_secs(60), "it didn't begin");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    std::thread::sleep(Duration::from_millis(500));
+    let asked = Instant::now();
     let pid = child.id().to_string();
-    assert!(
-        Command::new("kill")
-            .args(["-INT", &pid])
-            .status()
-            .unwrap()
-            .success()
-    );
+    let sent = Command::new("kill").args(["-INT", &pid]).status().unwrap();
+    assert!(sent.success());
     let out = child.wait_with_output().unwrap();
-    assert_eq!(
-        out.status.code(),
-        Some(130),
-        "{}",
-        String::from_utf8_lossy(&out.stderr)
+    let err = String::from_utf8_lossy(&out.stderr);
+    assert_eq!(out.status.code(), Some(130), "{err}");
+    assert_eq!(err, "blk: interrupted\n");
+    assert!(
+        asked.elapsed() < Duration::from_secs(60),
+        "it took {:?} to end",
+        asked.elapsed()
     );
-    assert!(String::from_utf8_lossy(&out.stderr).contains("interrupted"));
     assert_eq!(
         std::fs::read_dir(directory.path()).unwrap().count(),
         0,
         "images were left behind"
     );
+}
+
+fn has_target(scratch: &Path) -> bool {
+    std::fs::read_dir(scratch)
+        .unwrap()
+        .any(|entry| entry.unwrap().path().join("A-backup.qcow2").exists())
+}
+
+#[test]
+fn an_interrupt_ends_it_cleanly() {
+    interrupt(&[]);
+}
+
+#[test]
+fn an_interrupt_leaves_the_users_base_image_as_it_was() {
+    let directory = tempfile::tempdir().unwrap();
+    let raw = directory.path().join("base.raw");
+    let content: Vec<u8> = (0..32 << 20).map(|at: u32| (at >> 9) as u8).collect();
+    std::fs::write(&raw, content).unwrap();
+    let qcow2 = directory.path().join("base.qcow2");
+    let made = Command::new(BLK)
+        .args(["convert", "-f", "raw", "-O", "qcow2"])
+        .args([&raw, &qcow2])
+        .status()
+        .unwrap();
+    assert!(made.success());
+    for (base, format) in [(&raw, "raw"), (&qcow2, "qcow2")] {
+        let before = std::fs::read(base).unwrap();
+        interrupt(&["--base", base.to_str().unwrap(), "--base-format", format]);
+        assert!(
+            std::fs::read(base).unwrap() == before,
+            "{} was changed",
+            base.display()
+        );
+    }
 }
 
 #[test]

@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use support::Alone;
+use support::{Alone, qemu_is_installed};
 
 #[test]
 fn help_and_version_are_there() {
@@ -82,6 +82,64 @@ fn a_message_names_file_and_field() {
 }
 
 #[test]
+fn a_refused_value_is_named_with_its_option_and_what_is_allowed() {
+    let blk = Alone::new();
+    for (option, first, second) in [
+        (
+            "preallocation=bogus",
+            "blk: x: invalid parameter value: bogus",
+            "field 'preallocation' is bogus, allowed: off, ",
+        ),
+        (
+            "nocow=maybe",
+            "blk: x: Parameter 'nocow' expects 'on' or 'off'",
+            "",
+        ),
+    ] {
+        let (code, _, err) = blk.blk(&["create", "-q", "-f", "raw", "-o", option, "x", "1M"]);
+        assert_eq!(code, 1);
+        assert!(err.starts_with(first) && err.contains(second), "{err}");
+    }
+    let (code, _, err) = blk.blk(&[
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-o",
+        "encryption=on",
+        "x",
+        "1M",
+    ]);
+    assert_eq!(code, 1);
+    assert!(
+        err.contains("Creating images with AES encryption is not supported"),
+        "{err}"
+    );
+}
+
+#[test]
+fn create_lists_options_in_qemu_imgs_words() {
+    if !qemu_is_installed() {
+        return;
+    }
+    let blk = Alone::new();
+    for help in ["help", "?"] {
+        let args = ["create", "-f", "qcow2", "-o", help];
+        let theirs = Command::new("qemu-img").args(args).output().unwrap();
+        let theirs = String::from_utf8_lossy(&theirs.stdout).into_owned();
+        let (code, ours, err) = blk.blk(&args);
+        assert_eq!((code, err.as_str()), (0, ""));
+        for line in ours.lines() {
+            assert!(theirs.lines().any(|other| other == line), "{line}");
+        }
+        // What is missing belongs to encryption, which isn't supported.
+        for line in theirs.lines().filter(|line| !line.contains("encrypt.")) {
+            assert!(ours.lines().any(|other| other == line), "{line}");
+        }
+    }
+}
+
+#[test]
 fn info_never_opens_the_files_that_an_image_names() {
     let blk = Alone::new();
     // Opening a FIFO for reading would wait forever.
@@ -100,6 +158,30 @@ fn info_never_opens_the_files_that_an_image_names() {
     assert_eq!(code, 0);
     let value: serde_json::Value = serde_json::from_str(&out).unwrap();
     assert_eq!(value["backing-filename"], "fifo");
+}
+
+#[test]
+fn the_base_of_a_commit_is_closed_and_clean() {
+    let blk = Alone::new();
+    for args in [
+        // Only closing it clears its dirty bit.
+        "create -q -f qcow2 -o lazy_refcounts=on base.qcow2 1M",
+        "create -q -f qcow2 -b base.qcow2 -F qcow2 top.qcow2",
+        "io -c write\u{a0}0\u{a0}512k top.qcow2",
+        "commit -q top.qcow2",
+    ] {
+        let args: Vec<String> = args
+            .split(' ')
+            .map(|arg| arg.replace('\u{a0}', " "))
+            .collect();
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        let (code, _, err) = blk.blk(&args);
+        assert_eq!(code, 0, "{args:?}: {err}");
+    }
+    let (code, out, _) = blk.blk(&["info", "--output=json", "base.qcow2"]);
+    assert_eq!(code, 0);
+    let value: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(value["dirty-flag"], false);
 }
 
 #[test]
@@ -224,4 +306,81 @@ fn an_image_in_use_is_refused_and_can_be_shared() {
         "{err}"
     );
     assert_eq!(shared.0, 0, "{}", shared.2);
+}
+
+/// `base.qcow2` of 4 MiB, and `top.qcow2` over it with data in the first two.
+fn a_chain(blk: &Alone) {
+    for args in [
+        &["create", "-q", "-f", "qcow2", "base.qcow2", "4M"][..],
+        &[
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-b",
+            "base.qcow2",
+            "-F",
+            "qcow2",
+            "top.qcow2",
+        ],
+        &["io", "-c", "write -P 5 0 2M", "top.qcow2"],
+    ] {
+        let (code, out, err) = blk.blk(args);
+        assert_eq!(code, 0, "{out}{err}");
+    }
+}
+
+/// The images have no errors, and what is seen at the top is what was written.
+fn the_chain_is_as_it_was(blk: &Alone) {
+    for name in ["base.qcow2", "top.qcow2"] {
+        let (code, out, err) = blk.blk(&["check", name]);
+        assert_eq!(code, 0, "{name}: {out}{err}");
+    }
+    let (code, out, _) = blk.blk(&["io", "-r", "-c", "read -P 5 0 2M", "top.qcow2"]);
+    assert_eq!(code, 0, "{out}");
+    assert!(!out.contains("verification failed"), "{out}");
+}
+
+#[test]
+fn sigint_cancels_the_job_of_a_commit() {
+    let blk = Alone::new();
+    a_chain(&blk);
+    let mut child = blk
+        .command(&["commit", "-p", "-r", "64k", "top.qcow2"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // The first line of progress is printed right before the job starts.
+    let mut first = [0; 1];
+    child.stdout.take().unwrap().read_exact(&mut first).unwrap();
+    send("-INT", child.id());
+    let out = child.wait_with_output().unwrap();
+    let err = String::from_utf8_lossy(&out.stderr);
+    assert_eq!(out.status.code(), Some(130), "{err}");
+    assert!(err.contains("blk: Interrupted"), "{err}");
+    the_chain_is_as_it_was(&blk);
+}
+
+#[test]
+fn a_commit_that_cant_be_written_says_why_and_loses_nothing() {
+    let blk = Alone::new();
+    a_chain(&blk);
+    // No file may become longer than 1 MiB.
+    let out = Command::new("bash")
+        .args([
+            "-c",
+            "trap '' XFSZ; ulimit -f 1024; exec \"$0\" commit top.qcow2",
+            env!("CARGO_BIN_EXE_blk"),
+        ])
+        .current_dir(blk.path(""))
+        .output()
+        .unwrap();
+    let err = String::from_utf8_lossy(&out.stderr);
+    assert_eq!(out.status.code(), Some(1), "{err}");
+    assert!(
+        err.starts_with("blk: Block job failed: File too large"),
+        "{err}"
+    );
+    the_chain_is_as_it_was(&blk);
 }

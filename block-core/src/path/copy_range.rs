@@ -277,7 +277,7 @@ async fn attempt(
     let (read, write) = futures::join!(ready(&from, read), ready(&to, write));
     in_bounds(&from, source_offset, len)?;
     in_bounds(&to, offset, len)?;
-    let mut held = Held::default();
+    let mut held = Held::new(target_guard.producer());
     for (node, tracked, counted, at, guard) in [
         (&from, read, Counted::Read, source_offset, source_guard),
         (&to, write, Counted::Write, offset, target_guard),
@@ -306,7 +306,7 @@ async fn attempt(
     {
         return Err(Error::from_kind(ErrorKind::NotSupported));
     }
-    let request = Request::new(to.clone(), to.edges());
+    let request = Request::new(to.clone(), to.edges(), held.producer);
     let source = from.driver().clone();
     let copy = driver.copy_range_from(request, source, at, offset, len);
     Driven::new(copy, held).await?;

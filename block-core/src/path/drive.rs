@@ -9,10 +9,12 @@ use super::{Action, Held, Op, Origin, Ticket};
 use crate::{
     buffer::{Buffer, IoBuf, IoBufMut},
     chain,
-    driver::{BlockDriver, Capabilities, Truncate},
+    debug::DebugEvent,
+    driver::{Attempt, BlockDriver, Capabilities, Truncate},
     error::{Error, ErrorKind, Result},
     flags::RequestFlags,
     limits::{Limits, fit_max},
+    mutant,
     request::Request,
     tracked::Tracked,
 };
@@ -23,7 +25,7 @@ const MAX_ZERO_BUFFER: u64 = 16 << 20;
 const MAX_COPY_ON_READ: u64 = 1 << 20;
 
 /// What the driver-facing flags of a request are.
-fn driver_flags(flags: RequestFlags, capabilities: Capabilities) -> RequestFlags {
+pub(super) fn driver_flags(flags: RequestFlags, capabilities: Capabilities) -> RequestFlags {
     let mut passed = flags
         & (RequestFlags::MAY_UNMAP
             | RequestFlags::FUA
@@ -55,7 +57,9 @@ pub(super) fn drive(
         flags,
         ..
     } = op;
-    let too_long = limits.max_transfer != 0 && len > limits.max_transfer;
+    let too_long = limits.max_transfer != 0
+        && len > limits.max_transfer
+        && !mutant::is_active("path-max-transfer-ignored");
     let flush_after =
         flags.contains(RequestFlags::FUA) && !capabilities.contains(Capabilities::FUA);
     match action {
@@ -76,7 +80,7 @@ pub(super) fn drive(
         }
         Action::Write(buf) => {
             let passed = driver_flags(flags, capabilities);
-            if !padded && !too_long && !flush_after {
+            if !padded && !too_long && !flush_after && !request.node().is_debugged() {
                 return driver.write(request, offset, buf, passed);
             }
             Box::pin(async move {
@@ -94,6 +98,7 @@ pub(super) fn drive(
         }
         Action::Zero => Box::pin(async move {
             let passed = driver_flags(flags, capabilities);
+            request.debug_event(DebugEvent::PwritevZero).await;
             write_zeroes(
                 &driver,
                 &request,
@@ -104,6 +109,7 @@ pub(super) fn drive(
                 capabilities,
             )
             .await?;
+            request.debug_event(DebugEvent::PwritevDone).await;
             if flush_after {
                 super::ranged::flush_now(request).await
             } else {
@@ -138,6 +144,41 @@ const fn piece(len: u64, max: u64, align: u64) -> u64 {
     if max != 0 && len > max { max } else { len }
 }
 
+/// One call, at once if the driver can.
+async fn read_piece(
+    driver: Arc<dyn BlockDriver>,
+    request: Request,
+    offset: u64,
+    mut buf: IoBufMut,
+) -> Result<()> {
+    match driver.try_read(offset, &mut buf) {
+        Attempt::Done(result) => result,
+        Attempt::Left(done) => {
+            drop(buf.split_to(done));
+            driver.read(request, offset + done as u64, buf).await
+        }
+    }
+}
+
+/// One call, at once if the driver can.
+async fn write_piece(
+    driver: Arc<dyn BlockDriver>,
+    request: Request,
+    offset: u64,
+    mut buf: IoBuf,
+    flags: RequestFlags,
+) -> Result<()> {
+    match driver.try_write(offset, &buf, flags) {
+        Attempt::Done(result) => result,
+        Attempt::Left(done) => {
+            drop(buf.split_to(done));
+            driver
+                .write(request, offset + done as u64, buf, flags)
+                .await
+        }
+    }
+}
+
 async fn split_read(
     driver: Arc<dyn BlockDriver>,
     request: Request,
@@ -152,7 +193,7 @@ async fn split_read(
             limits.request_alignment,
         );
         let head = buf.split_to(step as usize);
-        driver.clone().read(request.clone(), offset, head).await?;
+        read_piece(driver.clone(), request.clone(), offset, head).await?;
         offset += step;
     }
     Ok(())
@@ -224,6 +265,7 @@ async fn split_write(
     flags: RequestFlags,
     limits: &Limits,
 ) -> Result<()> {
+    request.debug_event(DebugEvent::Pwritev).await;
     while !buf.is_empty() {
         let step = piece(
             buf.len() as u64,
@@ -231,12 +273,10 @@ async fn split_write(
             limits.request_alignment,
         );
         let head = buf.split_to(step as usize);
-        driver
-            .clone()
-            .write(request.clone(), offset, head, flags)
-            .await?;
+        write_piece(driver.clone(), request.clone(), offset, head, flags).await?;
         offset += step;
     }
+    request.debug_event(DebugEvent::PwritevDone).await;
     Ok(())
 }
 
@@ -259,18 +299,35 @@ async fn padded_write(
     let mut head = IoBuf::new();
     let mut tail = IoBuf::new();
     if stop - start <= 2 * align {
+        if head_len != 0 {
+            request.debug_event(DebugEvent::PwritevRmwHead).await;
+        }
+        if tail_len != 0 {
+            request.debug_event(DebugEvent::PwritevRmwTail).await;
+        }
         let block = IoBuf::from(read_block(driver, request, start, stop - start, limits).await?);
         head = block.slice(..head_len);
         tail = block.slice(block.len() - tail_len..);
     } else {
         if head_len != 0 {
+            request.debug_event(DebugEvent::PwritevRmwHead).await;
             let block = IoBuf::from(read_block(driver, request, start, align, limits).await?);
             head = block.slice(..head_len);
         }
         if tail_len != 0 {
+            request.debug_event(DebugEvent::PwritevRmwTail).await;
             let block = IoBuf::from(read_block(driver, request, last, align, limits).await?);
             tail = block.slice(block.len() - tail_len..);
+            if mutant::is_active("path-padded-write-zeroes-tail") {
+                tail = IoBuf::zeroes(tail_len);
+            }
         }
+    }
+    if head_len != 0 {
+        request.debug_event(DebugEvent::PwritevRmwAfterHead).await;
+    }
+    if tail_len != 0 {
+        request.debug_event(DebugEvent::PwritevRmwAfterTail).await;
     }
     head.append(buf);
     head.append(tail);
@@ -316,7 +373,9 @@ async fn write_zeroes(
             {
                 Ok(()) => done = true,
                 Err(error) if error.kind() == ErrorKind::NotSupported => {
-                    if flags.contains(RequestFlags::NO_FALLBACK) {
+                    if flags.contains(RequestFlags::NO_FALLBACK)
+                        && !mutant::is_active("path-no-fallback-ignored")
+                    {
                         return Err(error);
                     }
                     if is_bulk {
@@ -330,7 +389,10 @@ async fn write_zeroes(
         }
         if !done {
             let max = piece(MAX_ZERO_BUFFER, limits.max_transfer, align);
-            let data_flags = flags - RequestFlags::MAY_UNMAP;
+            let mut data_flags = flags - RequestFlags::MAY_UNMAP;
+            if mutant::is_active("path-fua-lost-in-fallback") {
+                data_flags -= RequestFlags::FUA;
+            }
             let mut from = at;
             while from < stop {
                 let len = (stop - from).min(max);
@@ -394,6 +456,10 @@ async fn discard(
         end -= end % align;
     }
     let mut at = offset.next_multiple_of(align);
+    if mutant::is_active("path-discard-enlarged") {
+        at = offset - offset % align;
+        end = (offset + len).next_multiple_of(align).min(node_end);
+    }
     while at < end {
         let stop = bulk_stop(at, end, bulk, max);
         match driver.clone().discard(request.clone(), at, stop - at).await {
@@ -422,6 +488,7 @@ async fn truncate(
     let old = request.node().length();
     // What a longer backing file has beyond the old end must not show through.
     if length > old
+        && !mutant::is_active("path-grown-range-not-zeroed")
         && request
             .backing()
             .is_some_and(|backing| backing.length() > old)
@@ -478,12 +545,18 @@ async fn copy_on_read(
                     &data.slice((at - start) as usize..(at - start + run) as usize),
                 );
             }
+            request.debug_event(DebugEvent::CorWrite).await;
             let op = if data.is_zero() {
                 Op::zero(start, stop - start, RequestFlags::WRITE_UNCHANGED)
             } else {
                 Op::write(start, data, RequestFlags::WRITE_UNCHANGED)
             };
-            Box::pin(super::submit(&node, Origin::Nested(ticket.clone()), op)).await?;
+            Box::pin(super::submit(
+                node.clone(),
+                Origin::Nested(ticket.clone()),
+                op,
+            ))
+            .await?;
         }
         at += run;
     }

@@ -15,8 +15,10 @@ use super::Completions;
 use crate::{
     error::{Error, Operation, Result},
     handle::RootGuard,
+    mutant,
     node::Node,
     pins,
+    producer::{self, ProducerId},
     stats::Counted,
     tracked::Tracked,
 };
@@ -41,18 +43,29 @@ pub(crate) struct Completion {
 
 impl Completion {
     /// Steps 5 and 6: record, whether it succeeded or not, and release.
-    fn finish(self, ok: bool) {
+    fn finish(&mut self, ok: bool) {
         let Self {
             node,
-            ticket,
             counted,
             offset,
             len,
-            root,
+            ..
         } = self;
+        let (counted, offset, len) = (*counted, *offset, *len);
         match counted {
             Counted::Write | Counted::Zero | Counted::Discard => {
-                node.mark_dirty(offset, len);
+                let unmarked = match counted {
+                    Counted::Zero => mutant::is_active("bitmap-not-set-on-zero-write"),
+                    Counted::Discard => mutant::is_active("bitmap-not-set-on-discard"),
+                    _ => !ok && mutant::is_active("bitmap-not-set-on-failed-write"),
+                };
+                if !unmarked {
+                    node.mark_dirty(offset, len);
+                }
+                if counted == Counted::Discard && mutant::is_active("flush-forgets-discard") {
+                    node.stats().ended(counted, len, ok);
+                    return;
+                }
                 node.flush.written.fetch_add(1, Ordering::SeqCst);
             }
             Counted::Truncate => {
@@ -65,13 +78,18 @@ impl Completion {
             }
             Counted::Read | Counted::Other => {}
         }
-        if matches!(counted, Counted::Truncate | Counted::Exclusive) {
+        if matches!(counted, Counted::Truncate | Counted::Exclusive)
+            && !mutant::is_active("path-length-change-unnoticed")
+        {
             // Before the ticket goes: who takes one after this looks again.
             node.bump_epoch();
         }
         node.stats().ended(counted, len, ok);
-        drop(ticket);
-        drop(root);
+        if let Some(Ticket::Own(tracked)) = &self.ticket {
+            node.tell(|to| to.ended(tracked.id(), ok));
+        }
+        drop(self.ticket.take());
+        drop(self.root.take());
     }
 
     fn operation(&self) -> Option<Operation> {
@@ -91,18 +109,30 @@ impl Completion {
 pub(crate) struct Held {
     pub completions: Completions,
     pub pins: SmallVec<[pins::Pin; 3]>,
+    /// On whose behalf the driver works.
+    pub producer: ProducerId,
 }
 
 impl Held {
-    /// Records and releases, innermost level first.
-    pub(crate) fn finish(&mut self, result: &Result<()>) {
-        self.pins.clear();
-        while let Some(completion) = self.completions.pop() {
-            completion.finish(result.is_ok());
+    pub(crate) fn new(producer: ProducerId) -> Self {
+        Self {
+            completions: Completions::new(),
+            pins: SmallVec::new(),
+            producer,
         }
     }
 
-    fn describe(&self, error: Error) -> Error {
+    /// Records and releases, innermost level first.
+    pub(crate) fn finish(&mut self, result: &Result<()>) {
+        self.pins.clear();
+        for completion in self.completions.iter_mut().rev() {
+            completion.finish(result.is_ok());
+        }
+        self.completions.clear();
+    }
+
+    #[cold]
+    pub(crate) fn describe(&self, error: Error) -> Error {
         let Some(innermost) = self.completions.last() else {
             return error;
         };
@@ -140,7 +170,11 @@ impl Driven {
         let Some(mut future) = self.future.take() else {
             return Poll::Ready(Err(Error::io("a request was polled after its end")));
         };
-        match future.as_mut().poll(cx) {
+        let polled = {
+            let _acting = producer::act_for(self.held.producer);
+            future.as_mut().poll(cx)
+        };
+        match polled {
             Poll::Pending => {
                 self.future = Some(future);
                 Poll::Pending
@@ -175,6 +209,12 @@ impl Drop for Driven {
         let mut held = std::mem::take(&mut self.held);
         for completion in &mut held.completions {
             completion.node.stats().dropped();
+            if mutant::is_active("ticket-released-on-drop") {
+                completion.ticket = None;
+            }
+            if mutant::is_active("dropped-request-not-serialising") {
+                continue;
+            }
             if let Some(Ticket::Own(tracked)) = &mut completion.ticket {
                 tracked.upgrade_to_serialising();
             }

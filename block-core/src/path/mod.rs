@@ -9,26 +9,29 @@ mod copy_range;
 mod drive;
 mod driven;
 mod ranged;
+mod walk;
 
 use std::sync::Arc;
 
 use smallvec::SmallVec;
 
 pub use self::copy_range::copy_range;
+use self::walk::{Look, Step, Walk};
 pub(crate) use self::{
     driven::{Completion, Driven, Held, Ticket},
     ranged::{exclusive, flush, unranged},
 };
 use crate::{
     buffer::{IoBuf, IoBufMut},
-    driver::{Capabilities, MapIntent, Mapping, Truncate},
+    driver::{Capabilities, MapIntent, Truncate},
     error::{Error, ErrorKind, Operation, Result},
     flags::RequestFlags,
     handle::RootGuard,
-    limits::Limits,
-    node::{Edges, Node},
+    mutant,
+    node::{Edges, Node, View},
+    observe::Arrival,
     options::{DetectZeroes, DiscardMode},
-    request::Request,
+    producer::ProducerId,
     stats::Counted,
     tracked::{Pending, RequestKind, Tracked, TrackedRange},
 };
@@ -83,7 +86,14 @@ impl Op {
     pub(crate) fn write(offset: u64, buf: IoBuf, flags: RequestFlags) -> Self {
         let len = buf.len() as u64;
         if flags.contains(RequestFlags::ZERO_WRITE) {
-            return Self::zero(offset, len, flags);
+            let mut zero = Self::zero(offset, len, flags);
+            if mutant::is_active("gate-not-for-zero-flag") {
+                zero.flags -= RequestFlags::ZERO_WRITE;
+            }
+            if mutant::is_active("gate-not-for-write-zeroes") {
+                zero.flags |= RequestFlags::SERIALISING;
+            }
+            return zero;
         }
         Self {
             action: Action::Write(buf),
@@ -193,13 +203,9 @@ fn rounded(offset: u64, len: u64, granularity: u64) -> TrackedRange {
 /// Step 1. An error here has touched nothing.
 ///
 /// A driver above may read up to the end of the block in which the node ends: what lies beyond it reads as zeroes.
-fn validate(
-    node: &Node,
-    op: &Op,
-    capabilities: Capabilities,
-    length: u64,
-    by_parent: bool,
-) -> Result<()> {
+#[inline]
+fn validate(node: &Node, op: &Op, look: &Look, by_parent: bool) -> Result<()> {
+    let (capabilities, length) = (look.capabilities, look.length);
     let fail = |kind: ErrorKind, text: &str| {
         Err(Error::new(kind, text)
             .with_operation(op.operation(), op.offset, op.len)
@@ -220,7 +226,8 @@ fn validate(
         return fail(ErrorKind::NotPermitted, "");
     }
     if end > length && !op.is_truncate() {
-        let padded = || end <= length.next_multiple_of(node.limits().request_alignment.max(1));
+        let align = node.tail_alignment(&look.view.limits);
+        let padded = || end <= length.next_multiple_of(align);
         if by_parent && !modifies && padded() {
             return Ok(());
         }
@@ -254,14 +261,26 @@ struct Shape {
     padded: bool,
 }
 
+impl Shape {
+    fn is_covered_by(&self, tracked: &Tracked) -> bool {
+        tracked.range().contains(self.range) && (!self.serialising || tracked.is_serialising())
+    }
+}
+
 /// Step 2.
-fn shape(op: &Op, limits: &Limits, capabilities: Capabilities, length: u64) -> Shape {
+#[inline]
+fn shape(op: &Op, look: &Look) -> Shape {
+    let (limits, capabilities, length) = (&look.view.limits, look.capabilities, look.length);
     let align = limits.request_alignment;
     if op.is_truncate() {
-        let range = TrackedRange::from_start(op.offset.min(length));
+        let from = if mutant::is_active("gate-truncate-holds-new-end-only") {
+            op.offset.max(length)
+        } else {
+            op.offset.min(length)
+        };
         return Shape {
-            range,
-            serialising: true,
+            range: TrackedRange::from_start(from),
+            serialising: !mutant::is_active("gate-not-for-truncate"),
             padded: false,
         };
     }
@@ -273,7 +292,8 @@ fn shape(op: &Op, limits: &Limits, capabilities: Capabilities, length: u64) -> S
         || matches!(op.action, Action::Zero | Action::Discard)
         || (padded && modifies)
         || (modifies && capabilities.contains(Capabilities::SERIALISE_WRITES));
-    let granularity = if serialising {
+    let serialising = serialising && !unserialised(op, padded, capabilities);
+    let granularity = if serialising && !mutant::is_active("gate-range-not-rounded-out") {
         limits.serialising_granularity.max(align)
     } else {
         align
@@ -285,10 +305,35 @@ fn shape(op: &Op, limits: &Limits, capabilities: Capabilities, length: u64) -> S
     }
 }
 
+/// Seeded bugs: whose tickets aren't serialising although they should be.
+#[inline]
+fn unserialised(op: &Op, padded: bool, capabilities: Capabilities) -> bool {
+    let asked = op.flags.contains(RequestFlags::SERIALISING);
+    match op.action {
+        Action::Discard => mutant::is_active("gate-not-for-discard"),
+        Action::Zero if op.flags.contains(RequestFlags::ZERO_WRITE) => {
+            !asked && mutant::is_active("gate-not-for-write-zeroes")
+        }
+        Action::Zero => mutant::is_active("gate-not-for-zero-flag"),
+        Action::Read(_) => {
+            op.flags.contains(RequestFlags::COPY_ON_READ)
+                && mutant::is_active("gate-not-for-copy-on-read")
+        }
+        Action::Write(_) if padded => mutant::is_active("gate-not-for-padded-writes"),
+        Action::Write(_) => {
+            !asked
+                && capabilities.contains(Capabilities::SERIALISE_WRITES)
+                && mutant::is_active("gate-ignores-serialise-writes")
+        }
+        Action::Truncate(_) => false,
+    }
+}
+
 /// Turns a write of nothing but zeroes into a zero write if the node was told to, and drops what the node's discard
 /// mode forbids. True when nothing is left to do.
-fn apply_node_options(node: &Node, op: &mut Op) -> bool {
-    let (discard, detect) = node.option(|options| (options.discard, options.detect_zeroes));
+#[inline]
+fn apply_node_options(view: &View, op: &mut Op) -> bool {
+    let (discard, detect) = (view.discard, view.detect_zeroes);
     if detect != DetectZeroes::Off
         && !op.flags.contains(RequestFlags::WRITE_COMPRESSED)
         && let Action::Write(buf) = &op.action
@@ -296,11 +341,11 @@ fn apply_node_options(node: &Node, op: &mut Op) -> bool {
     {
         op.action = Action::Zero;
         op.flags |= RequestFlags::ZERO_WRITE;
-        if detect == DetectZeroes::Unmap {
+        if detect == DetectZeroes::Unmap || mutant::is_active("path-detect-zeroes-unmaps") {
             op.flags |= RequestFlags::MAY_UNMAP;
         }
     }
-    if discard == DiscardMode::Ignore {
+    if discard == DiscardMode::Ignore && !mutant::is_active("path-discard-mode-ignored") {
         op.flags -= RequestFlags::MAY_UNMAP;
         return matches!(op.action, Action::Discard);
     }
@@ -314,12 +359,9 @@ pub(crate) async fn wait_at_gate(node: &Node, pending: Pending) -> Tracked {
 }
 
 /// Whether `try_map` may be asked for this request.
-fn may_map(
-    op: &Op,
-    capabilities: Capabilities,
-    limits: &Limits,
-    padded: bool,
-) -> Option<MapIntent> {
+#[inline]
+fn may_map(op: &Op, look: &Look, padded: bool) -> Option<MapIntent> {
+    let (capabilities, limits) = (look.capabilities, &look.view.limits);
     let plain = !op.flags.intersects(
         RequestFlags::FUA
             | RequestFlags::WRITE_COMPRESSED
@@ -340,154 +382,36 @@ fn may_map(
     }
 }
 
+/// What an observer is told of a request.
+fn arrival(op: &Op, ticket: Option<u64>, producer: ProducerId, waits: bool) -> Arrival<'_> {
+    Arrival {
+        ticket: ticket.unwrap_or(u64::MAX),
+        kind: op.kind(),
+        flags: op.flags,
+        producer,
+        offset: op.offset,
+        len: op.len,
+        data: match &op.action {
+            Action::Write(buf) => Some(buf),
+            _ => None,
+        },
+        waits,
+    }
+}
+
 /// Runs one request to its end.
 ///
 /// Cancellation: while it waits at a gate, dropping it leaves no trace; once it is with a driver, it is moved to the
 /// graph's list of dropped requests and runs to its end there, serialising.
-pub(crate) async fn submit(node: &Arc<Node>, origin: Origin, mut op: Op) -> Result<()> {
-    let mut node = node.clone();
-    let (mut root, mut nested) = match origin {
-        Origin::Root(guard) => (Some(guard), None),
-        Origin::Parent => (None, None),
-        Origin::Nested(ticket) => (None, Some(ticket)),
-    };
-    let mut top_is_root = root.is_some();
-    let mut held = Held::default();
-    // Refused, or read as zeroes, or mapped: at most one turn per layer.
+pub(crate) async fn submit(node: Arc<Node>, origin: Origin, op: Op) -> Result<()> {
+    let mut walk = Walk::new(node, origin, op);
+    let mut waited = None;
     loop {
-        let epoch = node.epoch();
-        let by_parent = !top_is_root;
-        let mut capabilities = node.driver().capabilities();
-        let mut length = node.length();
-        validate(&node, &op, capabilities, length, by_parent)?;
-        if op.len == 0 && !op.is_truncate() {
-            return Ok(());
+        match walk.step(waited.take()) {
+            Step::End(result) => return result,
+            Step::Wait(pending) => waited = Some(wait_at_gate(&walk.node, pending).await),
+            Step::Drive(future) => return Driven::new(future, walk.held).await,
         }
-        if apply_node_options(&node, &mut op) {
-            return Ok(());
-        }
-        let mut limits = node.limits();
-        let mut shape_now = shape(&op, &limits, capabilities, length);
-
-        // Step 3.
-        let mut edges = node.edges();
-        let ticket = match nested.take() {
-            Some(ticket) => Ticket::Shared(ticket),
-            None => {
-                let kind = op.kind();
-                let tracker = node.tracker();
-                let Shape {
-                    range, serialising, ..
-                } = shape_now;
-                let mut waited = false;
-                let tracked = if op.flags.contains(RequestFlags::NO_WAIT) {
-                    tracker.try_begin(range, serialising, kind).ok_or_else(|| {
-                        Error::from_kind(ErrorKind::Busy)
-                            .with_operation(op.operation(), op.offset, op.len)
-                            .with_node(node.name())
-                    })?
-                } else {
-                    match tracker.begin(range, serialising, kind).into_ready() {
-                        Ok(tracked) => tracked,
-                        Err(pending) => {
-                            waited = true;
-                            wait_at_gate(&node, pending).await
-                        }
-                    }
-                };
-                // What was looked at before the ticket was taken may have changed, and is looked at again.
-                if waited || node.epoch() != epoch {
-                    capabilities = node.driver().capabilities();
-                    length = node.length();
-                    limits = node.limits();
-                    edges = node.edges();
-                    validate(&node, &op, capabilities, length, by_parent)?;
-                    let again = shape(&op, &limits, capabilities, length);
-                    if !tracked.range().contains(again.range)
-                        || (again.serialising && !tracked.is_serialising())
-                    {
-                        // What we hold doesn't suffice any more: queue again.
-                        drop(tracked);
-                        continue;
-                    }
-                    shape_now.padded = again.padded;
-                }
-                Ticket::Own(tracked)
-            }
-        };
-        held.completions.push(Completion {
-            node: node.clone(),
-            ticket: Some(ticket),
-            counted: op.counted(),
-            offset: op.offset,
-            len: op.len,
-            root: root.take(),
-        });
-
-        // Step 4, the short way: ask where it is, and go on there.
-        if let Some(intent) = may_map(&op, capabilities, &limits, shape_now.padded) {
-            match node.driver().try_map(&edges, op.offset, op.len, intent) {
-                Mapping::Data {
-                    edge,
-                    offset,
-                    len,
-                    pin,
-                } if len >= op.len => {
-                    if let Some(edge) = edges.get(edge)
-                        // A read past the end of a short file takes the long way, which pads it.
-                        && (intent == MapIntent::Overwrite
-                            || offset
-                                .checked_add(op.len)
-                                .is_some_and(|end| end <= edge.child.length()))
-                    {
-                        held.pins.extend(pin);
-                        op.descend(offset, intent);
-                        top_is_root = false;
-                        node = edge.child.node().clone();
-                        continue;
-                    }
-                }
-                Mapping::Zero { len } if len >= op.len => {
-                    if let Action::Read(buf) = &mut op.action {
-                        buf.fill(0);
-                        held.finish(&Ok(()));
-                        return Ok(());
-                    }
-                }
-                Mapping::Backing { len } if len >= op.len => {
-                    if let Action::Read(buf) = &mut op.action {
-                        match edges.child(crate::driver::ChildRole::Backing) {
-                            None => {
-                                buf.fill(0);
-                                held.finish(&Ok(()));
-                                return Ok(());
-                            }
-                            Some(child) if op.offset + op.len <= child.length() => {
-                                let offset = op.offset;
-                                op.descend(offset, intent);
-                                top_is_root = false;
-                                node = child.node().clone();
-                                continue;
-                            }
-                            Some(_) => {}
-                        }
-                    }
-                }
-                _ => {}
-            }
-        }
-
-        // The long way: the driver does it.
-        let request = Request::new(node.clone(), edges);
-        let future = drive::drive(
-            request,
-            &mut held,
-            op,
-            &limits,
-            capabilities,
-            shape_now.padded,
-        );
-        return Driven::new(future, held).await;
     }
 }
 
@@ -498,10 +422,11 @@ pub(crate) async fn settle(node: &Node) {
     }
 }
 
-pub(crate) type Completions = SmallVec<[Completion; 3]>;
+/// Format, raw layer, file, and one more, without an allocation.
+pub(crate) type Completions = SmallVec<[Completion; 4]>;
 
 #[allow(dead_code)]
-fn assert_submit_is_send(node: &Arc<Node>, op: Op) -> impl Send + use<'_> {
+fn assert_submit_is_send(node: Arc<Node>, op: Op) -> impl Send {
     submit(node, Origin::Parent, op)
 }
 

@@ -8,9 +8,12 @@ use parking_lot::Mutex;
 
 use super::{Completion, Driven, Held, Ticket, wait_at_gate};
 use crate::{
+    debug::DebugEvent,
     error::{Error, Operation, Result},
     handle::RootGuard,
+    mutant,
     node::Node,
+    producer,
     request::Request,
     stats::Counted,
     tracked::{RequestKind, TrackedRange},
@@ -38,12 +41,13 @@ pub(crate) async fn flush(node: &Arc<Node>, root: Option<RootGuard>) -> Result<(
     if state.flushed.load(Ordering::SeqCst) >= wanted {
         return Ok(());
     }
-    let request = Request::new(node.clone(), node.edges());
+    let held = held(node, None, root);
+    let request = Request::new(node.clone(), node.edges(), held.producer);
     let future = Box::pin(async move {
         let _turn = turn;
         flush_driver(request).await
     });
-    Driven::new(future, held(node, None, root)).await
+    Driven::new(future, held).await
 }
 
 /// The flush of a request that asked for FUA where the driver has none: always reaches the driver.
@@ -59,8 +63,14 @@ pub(crate) async fn flush_now(request: Request) -> Result<()> {
 /// Flushes, and remembers how it went. The caller has the turn.
 async fn flush_driver(request: Request) -> Result<()> {
     let node = request.node().clone();
-    let covers = node.flush.written.load(Ordering::SeqCst);
+    let covers = if mutant::is_active("flush-covers-later-writes") {
+        u64::MAX
+    } else {
+        node.flush.written.load(Ordering::SeqCst)
+    };
     node.stats().flushed();
+    request.debug_event(DebugEvent::FlushToOs).await;
+    request.debug_event(DebugEvent::FlushToDisk).await;
     match node.driver().clone().flush(request).await {
         Ok(()) => {
             node.flush.flushed.fetch_max(covers, Ordering::SeqCst);
@@ -70,7 +80,9 @@ async fn flush_driver(request: Request) -> Result<()> {
             let error = error
                 .with_operation(Operation::Flush, 0, 0)
                 .with_node(node.name());
-            *node.flush.failed.lock() = Some(error.duplicate());
+            if !mutant::is_active("flush-failure-forgotten") {
+                *node.flush.failed.lock() = Some(error.duplicate());
+            }
             Err(error)
         }
     }
@@ -82,7 +94,10 @@ fn held(node: &Arc<Node>, ticket: Option<Ticket>, root: Option<RootGuard>) -> He
     } else {
         Counted::Other
     };
-    let mut held = Held::default();
+    let mut held = Held::new(
+        root.as_ref()
+            .map_or_else(producer::current, RootGuard::producer),
+    );
     held.completions.push(Completion {
         node: node.clone(),
         ticket,
@@ -100,8 +115,9 @@ pub(crate) async fn unranged<T: Send + 'static>(
     root: Option<RootGuard>,
     work: impl FnOnce(Request) -> BoxFuture<'static, Result<T>>,
 ) -> Result<T> {
-    let request = Request::new(node.clone(), node.edges());
-    run(held(node, None, root), work(request)).await
+    let held = held(node, None, root);
+    let request = Request::new(node.clone(), node.edges(), held.producer);
+    run(held, work(request)).await
 }
 
 /// Runs something under a serialising ticket over the whole node: check, repair, a change of the header.
@@ -117,8 +133,9 @@ pub(crate) async fn exclusive<T: Send + 'static>(
         Ok(tracked) => tracked,
         Err(pending) => wait_at_gate(node, pending).await,
     };
-    let request = Request::new(node.clone(), node.edges());
-    run(held(node, Some(Ticket::Own(tracked)), root), work(request)).await
+    let held = held(node, Some(Ticket::Own(tracked)), root);
+    let request = Request::new(node.clone(), node.edges(), held.producer);
+    run(held, work(request)).await
 }
 
 async fn run<T: Send + 'static>(held: Held, work: BoxFuture<'static, Result<T>>) -> Result<T> {

@@ -47,6 +47,7 @@ use smallvec::SmallVec;
 
 use super::ranges::RangeIndex;
 use super::{InFlight, RequestKind, TrackedRange};
+use crate::mutant;
 use crate::sync::{Arc, AtomicU64, Mutex, Ordering};
 
 /// Plain requests are spread over so many shards, by submitting thread.
@@ -215,7 +216,9 @@ impl Table {
         let slots = &self.slots;
         self.index.search::<()>(range, |slot| {
             let theirs = slots[slot as usize].order;
-            if theirs < order && youngest.is_none_or(|(best, _)| best < theirs) {
+            let before = theirs < order
+                || mutant::is_active("gate-ticket-order-broken") && theirs <= order + 1;
+            if before && youngest.is_none_or(|(best, _)| best < theirs) {
                 youngest = Some((theirs, slot));
             }
             ControlFlow::Continue(())
@@ -452,6 +455,11 @@ impl Core {
         let range = request.range;
         let blocker = match on_conflict {
             OnConflict::Ignore => None,
+            OnConflict::Wait | OnConflict::Refuse
+                if mutant::is_active("gate-plain-ignores-serialising") =>
+            {
+                None
+            }
             OnConflict::Wait | OnConflict::Refuse => serial.table.youngest_blocker(range, order),
         };
         if blocker.is_some() && on_conflict == OnConflict::Refuse {
@@ -484,8 +492,9 @@ impl Core {
         on_conflict: OnConflict,
     ) -> Option<Entered> {
         let waits = on_conflict != OnConflict::Ignore;
+        let plain_in_the_way = waits && !mutant::is_active("gate-serialising-ignores-plain");
         let refuse = on_conflict == OnConflict::Refuse;
-        let blocker = if waits {
+        let blocker = if waits && !mutant::is_active("gate-serialising-ignores-serialising") {
             serial.table.youngest_blocker(range, order)
         } else {
             None
@@ -503,7 +512,7 @@ impl Core {
             let mut shard = self.shards[index].lock();
             shard.last = order;
             shard.serialising.insert(slot, range);
-            if waits && shard.plain.any_blocker(range, order).is_some() {
+            if plain_in_the_way && shard.plain.any_blocker(range, order).is_some() {
                 left |= 1 << index;
                 if refuse {
                     drop(shard);
@@ -568,10 +577,13 @@ impl Core {
     }
 
     fn release(&self, watchers: Watchers) {
-        let wakers: Wakers = watchers
+        let mut wakers: Wakers = watchers
             .into_iter()
             .filter_map(|w| self.wait_out_shards(&w.wait))
             .collect();
+        if mutant::is_active("gate-last-wake-lost") && wakers.len() > 1 {
+            wakers.pop();
+        }
         wakers.into_iter().for_each(Waker::wake);
     }
 

@@ -1,6 +1,8 @@
 //! A small environment, and storage in memory that can hold requests back, for tests of the core alone.
 #![allow(dead_code)]
 
+pub mod layer;
+
 use std::{
     any::Any,
     sync::{

@@ -8,8 +8,10 @@ use std::sync::Arc;
 
 use block_core::{
     buffer::IoBuf,
+    debug::DebugEvent,
     error::{Error, ErrorKind, Result},
     flags::RequestFlags,
+    mutant,
     request::Child,
 };
 use parking_lot::Mutex;
@@ -76,6 +78,14 @@ impl Allocation {
             .flat_map(|(first, count)| (first.0..first.0 + count).map(HostCluster))
     }
 
+    /// For a seeded bug: the same clusters once more.
+    pub fn copy_for_mutant(&self) -> Self {
+        Self {
+            runs: self.runs.clone(),
+            orphans: self.orphans.clone(),
+        }
+    }
+
     /// They are linked now.
     pub fn linked(mut self) {
         self.runs.clear();
@@ -97,6 +107,9 @@ impl Meta {
             let Some((first, count)) = self.orphans.lock().pop() else {
                 return Ok(());
             };
+            if mutant::is_active("qcow2-failed-allocation-leaks") {
+                continue;
+            }
             for cluster in first.0..first.0 + count {
                 self.unlinked.remove(&cluster);
                 self.drop_reference(file, HostCluster(cluster)).await?;
@@ -107,7 +120,9 @@ impl Meta {
     /// Lowers a refcount in memory; at 0 the cluster is allocatable.
     pub async fn drop_reference(&mut self, file: &Child, cluster: HostCluster) -> Result<()> {
         if self.refcounts.decrement(file, cluster).await? == 0 {
-            self.hint = self.hint.min(cluster.0);
+            if !mutant::is_active("qcow2-freed-space-never-reused") {
+                self.hint = self.hint.min(cluster.0);
+            }
             let packing = self.packing.map(|at| self.geometry.host_cluster_of(at));
             if packing == Some(cluster) {
                 self.packing = None;
@@ -129,6 +144,7 @@ impl Meta {
         punch: bool,
         freed: &mut Freed,
     ) -> Result<()> {
+        file.debug_event(DebugEvent::ClusterFree).await;
         for cluster in (first..=last).map(HostCluster) {
             let references = self.refcounts.get(file, cluster).await?;
             if self.safeguards && references <= self.quarantine.pending(cluster.0) {
@@ -161,6 +177,7 @@ impl Meta {
     /// # Errors
     /// ENOSPC when the format's limits are reached, EIO when refcounts can't be read.
     pub async fn allocate(&mut self, file: &Child, want: u64) -> Result<Allocation> {
+        file.debug_event(DebugEvent::ClusterAlloc).await;
         let mut allocation = Allocation::new(&self.orphans);
         let mut left = want;
         while left > 0 && allocation.runs.len() < MAX_RUNS {
@@ -228,6 +245,8 @@ impl Meta {
     /// written would fail every batch from then on.
     async fn reserve(&self, file: &Child, first: HostCluster, count: u64) -> Result<()> {
         let size = self.geometry.cluster_size();
+        file.debug_event(DebugEvent::RefblockAlloc).await;
+        file.debug_event(DebugEvent::RefblockAllocWrite).await;
         for n in 0..count {
             let host = self.geometry.host_start(HostCluster(first.0 + n));
             file.write(host.0, IoBuf::zeroes(size as usize), RequestFlags::empty())
@@ -278,6 +297,7 @@ impl Meta {
         file: &Child,
         len: u64,
     ) -> Result<(CompressedRun, Allocation)> {
+        file.debug_event(DebugEvent::ClusterAllocBytes).await;
         let geometry = self.geometry;
         let size = geometry.cluster_size();
         let mut allocation = Allocation::new(&self.orphans);
@@ -288,7 +308,9 @@ impl Meta {
             let may_share = references > self.quarantine.pending(cluster.0)
                 && references < self.refcounts.max();
             if may_share && len <= room {
-                self.refcounts.increment(file, cluster).await?;
+                if !mutant::is_active("qcow2-packed-neighbour-not-counted") {
+                    self.refcounts.increment(file, cluster).await?;
+                }
                 allocation.push(cluster, 1);
                 return self.packed(at, len, allocation);
             }
@@ -347,6 +369,7 @@ impl Meta {
         // unknown which table counts, the old one does, too.
         let end = self.geometry.host_cluster_of(place.offset).0 + u64::from(place.clusters);
         self.metadata.add(start..end);
+        file.debug_event(DebugEvent::RefblockAllocSwitchTable).await;
         let mut bytes = place.offset.0.to_be_bytes().to_vec();
         bytes.extend_from_slice(&place.clusters.to_be_bytes());
         crate::meta::write_header_field(file, &failure, field::REFCOUNT_TABLE, bytes).await?;

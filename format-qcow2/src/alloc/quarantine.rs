@@ -6,7 +6,10 @@
 
 use std::collections::VecDeque;
 
-use block_core::pins::{Grace, Pins};
+use block_core::{
+    mutant,
+    pins::{Grace, Pins},
+};
 
 use crate::cache::slice::NumberMap;
 
@@ -102,9 +105,10 @@ impl Quarantine {
         let (mut ready, mut deferred) = (Vec::new(), 0);
         let mut left = VecDeque::with_capacity(self.groups.len());
         for mut group in self.groups.drain(..) {
-            if group.batch > durable {
+            if group.batch > durable && !mutant::is_active("qcow2-free-before-unlink-is-durable") {
                 left.push_back(group);
-            } else if pins.observe(&mut group.grace) {
+            } else if pins.observe(&mut group.grace) || mutant::is_active("qcow2-free-ignores-pins")
+            {
                 ready.extend_from_slice(&group.runs);
             } else {
                 if !group.deferred {

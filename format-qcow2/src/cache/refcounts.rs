@@ -8,8 +8,10 @@
 use std::{collections::BTreeSet, sync::Arc};
 
 use block_core::{
+    debug::DebugEvent,
     error::{Error, ErrorKind, Result},
     flags::RequestFlags,
+    mutant,
     request::Child,
     space::{SpaceEvent, SpaceTap},
 };
@@ -81,6 +83,7 @@ impl RefcountStore {
                 "Reference count table too large",
             ));
         }
+        file.debug_event(DebugEvent::ReftableLoad).await;
         let bytes = file.read_padded(place.offset.0, len as usize).await?;
         let table = entry::be64s(&bytes)
             .map(|raw| raw & entry::REFCOUNT_TABLE_MASK)
@@ -154,6 +157,7 @@ impl RefcountStore {
                 self.evict(self.capacity - self.capacity / 4);
             }
             let len = self.geometry.cluster_size() as usize;
+            file.debug_event(DebugEvent::RefblockLoad).await;
             let bytes = file.read_padded(host.0, len).await?.to_vec();
             let block = Block {
                 bytes,
@@ -190,7 +194,8 @@ impl RefcountStore {
                 cluster.0
             ))
         })?;
-        let new = codec.increment(&mut block.bytes, index, 1)?;
+        let by = 1 + u64::from(mutant::is_active("qcow2-refcount-increment-by-two"));
+        let new = codec.increment(&mut block.bytes, index, by)?;
         block.version += 1;
         if new == 1 {
             self.tap.tell(|| self.taken(cluster));
@@ -210,10 +215,11 @@ impl RefcountStore {
             ))
         };
         let block = self.block(file, table_index).await?.ok_or_else(none)?;
+        let by = u64::from(!mutant::is_active("qcow2-refcount-decrement-by-none"));
         let new = codec
-            .decrement(&mut block.bytes, index, 1)
+            .decrement(&mut block.bytes, index, by)
             .map_err(|_| none())?;
-        block.version += 1;
+        block.version += u64::from(!mutant::is_active("qcow2-refcount-decrement-not-dirty"));
         if new == 0 {
             self.tap.tell(|| self.freed(cluster));
         }
@@ -252,7 +258,8 @@ impl RefcountStore {
             let Some(block) = self.block(file, table_index).await? else {
                 return Ok(Some((HostCluster(at), want.min(per_block - start))));
             };
-            let free = |index: &u64| codec.get(&block.bytes, *index as usize) == 0;
+            let most = u64::from(mutant::is_active("qcow2-refcount-one-taken-for-free"));
+            let free = |index: &u64| codec.get(&block.bytes, *index as usize) <= most;
             if let Some(first) = (start..per_block).find(free) {
                 let end = (first + want).min(per_block);
                 let count = (first..end).take_while(free).count() as u64;
@@ -279,7 +286,9 @@ impl RefcountStore {
         self.unpublished.insert(table_index);
         let block = self.blocks.get_mut(&table_index);
         if let Some(block) = block {
-            self.codec.set(&mut block.bytes, 0, 1)?;
+            if !mutant::is_active("qcow2-refcount-block-does-not-count-itself") {
+                self.codec.set(&mut block.bytes, 0, 1)?;
+            }
             block.version += 1;
         }
         self.tap.tell(|| self.taken(cluster));
@@ -343,6 +352,7 @@ impl RefcountStore {
         failure: &Failure,
         limit: u64,
     ) -> Result<TablePlace> {
+        file.debug_event(DebugEvent::ReftableGrow).await;
         let cluster_size = self.geometry.cluster_size();
         let per_cluster = cluster_size / 8;
         let per_block = self.geometry.refcounts_per_block();
@@ -406,6 +416,7 @@ impl RefcountStore {
         for cluster in start..start + blocks + table_clusters {
             self.increment(file, HostCluster(cluster)).await?;
         }
+        file.debug_event(DebugEvent::RefblockAllocWriteBlocks).await;
         for n in 0..blocks {
             let host = self.geometry.host_start(HostCluster(start + n));
             if let Some(block) = self.blocks.get_mut(&(first_index + n)) {
@@ -428,6 +439,7 @@ impl RefcountStore {
         let offset = self.geometry.host_start(HostCluster(start + blocks));
         let clusters = u32::try_from(table_clusters)
             .map_err(|_| Error::new(ErrorKind::TooBig, "Reference count table too large"))?;
+        file.debug_event(DebugEvent::RefblockAllocWriteTable).await;
         file.write(offset.0, bytes, RequestFlags::empty()).await?;
         failure.flush(file).await?;
         Ok(TablePlace { offset, clusters })
@@ -456,7 +468,11 @@ impl RefcountStore {
     /// A copy is on disk; the block is clean unless it changed meanwhile.
     pub fn wrote(&mut self, copy: &BlockCopy) {
         if let Some(block) = self.blocks.get_mut(&copy.table_index) {
-            block.written = block.written.max(copy.version);
+            block.written = if mutant::is_active("qcow2-refcount-block-clean-although-changed") {
+                block.version
+            } else {
+                block.written.max(copy.version)
+            };
         }
     }
 
@@ -470,6 +486,8 @@ impl RefcountStore {
         for index in &ready {
             let raw = self.table.get(*index as usize).copied().unwrap_or(0);
             let at = self.place.offset.0 + index * 8;
+            file.debug_event(DebugEvent::RefblockAllocHookup).await;
+            file.debug_event(DebugEvent::ReftableUpdate).await;
             file.write(at, raw.to_be_bytes().to_vec(), RequestFlags::empty())
                 .await?;
             self.unpublished.remove(index);

@@ -7,6 +7,7 @@
 use std::sync::Arc;
 
 use block_core::{
+    debug::DebugEvent,
     error::{Error, Result},
     request::{Child, Request},
     space::SpaceEvent,
@@ -99,6 +100,7 @@ impl Qcow2 {
                 return Ok(None);
             };
             let len = self.slice_entries() as usize * 8;
+            file.debug_event(DebugEvent::L2Load).await;
             let bytes = file
                 .read_padded(self.slice_host(index, table).0, len)
                 .await?;
@@ -171,6 +173,7 @@ impl Qcow2 {
         let allocation = meta.allocate(file, 1).await?;
         let host = self.geometry.host_start(allocation.first());
         let zeroes = block_core::buffer::IoBuf::zeroes(self.geometry.cluster_size() as usize);
+        file.debug_event(DebugEvent::L2AllocWrite).await;
         file.write(host.0, zeroes, block_core::flags::RequestFlags::empty())
             .await?;
         let new = L1Entry {
@@ -211,6 +214,7 @@ impl Qcow2 {
         let per_table = self.geometry.l2_entries() >> self.settings.slice_bits;
         let first = index.0 - index.0 % per_table;
         let len = self.geometry.cluster_size() as usize;
+        file.debug_event(DebugEvent::L2AllocCowRead).await;
         let mut bytes = file.read_padded(old.0, len).await?.to_vec();
         let slice_len = self.slice_entries() as usize * 8;
         for n in 0..per_table {
@@ -222,6 +226,7 @@ impl Qcow2 {
         }
         let allocation = meta.allocate(file, 1).await?;
         let host = self.geometry.host_start(allocation.first());
+        file.debug_event(DebugEvent::L2AllocWrite).await;
         file.write(host.0, bytes, block_core::flags::RequestFlags::empty())
             .await?;
         let mut freed = crate::alloc::quarantine::Freed::default();

@@ -200,19 +200,3 @@ impl Comparison<'_, '_> {
         Ok(())
     }
 }
-
-/// Whether refcounts are missing altogether for clusters in use, so that the structures have to be rebuilt. Changes
-/// and reports nothing.
-pub(super) async fn needs_rebuild(
-    walk: &Walk<'_>,
-    header: &Header,
-    stored: &mut Stored<'_>,
-    progress: &Progress,
-) -> Result<bool> {
-    if walk.rebuild {
-        return Ok(true);
-    }
-    let mut ignored = CheckReport::default();
-    let outcome = compare(walk, header, stored, Fix::NOTHING, &mut ignored, progress).await?;
-    Ok(outcome.rebuild)
-}

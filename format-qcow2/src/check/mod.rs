@@ -33,8 +33,8 @@ use walk::Walk;
 /// Checks the image in `file` and repairs what `mode` allows. `header` is what the file holds, and is updated when
 /// the repair changes it.
 ///
-/// The findings have the texts that qemu-img prints: `ERROR …` and `Leaked …` for what is left, `Repairing …` for what
-/// was repaired. The counts are those of a pass after the repair, plus what was fixed.
+/// The findings have the texts that qemu-img prints, in its order: `ERROR …` and `Leaked …` for what was found,
+/// `Repairing …` for what is being repaired. The counts are those of a pass after the repair, plus what was fixed.
 ///
 /// # Errors
 /// ENOTSUP for images with features whose metadata isn't understood here (their clusters would look like leaks);
@@ -59,11 +59,7 @@ pub async fn run(
         let (mut last, _) = pass(file, header, CheckMode::ReadOnly, progress).await?;
         last.corruptions_fixed = first.corruptions_fixed;
         last.leaks_fixed = first.leaks_fixed;
-        let mut findings = first.findings;
-        findings.retain(|finding| finding.repaired);
-        findings.append(&mut last.findings);
-        findings.truncate(CheckReport::MAX_FINDINGS);
-        last.findings = findings;
+        last.findings = first.findings;
         last
     } else {
         first
@@ -115,13 +111,26 @@ async fn pass(
         // Entries that gave up a reservation are durable before the reservation is freed.
         file.flush().await?;
     }
-    let rebuild = mode != CheckMode::ReadOnly
-        && compare::needs_rebuild(&walk, header, &mut stored, progress).await?;
-    let fix = if rebuild {
-        Fix::NOTHING
-    } else {
-        Fix::allowed(mode, &walk)
-    };
+    let mut rebuild = mode != CheckMode::ReadOnly && walk.rebuild;
+    let mut fix = Fix::NOTHING;
+    if mode != CheckMode::ReadOnly && !rebuild {
+        // Nothing is patched before all is known: whether refcounts are missing altogether.
+        let mut found = CheckReport::default();
+        let compared = compare::compare(&walk, header, &mut stored, fix, &mut found, progress);
+        rebuild = compared.await?.rebuild;
+        if !rebuild {
+            fix = Fix::allowed(mode, &walk);
+            // What is told here is counted when it is told again, as repaired or left.
+            for mut finding in found.findings {
+                finding.repaired = match finding.severity {
+                    Severity::Leak => fix.leaks,
+                    Severity::Corruption => fix.errors,
+                    Severity::CheckError | Severity::Note => false,
+                };
+                report.note(finding);
+            }
+        }
+    }
     compare::compare(&walk, header, &mut stored, fix, &mut refcounts, progress).await?;
     report.image_end_offset = refcounts.image_end_offset;
     if rebuild {
@@ -132,6 +141,7 @@ async fn pass(
                 false,
                 "ERROR need to rebuild refcount structures",
             );
+            report.refused = Some(ErrorKind::Io);
             return Ok((report, walk.repaired));
         }
         match rebuild::rebuild(file, &walk, &mut stored, header, progress).await {
@@ -200,11 +210,8 @@ fn absorb(report: &mut CheckReport, other: CheckReport, repaired: bool) {
         report.check_errors += other.check_errors;
     }
     for mut finding in other.findings {
-        if report.findings.len() >= CheckReport::MAX_FINDINGS {
-            break;
-        }
         finding.repaired |= repaired;
-        report.findings.push(finding);
+        report.note(finding);
     }
 }
 

@@ -64,6 +64,11 @@ pub const OPTIONS: &[CreateOption] = &[
         help: "Encrypt the image, format choices: 'aes', 'luks'",
     },
     CreateOption {
+        name: "encryption",
+        kind: "bool (on/off)",
+        help: "Encrypt the image with format 'aes'. (Deprecated in favor of encrypt.format=aes)",
+    },
+    CreateOption {
         name: "extended_l2",
         kind: "bool (on/off)",
         help: "Extended L2 tables",

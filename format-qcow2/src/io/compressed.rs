@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use block_core::{
     buffer::IoBuf,
+    debug::DebugEvent,
     env::offload,
     error::{Error, Result},
     flags::RequestFlags,
@@ -109,6 +110,7 @@ impl Qcow2 {
             self.note_sizes(&meta);
             allocated?
         };
+        file.debug_event(DebugEvent::WriteCompressed).await;
         file.write(run.offset.0, packed, RequestFlags::empty())
             .await?;
 
@@ -131,6 +133,7 @@ impl Qcow2 {
                 }
             }
         }
+        file.debug_event(DebugEvent::L2UpdateCompressed).await;
         meta.set_entry(
             index,
             &slice,

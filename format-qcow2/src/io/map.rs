@@ -6,6 +6,7 @@ use std::sync::Arc;
 use block_core::{
     driver::{ChildRole, MapIntent, Mapping},
     error::{Error, Result},
+    mutant,
     node::Edges,
     pins::Pin,
     request::Child,
@@ -166,22 +167,26 @@ impl Qcow2 {
         };
         match (run, intent) {
             (Run::Data { host, len, copied }, intent) => {
-                if intent == MapIntent::Overwrite && (!copied || len < here || self.claims.any()) {
-                    return Mapping::NotCached;
-                }
                 let Some(edge) = edges.index(ChildRole::File) else {
                     return Mapping::NotCached;
                 };
-                // What lies beyond the end of the file reads as zeroes; `read` sees to that.
-                let end = edges.get(edge).map_or(0, |edge| edge.child.length());
-                if end < host.0 + len {
-                    return Mapping::NotCached;
+                if intent == MapIntent::Overwrite {
+                    // What the file doesn't have yet isn't overwritten. (A read there, whose rest is zeroes, is found
+                    // by the core.)
+                    let end = edges.get(edge).map_or(0, |edge| edge.child.length());
+                    if !copied
+                        || len < here
+                        || self.claims.any() && !mutant::is_active("qcow2-overwrite-beside-claim")
+                        || end < host.0 + len
+                    {
+                        return Mapping::NotCached;
+                    }
                 }
                 Mapping::Data {
                     edge,
                     offset: host.0,
                     len,
-                    pin: Some(pin),
+                    pin: (!mutant::is_active("qcow2-mapped-read-not-pinned")).then_some(pin),
                 }
             }
             (_, MapIntent::Overwrite) => Mapping::NotCached,

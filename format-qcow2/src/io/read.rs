@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use block_core::{
     buffer::IoBufMut,
+    debug::DebugEvent,
     env::offload,
     error::Result,
     pins::Pin,
@@ -80,12 +81,21 @@ impl Qcow2 {
         pin: Pin,
     ) -> Result<()> {
         let result = match run {
-            Run::Data { host, .. } => read_host(request.file()?, host, buf).await,
+            Run::Data { host, .. } => {
+                let file = request.file()?;
+                file.debug_event(DebugEvent::ReadAio).await;
+                read_host(file, host, buf).await
+            }
             Run::Zero { .. } => {
                 buf.fill(0);
                 Ok(())
             }
-            Run::Unallocated { .. } => request.read_backing(offset, buf).await,
+            Run::Unallocated { .. } => {
+                if request.backing().is_some() {
+                    request.debug_event(DebugEvent::ReadBackingAio).await;
+                }
+                request.read_backing(offset, buf).await
+            }
             Run::Compressed { run, .. } => {
                 let within = self.geometry.within(offset) as usize;
                 let cluster = self.read_compressed(request, run).await?;
@@ -104,6 +114,7 @@ impl Qcow2 {
         run: CompressedRun,
     ) -> Result<block_core::buffer::Buffer> {
         let size = self.geometry.cluster_size() as usize;
+        request.debug_event(DebugEvent::ReadCompressed).await;
         let bytes = request
             .file()?
             .read_padded(run.offset.0, run.len as usize)

@@ -8,8 +8,10 @@ use std::sync::Arc;
 
 use block_core::{
     buffer::{Buffer, IoBuf},
+    debug::DebugEvent,
     error::{Error, ErrorKind, Result},
     flags::RequestFlags,
+    mutant,
     pins::Pin,
     request::Request,
 };
@@ -125,6 +127,7 @@ impl Qcow2 {
                     let allowed = self.check_target(host, step);
                     let write = async move {
                         allowed?;
+                        file.debug_event(DebugEvent::WriteAio).await;
                         let result = file.write(host.0, piece, RequestFlags::empty()).await;
                         drop(pin);
                         result
@@ -208,10 +211,11 @@ impl Qcow2 {
             .min(self.left_in_slice(offset))
             .min(MAX_STEP);
         self.make_room(request).await?;
-        let (_claim, waited) = self
+        let (claim, waited) = self
             .claims
             .claim(self.cluster_of(offset), self.cluster_of(offset + len - 1))
             .await;
+        let _claim = (!mutant::is_active("qcow2-claims-ignored")).then_some(claim);
         Counters::add(&self.counters.claim_waits, u64::from(waited));
         let plan = {
             let mut meta = self.lock_meta(file).await?;
@@ -222,6 +226,8 @@ impl Qcow2 {
         };
         match plan {
             Plan::InPlace { host, len, pin } => {
+                let pin = (!mutant::is_active("qcow2-pin-dropped-before-write")).then_some(pin);
+                file.debug_event(DebugEvent::WriteAio).await;
                 file.write(host.0, buf.slice(..len as usize), RequestFlags::empty())
                     .await?;
                 drop(pin);
@@ -229,12 +235,46 @@ impl Qcow2 {
             }
             Plan::Place(place) => {
                 let len = place.len;
+                if mutant::is_active("qcow2-link-before-data") {
+                    return self.link_first(request, place, offset, buf).await;
+                }
                 self.fill(request, &place, offset, buf.slice(..len as usize))
                     .await?;
                 let linked = self.link(request, place).await?;
                 Ok(if linked { len } else { 0 })
             }
         }
+    }
+
+    /// A seeded bug: what is linked isn't written yet.
+    async fn link_first(
+        self: &Arc<Self>,
+        request: &Request,
+        place: Place,
+        offset: u64,
+        buf: &IoBuf,
+    ) -> Result<u64> {
+        let (len, pin) = (place.len, self.pins.pin());
+        let target = match &place.target {
+            Target::New(allocation) => Target::New(allocation.copy_for_mutant()),
+            Target::Reserved(first) => Target::Reserved(*first),
+        };
+        let again = Place {
+            first: place.first,
+            old: place.old.clone(),
+            target,
+            len,
+            pin,
+        };
+        let linked = self.link(request, place).await?;
+        let filled = self
+            .fill(request, &again, offset, buf.slice(..len as usize))
+            .await;
+        if let Target::New(allocation) = again.target {
+            allocation.linked();
+        }
+        filled?;
+        Ok(if linked { len } else { 0 })
     }
 
     /// Decides where the start of a range goes. With the metadata lock held.
@@ -332,6 +372,9 @@ impl Qcow2 {
         let end = offset + place.len;
         let (head_len, tail_len) = (offset - start, stop - end);
         let last = place.old.len() - 1;
+        if head_len + tail_len > 0 {
+            file.debug_event(DebugEvent::CowRead).await;
+        }
         let mut all = IoBuf::new();
         let mut tail = IoBuf::new();
         if last == 0 && head_len > 0 && tail_len > 0 && self.is_compressed(place.old[0]) {
@@ -340,10 +383,17 @@ impl Qcow2 {
             all = whole.slice(..head_len as usize);
             tail = whole.slice((size - tail_len) as usize..);
         } else {
-            if head_len > 0 {
+            if head_len > 0 && mutant::is_active("qcow2-cow-head-zeroed") {
+                all = IoBuf::zeroes(head_len as usize);
+            } else if head_len > 0 {
                 all = self.old_view(request, place, 0, 0, head_len).await?;
             }
             if tail_len > 0 {
+                let last = if mutant::is_active("qcow2-cow-tail-of-first-cluster") {
+                    0
+                } else {
+                    last
+                };
                 tail = self
                     .old_view(request, place, last, size - tail_len, tail_len)
                     .await?;
@@ -358,6 +408,11 @@ impl Qcow2 {
         let data_range = head_len as usize..(head_len + place.len) as usize;
         all.append(data);
         all.append(tail);
+        if copied > 0 {
+            // In one go with the data.
+            file.debug_event(DebugEvent::CowWrite).await;
+        }
+        file.debug_event(DebugEvent::WriteAio).await;
         match &place.target {
             Target::Reserved(first) => {
                 let host = self.geometry.host_start(*first);
@@ -421,7 +476,9 @@ impl Qcow2 {
         match self.decode(place.old[n], cluster)? {
             L2Entry::ZeroPlain | L2Entry::ZeroAllocated { .. } => Ok(zeroes()),
             L2Entry::Unallocated => {
-                if request.backing().is_none() {
+                if request.backing().is_none()
+                    || mutant::is_active("qcow2-cow-ignores-backing-file")
+                {
                     return Ok(zeroes());
                 }
                 let guest = self.geometry.cluster_start(cluster).0 + within;
@@ -451,7 +508,10 @@ impl Qcow2 {
         let index = self.slice_of(place.first);
         let slice = self.slice_for_update(&mut meta, file, index).await?;
         let at = self.slice_entry(place.first);
-        if self.settings.safeguards && !still_planned(&slice, at, &place.old) {
+        if self.settings.safeguards
+            && !mutant::is_active("qcow2-mapping-not-checked-before-link")
+            && !still_planned(&slice, at, &place.old)
+        {
             Counters::add(&self.counters.ownership_violations, 1);
             return Ok(false);
         }
@@ -469,7 +529,9 @@ impl Qcow2 {
         for (n, host) in hosts.iter().enumerate() {
             let raw = slice.load(at + n);
             let cluster = ClusterIndex(place.first.0 + n as u64);
-            if matches!(place.target, Target::New(_)) {
+            if matches!(place.target, Target::New(_))
+                && !mutant::is_active("qcow2-overwritten-cluster-not-unreferenced")
+            {
                 result = self
                     .unlink(&mut meta, request, raw, cluster, false, &mut freed)
                     .await;
@@ -482,7 +544,7 @@ impl Qcow2 {
             meta.set_entry(index, &slice, at + n, new);
             meta.unlinked.remove(&(host.0 / size));
         }
-        meta.linked = true;
+        meta.linked = !mutant::is_active("qcow2-link-not-noted-for-barrier");
         let batch = meta.batch;
         if self.settings.safeguards {
             meta.quarantine.close(freed, batch, &self.pins);
@@ -542,7 +604,14 @@ impl Qcow2 {
                 let host = self.geometry.host_cluster_of(host).0;
                 (host, host)
             }
-            L2Entry::Compressed(run) => run.clusters(self.geometry),
+            L2Entry::Compressed(run) => {
+                let (first, last) = run.clusters(self.geometry);
+                if mutant::is_active("qcow2-compressed-frees-first-cluster-only") {
+                    (first, first)
+                } else {
+                    (first, last)
+                }
+            }
         };
         self.metadata
             .check(first, last - first + 1, self.geometry)?;

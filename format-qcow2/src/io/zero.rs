@@ -8,6 +8,7 @@ use std::sync::Arc;
 use block_core::{
     error::{Error, ErrorKind, Result},
     flags::RequestFlags,
+    mutant,
     request::Request,
 };
 
@@ -33,7 +34,8 @@ pub(crate) enum Change {
 
 /// What an entry becomes, `None` for no change. `zero_flag` tells version 3, `backing` whether anything may show through.
 fn changed(entry: L2Entry, change: Change, zero_flag: bool, backing: bool) -> Option<L2Entry> {
-    let gone = if zero_flag && change != Change::Full {
+    let reveals = mutant::is_active("qcow2-unmap-reveals-backing") && change == Change::Unmap;
+    let gone = if zero_flag && change != Change::Full && !reveals {
         L2Entry::ZeroPlain
     } else {
         L2Entry::Unallocated
@@ -84,7 +86,9 @@ impl Qcow2 {
             }
             last += 1;
         }
-        let change = if flags.contains(RequestFlags::MAY_UNMAP) {
+        let change = if flags.contains(RequestFlags::MAY_UNMAP)
+            || mutant::is_active("qcow2-zero-always-unmaps")
+        {
             Change::Unmap
         } else {
             Change::Zero
@@ -107,8 +111,9 @@ impl Qcow2 {
         let zero = match run {
             super::map::Run::Zero { .. } => true,
             super::map::Run::Unallocated { .. } => {
-                backing_is_zero(request, start, offset.max(start)).await?
-                    && backing_is_zero(request, end.min(stop), stop).await?
+                mutant::is_active("qcow2-partial-zero-takes-whole-cluster")
+                    || backing_is_zero(request, start, offset.max(start)).await?
+                        && backing_is_zero(request, end.min(stop), stop).await?
             }
             _ => false,
         };
@@ -133,7 +138,11 @@ impl Qcow2 {
         }
         let size = self.geometry.cluster_size();
         let end = offset + len;
-        let first = offset.div_ceil(size);
+        let first = if mutant::is_active("qcow2-discard-enlarged") {
+            offset / size
+        } else {
+            offset.div_ceil(size)
+        };
         let last = if end >= self.length() {
             end.div_ceil(size)
         } else {
@@ -222,7 +231,9 @@ impl Qcow2 {
                 let Some(new) = changed(entry, change, zero_flag, backing) else {
                     return Ok(None);
                 };
-                if !matches!(new, L2Entry::ZeroAllocated { .. }) {
+                if !matches!(new, L2Entry::ZeroAllocated { .. })
+                    && !mutant::is_active("qcow2-discard-leaks")
+                {
                     self.unlink(meta, request, raw, cluster, punch, &mut freed)
                         .await?;
                 }

@@ -14,7 +14,7 @@ use std::{
 use block_core::{
     async_trait,
     buffer::{IoBuf, IoBufMut},
-    driver::{BlockDriver, Capabilities, DriverKind, Truncate},
+    driver::{BlockDriver, Capabilities, DriverKind, Reopen, Truncate},
     error::{Error, ErrorKind, Result},
     flags::RequestFlags,
     limits::Limits,
@@ -250,6 +250,10 @@ impl BlockDriver for StorageDriver {
     }
     async fn truncate(self: Arc<Self>, _: Request, length: u64, _: Truncate) -> Result<()> {
         self.0.event(Event::Length(length))
+    }
+    /// Nothing is remembered of a flush that failed, so there is nothing to forget.
+    async fn reopen(self: Arc<Self>, _: Request, _: Reopen) -> Result<()> {
+        Ok(())
     }
     async fn close(self: Arc<Self>, _: Request) -> Result<()> {
         Ok(())

@@ -7,6 +7,7 @@ use block_core::{Capabilities, ErrorKind, RequestFlags, driver::Truncate};
 use super::{FILE, Fixture, same};
 use crate::{
     case::{Case, CaseResult, Group, Scene, Verdict},
+    duties::Duty,
     pattern::{Seen, stamped},
 };
 
@@ -17,13 +18,15 @@ pub(super) fn cases() -> Vec<Case> {
             "rw-flushed-data-survives-power-cut",
             "what was written and flushed is there after a power cut, and the image is clean",
             flushed,
-        ),
+        )
+        .duty(Duty::Flush),
         Case::new(
             Group::Rw,
             "rw-fua-data-survives-power-cut",
             "what was written with FUA is there after a power cut without a flush",
             fua,
-        ),
+        )
+        .duty(Duty::Flush),
         Case::new(
             Group::Rw,
             "rw-grown-part-reads-as-zeroes",

@@ -7,7 +7,7 @@ mod status;
 
 use std::sync::Arc;
 
-use block_core::{BlockHandle, Node, Options};
+use block_core::{BlockHandle, Capabilities, Node, Options};
 
 use crate::{
     case::{Case, Failure, Scene},
@@ -34,7 +34,19 @@ struct Fixture {
 }
 
 impl Fixture {
+    /// For a driver that can write; the case isn't covered by others.
     async fn new(scene: &Scene, clusters: u64) -> Result<Self, Failure> {
+        let fixture = Self::any(scene, clusters).await?;
+        let capabilities = fixture.node.driver().capabilities();
+        if capabilities.contains(Capabilities::WRITE) {
+            return Ok(fixture);
+        }
+        fixture.close(scene).await?;
+        Err(Failure::not_covered("the driver can't write"))
+    }
+
+    /// For any driver, also one that can only be read.
+    async fn any(scene: &Scene, clusters: u64) -> Result<Self, Failure> {
         let lab = &scene.lab;
         let format = &scene.format;
         lab.create(&format.name, "probe", 1 << 20, &format.create, None)
@@ -87,7 +99,7 @@ impl Fixture {
             .node
             .driver()
             .capabilities()
-            .contains(block_core::Capabilities::CHECK)
+            .contains(Capabilities::CHECK)
         {
             self.handle.flush().await?;
             let report = self

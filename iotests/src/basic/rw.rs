@@ -62,7 +62,7 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 async fn new_image(scene: Arc<Scene>) -> CaseResult {
-    let fixture = Fixture::new(&scene, 16).await?;
+    let fixture = Fixture::any(&scene, 16).await?;
     if !fixture
         .node
         .driver()

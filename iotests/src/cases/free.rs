@@ -9,6 +9,7 @@ use block_core::{RequestFlags, driver::Capabilities};
 use super::image::{ClusterKind, Image, Setup, owner};
 use crate::{
     case::{Case, CaseResult, Failure, Group, Scene, Verdict, ended},
+    duties::Duty,
     pattern::Stamp,
     storage::{Choose, OpKind, Stage},
 };
@@ -38,14 +39,16 @@ pub(super) fn cases() -> Vec<Case> {
             write,
             old_write,
         )
-        .without_gate(),
+        .without_gate()
+        .duty(Duty::Pin),
         Case::new(
             Group::Race,
             "race-read-never-sees-recycled-cluster-without-gate",
             read,
             old_read,
         )
-        .without_gate(),
+        .without_gate()
+        .duty(Duty::Pin),
         Case::new(
             Group::Race,
             "race-discard-waits-for-read",
@@ -110,7 +113,10 @@ async fn late_punch(scene: Arc<Scene>) -> CaseResult {
             let overlaps = entry.op.offset < punch.offset + punch.len
                 && punch.offset < entry.op.offset + entry.op.len;
             if overlaps && entry.op.kind == OpKind::Write {
-                return Err(format!("{} while {punch} hasn't ended", entry.op).into());
+                return Err(Duty::Punch.forgotten(format_args!(
+                    "{} while {punch} hasn't ended: it may wipe the new data",
+                    entry.op
+                )));
             }
         }
     }

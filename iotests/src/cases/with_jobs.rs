@@ -319,7 +319,8 @@ async fn behind_stream(scene: Arc<Scene>, sent: Sent) -> CaseResult {
     let hold = hold_writes(&image.disk, owner::BASE);
     let job = manager.stream(StreamOptions::new(&image.node)).await?;
     scene.rest().await;
-    insist(&scene, hold.waiting().len() == 1, "no copy was parked")?;
+    // With large clusters copies of other places are on the way as well.
+    insist(&scene, !hold.waiting().is_empty(), "no copy was parked")?;
     let waits = image.gate_waits();
     let request = send(&scene, &image, sent);
     scene.rest().await;

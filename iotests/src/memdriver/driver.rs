@@ -177,6 +177,29 @@ impl ThirdParty {
         }
     }
 
+    /// Zeroes what the last cluster has, or would show of the backing file, behind the end of a disk that is going to grow.
+    async fn zero_behind_end(&self, request: &Request, length: u64) -> Result<()> {
+        let old = self.table.lock().size;
+        let (at, within) = ((old / self.cluster) as usize, old % self.cluster);
+        if length <= old || within == 0 || self.entry(at) == Entry::Zero {
+            return Ok(());
+        }
+        let rest = self.cluster - within;
+        match self.plan(at).await? {
+            Plan::InPlace(host) => {
+                let flags = RequestFlags::empty();
+                let file = request.file()?;
+                file.write_zeroes(host + within, rest, flags).await
+            }
+            Plan::Allocate(host, old) => {
+                let zeroes = IoBuf::zeroes(rest as usize);
+                let filled = self.fill(request, at, host, old, within, zeroes).await;
+                self.allocated(at, host, filled.is_ok());
+                filled
+            }
+        }
+    }
+
     async fn write_back(&self, request: &Request) -> Result<()> {
         let bytes = {
             let mut table = self.table.lock();
@@ -321,13 +344,17 @@ impl BlockDriver for ThirdParty {
                 .write_zeroes(host + within, rest, flags)
                 .await?;
         }
-        let mut table = self.table.lock();
-        if length.div_ceil(self.cluster) > table.max_clusters {
+        let room = self.table.lock().max_clusters;
+        if length.div_ceil(self.cluster) > room {
             return Err(Error::new(
                 ErrorKind::TooBig,
                 "no room in the mapping table",
             ));
         }
+        if how.zero {
+            self.zero_behind_end(&request, length).await?;
+        }
+        let mut table = self.table.lock();
         let old = table.size.div_ceil(self.cluster) as usize;
         table.resize(length);
         if how.zero {

@@ -73,7 +73,7 @@ pub struct Minimise {
     runs: u64,
 }
 
-/// Runs a saved failure, or a seed, again, and prints what happens
+/// Runs a saved failure, a seed, or a trace (`blk --trace FILE`) again, and prints what happens
 #[derive(Debug, Clone, clap::Args)]
 pub struct Replay {
     #[command(flatten)]
@@ -90,6 +90,8 @@ pub struct Replay {
     /// Print the scenario as JSON, too
     #[arg(long)]
     scenario: bool,
+    #[command(flatten)]
+    trace: crate::trace::cli::Options,
 }
 
 impl Worlds {
@@ -102,12 +104,16 @@ impl Worlds {
         choose(registry, bare, !self.no_safeguards)
     }
 
-    fn profile(&self, registry: &Registry) -> Result<Profile, String> {
-        let create = if self.options.is_empty() {
-            Options::new()
+    fn create(&self) -> Result<Options, String> {
+        if self.options.is_empty() {
+            Ok(Options::new())
         } else {
-            Options::from_dotted(&self.options).map_err(|error| error.to_string())?
-        };
+            Options::from_dotted(&self.options).map_err(|error| error.to_string())
+        }
+    }
+
+    fn profile(&self, registry: &Registry) -> Result<Profile, String> {
+        let create = self.create()?;
         profile(registry, &self.format, &create)
     }
 
@@ -302,6 +308,11 @@ impl Replay {
         let outcome;
         let scenario;
         if let Some(file) = &self.file {
+            if crate::trace::cli::is_trace(file)? {
+                let registry = self.worlds.registry(registry, bare)?;
+                let create = self.worlds.create()?;
+                return self.trace.run(registry, file, create, !self.worlds.no_gate);
+            }
             let saved = load(file)?;
             let registry = choose(registry, bare, saved.safeguards)?;
             outcome = saved.replay(registry, true);

@@ -61,7 +61,11 @@ struct State {
     log: Vec<LogEntry>,
     counts: BTreeMap<OpKind, u64>,
     jitter: u64,
+    watcher: Option<Watcher>,
 }
+
+/// Hears of each change of a disk's content.
+pub type Watcher = Arc<dyn Fn(&OpInfo) + Send + Sync>;
 
 /// A disk of the simulated storage. Cheap to share.
 pub struct Disk {
@@ -139,6 +143,11 @@ impl Disk {
     /// What might be found after a cut of the power now: all that is durable, and of everything else any subset,
     /// torn at sector boundaries. Durability must be tracked.
     pub fn power_cut(&self, env: &dyn Environment) -> Content {
+        self.power_cut_with(&mut || env.random())
+    }
+
+    /// [`Self::power_cut`] with luck from elsewhere: always 0 loses all that can be lost, always 1 keeps all of it.
+    pub fn power_cut_with(&self, random: &mut dyn FnMut() -> u64) -> Content {
         let state = self.state.lock();
         let mut content = state.durable.clone();
         let in_flight = state
@@ -147,11 +156,11 @@ impl Disk {
             .filter_map(|(_, change)| change.as_ref());
         for change in state.unflushed.iter().chain(in_flight) {
             // A quarter is lost, a quarter arrives, half is torn.
-            let luck = env.random() % 4;
+            let luck = random() % 4;
             if luck == 0 {
                 continue;
             }
-            let keep = || luck == 1 || env.random() % 2 == 0;
+            let mut keep = || luck == 1 || random() % 2 == 0;
             match change {
                 Change::Resize(len) => {
                     if keep() {
@@ -328,14 +337,26 @@ impl Disk {
 
     /// The effect of a request that changes something.
     pub(super) fn apply(&self, op: &OpInfo) {
-        let mut state = self.state.lock();
-        let Some(change) = state.in_flight.get_mut(&op.id).and_then(|(_, c)| c.take()) else {
-            return;
+        let watcher = {
+            let mut state = self.state.lock();
+            let Some(change) = state.in_flight.get_mut(&op.id).and_then(|(_, c)| c.take()) else {
+                return;
+            };
+            change_content(&mut state.now, &change);
+            if state.track_durability {
+                state.unflushed.push(change);
+            }
+            state.watcher.clone()
         };
-        change_content(&mut state.now, &change);
-        if state.track_durability {
-            state.unflushed.push(change);
+        if let Some(watcher) = watcher {
+            watcher(op);
         }
+    }
+
+    /// From now on calls `watcher` after each change of the content has taken effect, or nobody with `None`. It may look
+    /// at every disk, and mustn't hold this one (it would keep itself alive).
+    pub fn watch_changes(&self, watcher: Option<Watcher>) {
+        self.state.lock().watcher = watcher;
     }
 
     pub(super) fn read(&self, offset: u64, out: &mut [u8]) {

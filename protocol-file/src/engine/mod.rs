@@ -14,7 +14,10 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
-use block_core::buffer::{IoBuf, IoBufMut};
+use block_core::{
+    buffer::{IoBuf, IoBufMut},
+    producer::ProducerId,
+};
 use futures::channel::oneshot;
 
 pub use self::uring::Reactor;
@@ -187,10 +190,10 @@ impl Engine {
 
     async fn transfer(
         &self,
+        producer: ProducerId,
         file: Arc<OpenFile>,
         kind: Kind,
         offset: u64,
-        done: usize,
     ) -> io::Result<()> {
         let asynchronous = match &kind {
             Kind::Read(_) => file.reads_are_asynchronous(),
@@ -200,50 +203,50 @@ impl Engine {
         };
         let ring = self.ring.as_ref().filter(|_| asynchronous);
         let end = if let Some((ring, lane)) = ring {
-            let (transfer, end) = Transfer::new(file, kind, offset, done, *lane);
+            let (transfer, end) = Transfer::new(file, kind, offset, *lane, producer);
             ring.submit(transfer);
             end
         } else {
-            let (transfer, end) = Transfer::new(file, kind, offset, done, self.lane);
+            let (transfer, end) = Transfer::new(file, kind, offset, self.lane, producer);
             self.shared
                 .pool
-                .submit(self.lane, Task::Transfer(transfer))?;
+                .submit(self.lane, producer, Task::Transfer(transfer))?;
             end
         };
         end.await.unwrap_or_else(|_| Err(lost()))
     }
 
-    /// Fills `buf` from its byte `done` on; its first byte is at `offset`.
+    /// Fills `buf` from `offset`.
     ///
     /// Cancellation: the transfer runs to its end and keeps the buffer until then.
     pub(crate) async fn read(
         &self,
+        producer: ProducerId,
         file: Arc<OpenFile>,
         offset: u64,
         buf: IoBufMut,
-        done: usize,
     ) -> io::Result<()> {
-        self.transfer(file, Kind::Read(buf), offset, done).await
+        self.transfer(producer, file, Kind::Read(buf), offset).await
     }
 
-    /// Writes `buf` from its byte `done` on; its first byte belongs at `offset`.
+    /// Writes `buf` at `offset`.
     ///
     /// Cancellation: as with [`Self::read`].
     pub(crate) async fn write(
         &self,
+        producer: ProducerId,
         file: Arc<OpenFile>,
         offset: u64,
         buf: IoBuf,
-        done: usize,
         dsync: bool,
     ) -> io::Result<()> {
-        self.transfer(file, Kind::Write { buf, dsync }, offset, done)
-            .await
+        let kind = Kind::Write { buf, dsync };
+        self.transfer(producer, file, kind, offset).await
     }
 
     /// `fdatasync`.
-    pub(crate) async fn flush(&self, file: Arc<OpenFile>) -> io::Result<()> {
-        self.transfer(file, Kind::Flush, 0, 0).await
+    pub(crate) async fn flush(&self, producer: ProducerId, file: Arc<OpenFile>) -> io::Result<()> {
+        self.transfer(producer, file, Kind::Flush, 0).await
     }
 
     /// Runs a blocking call on a thread of the pool.
@@ -251,13 +254,14 @@ impl Engine {
     /// Cancellation: the call runs to its end, its result is dropped.
     pub(crate) async fn call<T: Send + 'static>(
         &self,
+        producer: ProducerId,
         call: impl FnOnce() -> T + Send + 'static,
     ) -> io::Result<T> {
         let (reply, end) = oneshot::channel();
         let task = Task::Call(Box::new(move || {
             let _ = reply.send(call());
         }));
-        self.shared.pool.submit(self.lane, task)?;
+        self.shared.pool.submit(self.lane, producer, task)?;
         end.await.map_err(|_| lost())
     }
 }

@@ -15,7 +15,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use block_core::buffer::{Buffer, Lent};
+use block_core::{
+    buffer::{Buffer, Lent},
+    producer::ProducerId,
+};
 use futures::{executor::block_on, future::join_all, task::noop_waker};
 
 use super::{Engine, EngineConfig, Engines, Reactor};
@@ -62,7 +65,7 @@ fn the_ring_keeps_the_buffer_of_a_dropped_read_until_the_kernel_is_done() {
     let (reader, mut writer) = pipe();
     let (lent, buf) = Buffer::new(4096).lend();
     {
-        let mut read = pin!(engine.read(reader, 0, buf, 0));
+        let mut read = pin!(engine.read(ProducerId::NONE, reader, 0, buf));
         assert!(poll_once(read.as_mut()).is_pending());
     }
     // The future is gone; the kernel may still write to the memory, so nobody else gets it.
@@ -80,14 +83,14 @@ fn the_pool_keeps_the_buffer_of_a_dropped_read_until_it_is_done() {
     });
     let engine = engines.engine(false).unwrap();
     let (release, wait) = mpsc::channel::<()>();
-    let mut busy = pin!(engine.call(move || wait.recv()));
+    let mut busy = pin!(engine.call(ProducerId::NONE, move || wait.recv()));
     assert!(poll_once(busy.as_mut()).is_pending());
     let zero = Arc::new(OpenFile::for_tests(File::open("/dev/zero").unwrap()));
     let mut buffer = Buffer::new(4096);
     buffer.fill(9);
     let (lent, buf) = buffer.lend();
     {
-        let mut read = pin!(engine.read(zero, 0, buf, 0));
+        let mut read = pin!(engine.read(ProducerId::NONE, zero, 0, buf));
         assert!(poll_once(read.as_mut()).is_pending());
     }
     let lent = lent
@@ -105,7 +108,7 @@ fn what_a_thread_submitted_is_done_even_if_the_thread_has_gone() {
     let (reader, mut writer) = pipe();
     let (lent, buf) = Buffer::new(4096).lend();
     // The future is polled first, and thereby submitted, by a thread that ends at once.
-    let mut read = Box::pin(async move { engine.read(reader, 0, buf, 0).await });
+    let mut read = Box::pin(async move { engine.read(ProducerId::NONE, reader, 0, buf).await });
     let read = thread::spawn(move || {
         assert!(poll_once(read.as_mut()).is_pending());
         read
@@ -132,7 +135,7 @@ fn short_reads_go_on_where_they_stopped() {
         }
     });
     let (lent, buf) = Buffer::new(4096).lend();
-    block_on(engine.read(reader, 0, buf, 0)).unwrap();
+    block_on(engine.read(ProducerId::NONE, reader, 0, buf)).unwrap();
     feeder.join().unwrap();
     let buffer = lent.reclaim().unwrap();
     assert!(
@@ -155,7 +158,7 @@ fn an_executor_can_turn_the_ring_itself() {
     let handle = engines.ring_handle().unwrap();
     let (reader, mut writer) = pipe();
     let (lent, buf) = Buffer::new(100).lend();
-    let mut read = pin!(engine.read(reader, 0, buf, 0));
+    let mut read = pin!(engine.read(ProducerId::NONE, reader, 0, buf));
     assert!(poll_once(read.as_mut()).is_pending());
     assert_eq!(handle.turn(), 0);
     writer.write_all(&[1; 100]).unwrap();
@@ -184,7 +187,7 @@ fn more_transfers_than_the_ring_has_room_for_all_end() {
         let mut buffer = Buffer::new(512);
         buffer.fill(1);
         let (lent, buf) = buffer.lend();
-        let read = engine.read(zero.clone(), 0, buf, 0);
+        let read = engine.read(ProducerId::NONE, zero.clone(), 0, buf);
         async move {
             read.await.unwrap();
             lent.reclaim().unwrap()
@@ -216,7 +219,7 @@ fn threads_that_submit_at_once_lose_no_wake_up() {
                     let zero = Arc::new(OpenFile::for_tests(File::open("/dev/zero").unwrap()));
                     for _ in 0..2000 {
                         let (_lent, buf) = Buffer::new(64).lend();
-                        block_on(engine.read(zero.clone(), 0, buf, 0)).unwrap();
+                        block_on(engine.read(ProducerId::NONE, zero.clone(), 0, buf)).unwrap();
                     }
                 })
             })
@@ -241,7 +244,7 @@ fn a_flood_from_one_file_does_not_starve_another() {
     let mut calls: Vec<_> = (0..400)
         .map(|_| {
             let done = done.clone();
-            Box::pin(flood.call(move || {
+            Box::pin(flood.call(ProducerId::NONE, move || {
                 thread::sleep(Duration::from_millis(2));
                 done.fetch_add(1, Ordering::SeqCst);
             }))
@@ -250,7 +253,7 @@ fn a_flood_from_one_file_does_not_starve_another() {
     for call in &mut calls {
         assert!(poll_once(call.as_mut()).is_pending());
     }
-    let before = block_on(quiet.call({
+    let before = block_on(quiet.call(ProducerId::NONE, {
         let done = done.clone();
         move || done.load(Ordering::SeqCst)
     }))
@@ -269,7 +272,8 @@ fn a_pool_never_has_more_threads_than_it_may() {
     });
     assert_eq!(engines.threads(), 0);
     let engine = engines.engine(false).unwrap();
-    let calls = (0..30).map(|_| engine.call(|| thread::sleep(Duration::from_millis(2))));
+    let calls =
+        (0..30).map(|_| engine.call(ProducerId::NONE, || thread::sleep(Duration::from_millis(2))));
     block_on(join_all(calls));
     assert!((1..=3).contains(&engines.threads()));
 }
@@ -281,8 +285,46 @@ fn a_call_that_panics_fails_and_leaves_the_pool_working() {
         ..EngineConfig::default()
     });
     let engine = engines.engine(false).unwrap();
-    let result: std::io::Result<()> = block_on(engine.call(|| panic!("on purpose")));
+    let result: std::io::Result<()> =
+        block_on(engine.call(ProducerId::NONE, || panic!("on purpose")));
     let error = result.unwrap_err();
     assert_eq!(error.raw_os_error(), Some(libc::EIO));
-    assert_eq!(block_on(engine.call(|| 5)).unwrap(), 5);
+    assert_eq!(block_on(engine.call(ProducerId::NONE, || 5)).unwrap(), 5);
+}
+
+#[test]
+fn a_producer_that_fills_the_queue_of_a_file_does_not_starve_another_one_there() {
+    let (job, guest) = (ProducerId::new(1), ProducerId::new(2));
+    // One thread: what it does, it does in the order of the queue.
+    let engines = Engines::new(EngineConfig {
+        max_threads: 1,
+        ..EngineConfig::default()
+    });
+    let engine = engines.engine(false).unwrap();
+    let done = Arc::new(AtomicUsize::new(0));
+    let (release, held) = mpsc::channel::<()>();
+    let mut first = pin!(engine.call(job, move || held.recv()));
+    assert!(poll_once(first.as_mut()).is_pending());
+    let mut calls: Vec<_> = (0..256)
+        .map(|_| {
+            let done = done.clone();
+            Box::pin(engine.call(job, move || {
+                done.fetch_add(1, Ordering::SeqCst);
+            }))
+        })
+        .collect();
+    for call in &mut calls {
+        assert!(poll_once(call.as_mut()).is_pending());
+    }
+    let mut single = pin!(engine.call(guest, {
+        let done = done.clone();
+        move || done.load(Ordering::SeqCst)
+    }));
+    assert!(poll_once(single.as_mut()).is_pending());
+    release.send(()).unwrap();
+    let before = block_on(single).unwrap();
+    for result in block_on(join_all(calls)) {
+        result.unwrap();
+    }
+    assert!(before <= 1, "{before} of 256 calls went first");
 }

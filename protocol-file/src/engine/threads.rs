@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use block_core::producer::ProducerId;
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::fair::FairQueue;
@@ -86,9 +87,9 @@ impl ThreadPool {
     }
 
     /// Queues a task. Fails, with the task, only when there is no thread and none can be started.
-    pub(super) fn submit(&self, lane: usize, task: Task) -> io::Result<()> {
+    pub(super) fn submit(&self, lane: usize, producer: ProducerId, task: Task) -> io::Result<()> {
         let mut state = self.shared.state.lock();
-        state.queue.push(lane, task);
+        state.queue.push(lane, producer, task);
         if state.queue.queued() > state.idle && state.threads < self.shared.max_threads {
             state.threads += 1;
             let shared = self.shared.clone();

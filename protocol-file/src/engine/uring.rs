@@ -78,7 +78,8 @@ impl RingEngine {
 
     /// Queues a transfer (in the lane that it names), and does what can be done without waiting.
     pub(super) fn submit(&self, transfer: Box<Transfer>) {
-        self.queue.lock().push(transfer.lane, transfer);
+        let (lane, producer) = (transfer.lane, transfer.producer);
+        self.queue.lock().push(lane, producer, transfer);
         self.turn();
     }
 
@@ -101,9 +102,9 @@ impl RingEngine {
     }
 
     fn complete(&self, (transfer, result): Completion) {
-        let lane = transfer.lane;
+        let (lane, producer) = (transfer.lane, transfer.producer);
         match transfer.advance(result) {
-            Some(again) => self.queue.lock().push_back_running(lane, again),
+            Some(again) => self.queue.lock().push_back_running(lane, producer, again),
             None => self.queue.lock().done(lane),
         }
     }
@@ -119,8 +120,9 @@ impl RingEngine {
                 let Some((lane, transfer)) = self.queue.lock().pop() else {
                     break;
                 };
+                let producer = transfer.producer;
                 if let Err(back) = submitter.push(transfer) {
-                    self.queue.lock().push_back_running(lane, back);
+                    self.queue.lock().push_back_running(lane, producer, back);
                     break;
                 }
                 pushed = true;

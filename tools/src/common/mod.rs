@@ -11,3 +11,4 @@ pub mod progress;
 pub mod session;
 pub mod signals;
 pub mod size;
+pub mod trace;

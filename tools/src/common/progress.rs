@@ -49,6 +49,17 @@ impl Meter {
     /// Some of it is done.
     pub fn advance(&self, bytes: u64) {
         self.0.done.fetch_add(bytes, Ordering::Relaxed);
+        self.update();
+    }
+
+    /// This much of that much is done, in bytes.
+    pub fn set(&self, done: u64, total: u64) {
+        self.0.done.store(done, Ordering::Relaxed);
+        self.set_total(total);
+        self.update();
+    }
+
+    fn update(&self) {
         if !self.0.visible {
             return;
         }

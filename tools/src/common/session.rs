@@ -8,12 +8,14 @@ use futures::{
     channel::oneshot,
     future::{self, Either},
 };
+use jobs::JobManager;
 use parking_lot::Mutex;
 
 use super::{
     failure::{Failure, Outcome},
     program::Program,
     signals::Signals,
+    trace::{self, Tracing},
 };
 
 /// What a command works with.
@@ -22,12 +24,15 @@ pub struct Session {
     pub program: Program,
     /// The nodes.
     pub graph: Arc<Graph>,
+    /// The block jobs. Those that still run when the command ends are cancelled.
+    pub jobs: Arc<JobManager>,
     /// The drivers.
     pub registry: Arc<Registry>,
     /// Clock, tasks, CPU workers.
     pub env: Arc<EnvTokio>,
     /// Signals.
     pub signals: Signals,
+    tracing: Mutex<Option<Tracing>>,
     tasks: Mutex<Vec<oneshot::Receiver<()>>>,
 }
 
@@ -40,12 +45,18 @@ impl Session {
         let env = EnvTokio::new(0)
             .map_err(|error| Failure::new(format!("Could not start threads: {error}")))?;
         let env = Arc::new(env);
+        let graph = Graph::new(env.clone());
+        let tracing = trace::wanted()
+            .map(|options| Tracing::start(&graph, options))
+            .transpose()?;
         Ok(Self {
             program,
-            graph: Graph::new(env.clone()),
+            jobs: JobManager::new(&graph),
+            graph,
             registry: Arc::new(drivers()),
             env,
             signals: Signals::listen(),
+            tracing: Mutex::new(tracing),
             tasks: Mutex::default(),
         })
     }
@@ -89,6 +100,9 @@ impl Session {
             };
             let tasks = std::mem::take(&mut *self.tasks.lock());
             future::join_all(tasks).await;
+            // Requests that stand at a breakpoint would be waited for in vain.
+            iotests::faults::resume_all(&self.graph);
+            self.jobs.cancel_all().await;
             if let Err(error) = self.graph.close_all().await
                 && outcome.is_ok()
             {
@@ -96,11 +110,25 @@ impl Session {
             }
             outcome
         });
-        match outcome {
+        let status = match outcome {
             Ok(code) => code,
             Err(failure) => {
                 failure.report(self.program);
                 failure.code
+            }
+        };
+        self.end_trace(status)
+    }
+
+    /// Writes what is left of the trace, if one was asked for. Gives the exit status: `status`, unless that was 0 and the
+    /// trace couldn't be written.
+    pub fn end_trace(&self, status: u8) -> u8 {
+        let tracing = self.tracing.lock().take();
+        match tracing.map_or(Ok(()), Tracing::finish) {
+            Ok(()) => status,
+            Err(failure) => {
+                failure.report(self.program);
+                if status == 0 { failure.code } else { status }
             }
         }
     }
@@ -116,5 +144,9 @@ pub fn drivers() -> Registry {
         .with(format_qcow2::Qcow2Factory::default())
         .with(format_vmdk::VmdkFactory);
     filters::register(&mut registry);
+    iotests::faults::register(&mut registry);
+    let tell = |notice: &iotests::faults::Notice| println!("{notice}");
+    let blkdebug = iotests::faults::BlkdebugFactory::default().with_observer(Arc::new(tell));
+    registry.register(Arc::new(blkdebug));
     registry
 }

@@ -92,6 +92,10 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
         .await
         .map_err(|error| Failure::context("Check failed", &error))?;
     tell(&report.findings);
+    if let Some(kind) = report.refused {
+        let why = kind.strerror();
+        return Err(Failure::new(format!("Check failed: {why}")));
+    }
     if report.leaks_fixed > 0 || report.corruptions_fixed > 0 {
         let fixed = (report.leaks_fixed, report.corruptions_fixed);
         if output == OutputFormat::Human && !quiet {

@@ -1,14 +1,11 @@
-//! `blk commit`: writes what an overlay holds into the image below it.
-//!
-//! Nobody else uses the images meanwhile, so that no filter is needed: the edge to the base is taken out, the base is
-//! opened for writing, and what the layers above decide is copied into it.
+//! `blk commit`: writes what an overlay holds into the image below it. The copying is the commit job's, as for a disk in
+//! use; the one thing that is done here is to empty the overlay afterwards.
 
-use std::sync::Arc;
+use std::{pin::pin, time::Duration};
 
-use block_core::{
-    BlockHandle, Buffer, ErrorKind, Node, PermissionSet, Permissions, RequestFlags,
-    driver::{Reopen, Truncate},
-};
+use block_core::{ErrorKind, Node};
+use futures::future::{Either, select};
+use jobs::{CommitOptions, Job};
 
 use super::{
     Command,
@@ -48,8 +45,8 @@ pub const COMMAND: Command = Command {
     run: |session, parsed| session.run(execute(session, parsed)),
 };
 
-/// Bytes that are copied at a time.
-const CHUNK: u64 = 1 << 20;
+/// How often progress is looked at.
+const TICK: Duration = Duration::from_millis(100);
 
 async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     let cache = args::cache(
@@ -73,7 +70,7 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     let chain = top.node().chain();
     let (base, drop_only) = match parsed.get("base") {
         Some(name) => match chain.iter().find(|node| is_called(node, name)) {
-            Some(base) => (base.clone(), true),
+            Some(base) => (base, true),
             None => {
                 return Err(Failure::new(format!(
                     "Did not find '{name}' in the backing chain of '{}'",
@@ -82,28 +79,48 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
             }
         },
         None => match chain.first() {
-            Some(base) => (base.clone(), parsed.has("drop")),
+            Some(base) => (base, parsed.has("drop")),
             None => return Err(Failure::new("Image does not have a backing file")),
         },
     };
     let meter = Meter::new(parsed.has("progress") && !quiet, 1.0);
     session.signals.show(&meter);
-    let job = Commit {
-        session,
-        top: &top,
-        base: &base,
-        rate,
-    };
-    let result = job.run(&meter, !drop_only).await;
+    let mut options = CommitOptions::new(&top.node()).base(base);
+    options.job.speed = rate;
+    let job = session.jobs.commit(options).await?;
+    let failed = |error| Failure::io("Block job failed", &error);
+    follow(&job, &meter).await.map_err(failed)?;
+    // Both show the same now. Cancelled when it is ready, the job leaves FILE where it is, and in the state it was in.
+    job.cancel(false)?;
+    job.wait().await.map_err(failed)?;
+    if !drop_only {
+        match top.make_empty().await {
+            // It then still says the same as its backing file.
+            Err(error) if error.kind() == ErrorKind::NotSupported => {}
+            other => other
+                .map_err(|error| Failure::context("Could not empty the committed image", &error))?,
+        }
+    }
     meter.finish();
-    result?;
-    drop(base);
     drop(chain);
     top.close().await?;
     if !quiet {
         say!("Image committed.");
     }
     Ok(0)
+}
+
+/// Waits until `job` is ready, and shows how far it is.
+async fn follow(job: &Job, meter: &Meter) -> block_core::Result<()> {
+    let mut ready = pin!(job.wait_ready());
+    loop {
+        let tick = job.env().sleep(TICK);
+        if let Either::Left((result, _)) = select(ready.as_mut(), tick).await {
+            return result;
+        }
+        let info = job.info();
+        meter.set(info.current_progress, info.total_progress);
+    }
 }
 
 /// Whether a user would call `node` by `name`.
@@ -118,135 +135,4 @@ fn is_called(node: &Node, name: &str) -> bool {
         (Ok(a), Ok(b)) => a == b,
         _ => false,
     }
-}
-
-struct Commit<'a> {
-    session: &'a Session,
-    top: &'a BlockHandle,
-    base: &'a Arc<Node>,
-    /// Bytes per second, or 0.
-    rate: u64,
-}
-
-impl Commit<'_> {
-    async fn run(&self, meter: &Meter, empty: bool) -> Result<(), Failure> {
-        let graph = &self.session.graph;
-        // The layer just above the base.
-        let mut lowest = self.top.node();
-        for node in self.top.node().chain() {
-            if node.id() == self.base.id() {
-                break;
-            }
-            lowest = node;
-        }
-        let about =
-            |error: &block_core::Error| Failure::context("Error while committing image", error);
-        graph.keep(self.base);
-        graph
-            .set_backing(&lowest, None)
-            .await
-            .map_err(|error| about(&error))?;
-        graph
-            .reopen(
-                self.base,
-                Reopen {
-                    read_only: Some(false),
-                    ..Reopen::default()
-                },
-            )
-            .await
-            .map_err(|error| about(&error))?;
-        let used = Permissions::CONSISTENT_READ | Permissions::WRITE | Permissions::RESIZE;
-        let target = graph
-            .attach(
-                self.base,
-                PermissionSet::new(used, Permissions::all()),
-                "commit",
-            )
-            .map_err(|error| about(&error))?;
-        target.set_write_through(false);
-        if target.length() < self.top.length() {
-            target
-                .truncate(self.top.length(), Truncate::default())
-                .await
-                .map_err(|error| about(&error))?;
-        }
-        self.copy(&target, meter).await?;
-        target.flush().await.map_err(|error| about(&error))?;
-        drop(target);
-        if empty {
-            match self.top.make_empty().await {
-                // It then still says the same as its backing file.
-                Err(error) if error.kind() == ErrorKind::NotSupported => {}
-                other => other.map_err(|error| {
-                    Failure::context("Could not empty the committed image", &error)
-                })?,
-            }
-        }
-        graph
-            .set_backing(&lowest, Some(self.base))
-            .await
-            .map_err(|error| about(&error))?;
-        Ok(())
-    }
-
-    /// Copies all that the layers above the base decide.
-    async fn copy(&self, target: &BlockHandle, meter: &Meter) -> Result<(), Failure> {
-        let length = self.top.length();
-        meter.set_total(length);
-        let env = &self.session.graph.env().clone();
-        let mut buffer = Buffer::try_new(length.min(CHUNK) as usize)?;
-        let (start, mut sent) = (env.now(), 0u64);
-        let mut offset = 0;
-        while offset < length {
-            let status = self
-                .top
-                .block_status(offset, length - offset)
-                .await
-                .map_err(|error| {
-                    Failure::io(
-                        format_args!("error while reading block status at offset {offset}"),
-                        &error,
-                    )
-                })?;
-            let mut len = status.len.max(1).min(length - offset);
-            if !status.is_allocated() {
-            } else if status.is_zero() {
-                target
-                    .write_zeroes(offset, len, RequestFlags::MAY_UNMAP)
-                    .await
-                    .map_err(|error| writing(offset, &error))?;
-            } else {
-                len = len.min(CHUNK);
-                buffer.resize(len as usize);
-                buffer = self.top.read_into(offset, buffer).await.map_err(|error| {
-                    Failure::io(format_args!("error while reading at byte {offset}"), &error)
-                })?;
-                let data = block_core::IoBuf::from(buffer);
-                target
-                    .write(offset, data.clone(), RequestFlags::empty())
-                    .await
-                    .map_err(|error| writing(offset, &error))?;
-                buffer = match data.try_into_buffer() {
-                    Ok(buffer) => buffer,
-                    Err(_) => Buffer::try_new(length.min(CHUNK) as usize)?,
-                };
-                sent += len;
-                if self.rate > 0 {
-                    let due = std::time::Duration::from_secs_f64(sent as f64 / self.rate as f64);
-                    let passed = env.now().saturating_sub(start);
-                    if due > passed {
-                        env.sleep(due.saturating_sub(passed)).await;
-                    }
-                }
-            }
-            offset += len;
-            meter.advance(len);
-        }
-        Ok(())
-    }
-}
-
-fn writing(offset: u64, error: &block_core::Error) -> Failure {
-    Failure::io(format_args!("error while writing at byte {offset}"), error)
 }

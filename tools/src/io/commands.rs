@@ -9,7 +9,7 @@ use block_core::{
 };
 
 use super::{
-    help,
+    breakpoints, help,
     line::{Given, number, pattern, request_length},
     report,
     session::{OpenHow, Session, cache_mode},
@@ -112,6 +112,9 @@ pub async fn run(session: &mut Session, program: &str, words: &[&str]) -> Outcom
         "truncate" => truncate(session, &given).await,
         "info" => info(session).await,
         "sleep" => sleep(session, &given).await,
+        name @ ("break" | "remove_break" | "resume" | "wait_break") => {
+            Ok(breakpoints::run(session, name, &given.rest).await)
+        }
         "open" => open(session, program, &given).await,
         "close" => session.close().await.map(|()| Done).map_err(Refused::from),
         "reopen" => reopen(session, program, &given).await,

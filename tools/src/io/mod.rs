@@ -1,5 +1,6 @@
 //! `blk io`, also as `qemu-io`: reads and writes images command by command, from `-c` or from standard input.
 
+mod breakpoints;
 mod commands;
 mod help;
 mod line;

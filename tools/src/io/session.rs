@@ -193,11 +193,17 @@ impl Session {
         self.image.as_ref().map(|image| &image.handle)
     }
 
+    /// What hears the image's debug events, if anything does.
+    pub fn debugger(&self) -> Option<Arc<iotests::faults::Debugger>> {
+        iotests::faults::debugger_below(&self.handle()?.node())
+    }
+
     /// Closes the image, after everything in the background has ended.
     ///
     /// # Errors
     /// The last flush or the close failed.
     pub async fn close(&mut self) -> Result<()> {
+        iotests::faults::resume_all(&self.graph);
         self.settle().await;
         let Some(image) = self.image.take() else {
             return Ok(());

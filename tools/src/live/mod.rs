@@ -19,7 +19,6 @@ use std::{
 use block_core::{Environment, OpenOptions, Options, PermissionSet, Permissions};
 use clap::Parser;
 use futures::future::{Either, select};
-use jobs::JobManager;
 use parking_lot::Mutex;
 
 use self::{
@@ -136,7 +135,7 @@ pub fn run(program: Program, args: &[String]) -> u8 {
         let path = scratch.keep();
         complain!("{name}: the images are in '{}'", path.display());
     }
-    status
+    session.end_trace(status)
 }
 
 enum Stopped {
@@ -183,7 +182,7 @@ async fn live(session: &Session, arguments: &Arguments, scratch: &Path) -> Resul
             size,
             cluster: load.cluster,
         },
-        manager: JobManager::new(&session.graph),
+        manager: session.jobs.clone(),
         table: table.clone(),
         // Six jobs one after another, and two slices for those side by side.
         slice: Duration::from_secs(arguments.seconds.max(1)) / 10,

@@ -4,7 +4,10 @@
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 
 use block_core::Node;
-use jobs::{BackupOptions, CommitOptions, CopyMode, Job, JobManager, MirrorOptions, StreamOptions};
+use jobs::{
+    BackupOptions, CommitOptions, CopyMode, Job, JobKind, JobManager, JobOptions, MirrorOptions,
+    StreamOptions,
+};
 use parking_lot::Mutex;
 
 use super::{
@@ -35,6 +38,13 @@ pub struct Run {
     pub counters: Mutex<BTreeMap<u64, Proof>>,
     /// Images to be checked when nobody has them open any more.
     pub images: Mutex<Vec<PathBuf>>,
+}
+
+/// A job that was started.
+struct Running {
+    job: Arc<Job>,
+    /// When.
+    begun: Duration,
 }
 
 /// The first thing that went wrong.
@@ -118,32 +128,89 @@ impl Run {
         }
     }
 
-    fn record(
+    /// Starts a job, by `begin`, at a speed that makes copying `bytes` last about a slice.
+    async fn start(
         &self,
         disk: &Disk,
-        job: &Arc<Job>,
-        mode: &'static str,
-        begun: Duration,
-        verified: u64,
-    ) {
+        kind: JobKind,
+        bytes: u64,
+        begin: impl AsyncFnOnce(JobOptions) -> block_core::Result<Arc<Job>>,
+    ) -> Step<Running> {
+        let options = JobOptions {
+            id: Some(format!("{kind}-{}", disk.name)),
+            speed: self.speed(bytes),
+            ..JobOptions::default()
+        };
+        let begun = self.lab.graph.env().now();
+        let job = begin(options)
+            .await
+            .map_err(said(&format!("starting a {kind}")))?;
+        Ok(Running { job, begun })
+    }
+
+    /// Waits until a job is ready, lets it work for `beyond` longer, and has it switch over.
+    async fn complete(&self, disk: &Disk, job: &Arc<Job>, beyond: Duration) -> Step {
+        self.watch(disk, job, true).await?;
+        self.sleep(beyond).await;
+        job.complete()
+            .map_err(said(&format!("completing a {}", job.kind())))?;
+        self.watch(disk, job, false).await
+    }
+
+    fn record(&self, disk: &Disk, running: &Running, mode: &'static str, verified: u64) {
+        let Running { job, begun } = running;
         let counters = job.counters();
+        let now = self.lab.graph.env().now();
         self.table
             .event(&format!("disk {}: {} ({mode}) done", disk.name, job.kind()));
         self.jobs.lock().push(JobLine {
             disk: disk.name.clone(),
             kind: job.kind().name(),
             mode,
-            seconds: self
-                .lab
-                .graph
-                .env()
-                .now()
-                .saturating_sub(begun)
-                .as_secs_f64(),
+            seconds: now.saturating_sub(*begun).as_secs_f64(),
             bytes_copied: counters.bytes_copied + counters.bytes_copied_before_write,
             bytes_while_guest_wrote: counters.bytes_while_guest_wrote,
             bytes_verified: verified,
         });
+    }
+
+    /// A job is going to take these layers out of their chain: their counters are kept, and they are to be checked.
+    fn part_with(&self, layers: &[Arc<Node>]) {
+        for layer in layers {
+            self.keep_counters(layer);
+            let file = Self::file(layer);
+            if file != self.lab.base.0 {
+                self.images.lock().push(file);
+            }
+        }
+    }
+
+    /// Fails if one of `layers` is still in the disk's chain.
+    fn are_gone(disk: &Disk, kind: JobKind, layers: &[Arc<Node>]) -> Step {
+        let is_old = |layer: &Arc<Node>| layers.iter().any(|old| old.id() == layer.id());
+        if disk.layers().iter().any(is_old) {
+            return Err(format!(
+                "disk {}: {kind} didn't take its layers out",
+                disk.name
+            ));
+        }
+        Ok(())
+    }
+
+    /// Fails unless the guest works on `node`.
+    fn is_on(disk: &Disk, kind: JobKind, node: &Arc<Node>) -> Step {
+        if disk.handle.node().skip_filters().id() != node.id() {
+            return Err(format!("disk {}: {kind} didn't switch over", disk.name));
+        }
+        Ok(())
+    }
+
+    /// A new image to copy to.
+    async fn target(&self, disk: &Disk, what: &str) -> Step<Arc<Node>> {
+        self.lab
+            .target(&format!("{}-{what}", disk.name))
+            .await
+            .map_err(said("making a target"))
     }
 
     /// Gives a target up and compares what it holds.
@@ -162,90 +229,59 @@ impl Run {
 
     /// A full backup: its target must hold what the disk held when it began.
     pub async fn backup(&self, disk: &Disk) -> Step {
-        let target = self
-            .lab
-            .target(&format!("{}-backup", disk.name))
-            .await
-            .map_err(said("making a backup target"))?;
+        let target = self.target(disk, "backup").await?;
         disk.guest.pause().await;
         let frozen = disk.oracle.freeze();
-        let begun = self.lab.graph.env().now();
-        let mut options = BackupOptions::new(&disk.handle.node(), &target);
-        options.job.id = Some(format!("backup-{}", disk.name));
-        options.job.speed = self.speed(self.lab.size);
-        let job = self
-            .manager
-            .backup(options)
-            .await
-            .map_err(said("starting a backup"));
+        let started = self
+            .start(disk, JobKind::Backup, self.lab.size, async |job| {
+                let options = BackupOptions::new(&disk.handle.node(), &target);
+                self.manager.backup(BackupOptions { job, ..options }).await
+            })
+            .await;
         disk.guest.resume();
-        let job = job?;
-        self.watch(disk, &job, false).await?;
+        let running = started?;
+        self.watch(disk, &running.job, false).await?;
         let verified = self.settle_target(disk, &target, &frozen).await?;
-        self.record(disk, &job, "full", begun, verified);
+        self.record(disk, &running, "full", verified);
         Ok(())
     }
 
     /// Merges the layer at `index` (0 is the top) into the one below it, the guest going on above.
     pub async fn commit_below(&self, disk: &Disk, index: usize) -> Step {
         let layers = disk.layers();
-        let (Some(top), Some(base)) = (layers.get(index), layers.get(index + 1)) else {
+        let Some([top, base]) = layers.get(index..index + 2) else {
             return Err(format!("disk {} has no layer {}", disk.name, index + 1));
         };
-        self.images.lock().push(Self::file(top));
-        self.keep_counters(top);
-        let begun = self.lab.graph.env().now();
-        let mut options = CommitOptions::new(&disk.handle.node()).top(top).base(base);
-        options.job.id = Some(format!("commit-{}", disk.name));
-        options.job.speed = self.speed(self.lab.size / 4);
-        let job = self
-            .manager
-            .commit(options)
-            .await
-            .map_err(said("starting a commit"))?;
-        self.watch(disk, &job, false).await?;
-        if disk.layers().iter().any(|layer| layer.id() == top.id()) {
-            return Err(format!(
-                "disk {}: commit didn't take its layer out",
-                disk.name
-            ));
-        }
-        self.record(disk, &job, "intermediate", begun, 0);
+        let gone = std::slice::from_ref(top);
+        self.part_with(gone);
+        let running = self
+            .start(disk, JobKind::Commit, self.lab.size / 4, async |job| {
+                let options = CommitOptions::new(&disk.handle.node()).top(top).base(base);
+                self.manager.commit(CommitOptions { job, ..options }).await
+            })
+            .await?;
+        self.watch(disk, &running.job, false).await?;
+        Self::are_gone(disk, JobKind::Commit, gone)?;
+        self.record(disk, &running, "intermediate", 0);
         Ok(())
     }
 
     /// Copies everything between the top and the layer at `index` into the top.
     pub async fn stream(&self, disk: &Disk, index: usize) -> Step {
         let layers = disk.layers();
-        let Some(base) = layers.get(index) else {
+        let (Some(base), Some(gone)) = (layers.get(index), layers.get(1..index)) else {
             return Err(format!("disk {} has no layer {index}", disk.name));
         };
-        for layer in &layers[1..index] {
-            self.images.lock().push(Self::file(layer));
-            self.keep_counters(layer);
-        }
-        let begun = self.lab.graph.env().now();
-        let mut options = StreamOptions::new(&disk.handle.node()).base(base);
-        options.job.id = Some(format!("stream-{}", disk.name));
-        options.job.speed = self.speed(self.lab.size / 4);
-        let job = self
-            .manager
-            .stream(options)
-            .await
-            .map_err(said("starting a stream"))?;
-        self.watch(disk, &job, false).await?;
-        let gone = &layers[1..index];
-        if disk
-            .layers()
-            .iter()
-            .any(|layer| gone.iter().any(|old| old.id() == layer.id()))
-        {
-            return Err(format!(
-                "disk {}: stream didn't take its layers out",
-                disk.name
-            ));
-        }
-        self.record(disk, &job, "to a base", begun, 0);
+        self.part_with(gone);
+        let running = self
+            .start(disk, JobKind::Stream, self.lab.size / 4, async |job| {
+                let options = StreamOptions::new(&disk.handle.node()).base(base);
+                self.manager.stream(StreamOptions { job, ..options }).await
+            })
+            .await?;
+        self.watch(disk, &running.job, false).await?;
+        Self::are_gone(disk, JobKind::Stream, gone)?;
+        self.record(disk, &running, "to a base", 0);
         Ok(())
     }
 
@@ -255,115 +291,77 @@ impl Run {
         let [top, base, ..] = layers.as_slice() else {
             return Err(format!("disk {} has a single layer", disk.name));
         };
-        self.images.lock().push(Self::file(top));
-        self.keep_counters(top);
-        let begun = self.lab.graph.env().now();
-        let mut options = CommitOptions::new(top).base(base);
-        options.job.id = Some(format!("commit-{}", disk.name));
-        options.job.speed = self.speed(self.lab.size / 4);
-        let job = self
-            .manager
-            .commit(options)
-            .await
-            .map_err(said("starting a commit"))?;
-        self.watch(disk, &job, true).await?;
-        job.complete().map_err(said("completing a commit"))?;
-        self.watch(disk, &job, false).await?;
-        if disk.handle.node().skip_filters().id() != base.id() {
-            return Err(format!(
-                "disk {}: commit didn't switch over to its base",
-                disk.name
-            ));
-        }
-        self.record(disk, &job, "active", begun, 0);
+        self.part_with(std::slice::from_ref(top));
+        let running = self
+            .start(disk, JobKind::Commit, self.lab.size / 4, async |job| {
+                let options = CommitOptions::new(top).base(base);
+                self.manager.commit(CommitOptions { job, ..options }).await
+            })
+            .await?;
+        self.complete(disk, &running.job, Duration::ZERO).await?;
+        Self::is_on(disk, JobKind::Commit, base)?;
+        self.record(disk, &running, "active", 0);
         Ok(())
+    }
+
+    async fn start_mirror(
+        &self,
+        disk: &Disk,
+        target: &Arc<Node>,
+        copy_mode: CopyMode,
+    ) -> Step<Running> {
+        self.start(disk, JobKind::Mirror, self.lab.size, async |job| {
+            let options = MirrorOptions {
+                job,
+                copy_mode,
+                ..MirrorOptions::new(&disk.handle.node(), target)
+            };
+            self.manager.mirror(options).await
+        })
+        .await
     }
 
     /// Copies the disk to another image and goes on there.
     pub async fn mirror_and_switch(&self, disk: &Disk, mode: CopyMode) -> Step {
-        let name = match mode {
-            CopyMode::Background => "mirror",
-            CopyMode::WriteBlocking => "wbmirror",
+        let (name, shown) = match mode {
+            CopyMode::Background => ("mirror", "background, switch-over"),
+            CopyMode::WriteBlocking => ("wbmirror", "write-blocking, switch"),
         };
-        let target = self
-            .lab
-            .target(&format!("{}-{name}", disk.name))
-            .await
-            .map_err(said("making a mirror target"))?;
-        let old: Vec<Arc<Node>> = disk.layers();
-        let old_files: Vec<PathBuf> = old[..old.len() - 1].iter().map(Self::file).collect();
-        for layer in &old {
-            self.keep_counters(layer);
-        }
-        let begun = self.lab.graph.env().now();
-        let mut options = MirrorOptions::new(&disk.handle.node(), &target);
-        options.job.id = Some(format!("mirror-{}", disk.name));
-        options.job.speed = self.speed(self.lab.size);
-        options.copy_mode = mode;
-        let job = self
-            .manager
-            .mirror(options)
-            .await
-            .map_err(said("starting a mirror"))?;
-        self.watch(disk, &job, true).await?;
-        self.sleep(self.slice / 8).await;
-        job.complete().map_err(said("completing a mirror"))?;
-        self.watch(disk, &job, false).await?;
-        if disk.handle.node().skip_filters().id() != target.id() {
-            return Err(format!(
-                "disk {}: mirror didn't switch over to its target",
-                disk.name
-            ));
-        }
+        let target = self.target(disk, name).await?;
+        let old = disk.layers();
+        let running = self.start_mirror(disk, &target, mode).await?;
+        self.complete(disk, &running.job, self.slice / 8).await?;
+        Self::is_on(disk, JobKind::Mirror, &target)?;
         // The guest holds it now.
         self.lab
             .graph
             .release(&target)
             .await
             .map_err(said("handing a target over"))?;
-        self.images.lock().extend(
-            old_files
-                .into_iter()
-                .filter(|file| *file != self.lab.base.0),
-        );
-        let mode = match mode {
-            CopyMode::Background => "background, switch-over",
-            CopyMode::WriteBlocking => "write-blocking, switch",
-        };
-        self.record(disk, &job, mode, begun, 0);
+        self.part_with(&old);
+        self.record(disk, &running, shown, 0);
         Ok(())
     }
 
     /// Copies the disk in write-blocking mode and leaves it: the target must hold what the disk holds at that moment.
     pub async fn mirror_and_leave(&self, disk: &Disk) -> Step {
-        let target = self
-            .lab
-            .target(&format!("{}-copy", disk.name))
-            .await
-            .map_err(said("making a mirror target"))?;
-        let begun = self.lab.graph.env().now();
-        let mut options = MirrorOptions::new(&disk.handle.node(), &target);
-        options.job.id = Some(format!("mirror-{}", disk.name));
-        options.job.speed = self.speed(self.lab.size);
-        options.copy_mode = CopyMode::WriteBlocking;
-        let job = self
-            .manager
-            .mirror(options)
-            .await
-            .map_err(said("starting a mirror"))?;
-        self.watch(disk, &job, true).await?;
+        let target = self.target(disk, "copy").await?;
+        let mode = CopyMode::WriteBlocking;
+        let running = self.start_mirror(disk, &target, mode).await?;
+        let job = &running.job;
+        self.watch(disk, job, true).await?;
         self.sleep(self.slice / 8).await;
         disk.guest.pause().await;
         let frozen = disk.oracle.freeze();
         let left = job.cancel(false).map_err(said("leaving a mirror"));
         let ended = match left {
-            Ok(()) => self.watch(disk, &job, false).await,
+            Ok(()) => self.watch(disk, job, false).await,
             Err(error) => Err(error),
         };
         disk.guest.resume();
         ended?;
         let verified = self.settle_target(disk, &target, &frozen).await?;
-        self.record(disk, &job, "write-blocking, left", begun, verified);
+        self.record(disk, &running, "write-blocking, left", verified);
         Ok(())
     }
 
@@ -390,13 +388,7 @@ impl Run {
     async fn finish(&self, disk: Disk) -> Step {
         use std::sync::atomic::Ordering::Relaxed;
         disk.guest.stop().await;
-        for layer in disk.layers() {
-            let file = Self::file(&layer);
-            if file != self.lab.base.0 {
-                self.keep_counters(&layer);
-                self.images.lock().push(file);
-            }
-        }
+        self.part_with(&disk.layers());
         let counts = disk.guest.counts();
         let mut line = DiskLine {
             disk: disk.name.clone(),

@@ -89,6 +89,19 @@ impl SideBySide {
         }
     }
 
+    /// Runs one command line on both sides; only the exit status is compared.
+    pub fn silently(&mut self, line: &str) {
+        let args: Vec<&str> = line.split_whitespace().collect();
+        let theirs = Self::run(Path::new("qemu-img"), self.theirs.path(), &args);
+        let blk = Path::new(env!("CARGO_BIN_EXE_blk"));
+        let ours = Self::run(blk, self.ours.path(), &args);
+        self.commands += 1;
+        if theirs.status.code() != ours.status.code() {
+            self.differences
+                .push(format!("qemu-img {line}: {theirs:?}, {ours:?}"));
+        }
+    }
+
     /// Runs all lines of `lines`.
     pub fn compare_all(&mut self, lines: &str) {
         for line in lines.lines().map(str::trim).filter(|line| !line.is_empty()) {

@@ -1,0 +1,167 @@
+//! A directory that stands for the simulated disks: images are carried between the two, tools run on the real files.
+
+use std::{path::PathBuf, sync::Arc};
+
+use block_core::{BlockHandle, Node, Options};
+
+use crate::{
+    case::{Failure, Scene, Verdict},
+    external::{self, Said, TempDir},
+    stack::{content, same, writer},
+    storage::{Content, Disk},
+};
+
+/// Where images are for the tools.
+pub(super) struct Bench {
+    pub scene: Arc<Scene>,
+    dir: TempDir,
+}
+
+impl Bench {
+    /// A bench, if the tools are there and know the format.
+    pub fn new(scene: &Arc<Scene>) -> Result<Result<Self, Verdict>, Failure> {
+        let dir = TempDir::new().map_err(|error| Failure(error.to_string()))?;
+        let bench = Self {
+            scene: scene.clone(),
+            dir,
+        };
+        for tool in ["qemu-img", "qemu-io"] {
+            let said = external::run(tool, &["--version"], "");
+            if said.map_err(|error| Failure(error.to_string()))?.is_none() {
+                let why = format!("{tool} isn't installed");
+                return Ok(Err(Verdict::NotCovered(why)));
+            }
+        }
+        let probe = bench.img(&["create", "-f", bench.format(), &bench.path("known"), "1M"])?;
+        if probe.status != Some(0) {
+            let why = "the installed qemu-img doesn't know the format";
+            return Ok(Err(Verdict::NotCovered(why.into())));
+        }
+        Ok(Ok(bench))
+    }
+
+    /// The format's name.
+    pub fn format(&self) -> &str {
+        &self.scene.format.name
+    }
+
+    /// The real file of a disk.
+    pub fn path(&self, name: &str) -> String {
+        self.file(name).to_string_lossy().into_owned()
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Runs `qemu-img`.
+    #[allow(clippy::unused_self)]
+    pub fn img(&self, arguments: &[&str]) -> Result<Said, Failure> {
+        external::run("qemu-img", arguments, "")
+            .map_err(|error| Failure(error.to_string()))?
+            .ok_or_else(|| Failure("qemu-img has gone".into()))
+    }
+
+    /// Runs `qemu-img`, which has to succeed.
+    pub fn img_ok(&self, arguments: &[&str]) -> Result<String, Failure> {
+        let said = self.img(arguments)?;
+        if said.status != Some(0) {
+            let what = arguments.join(" ");
+            return Err(format!("qemu-img {what}: {}", said.text).into());
+        }
+        Ok(said.text)
+    }
+
+    /// Runs commands of `qemu-io` on an image; all have to succeed.
+    pub fn io(&self, name: &str, commands: &[&str]) -> Result<String, Failure> {
+        let path = self.path(name);
+        let mut arguments = vec!["-f", self.format()];
+        for command in commands {
+            arguments.extend(["-c", command]);
+        }
+        arguments.push(&path);
+        let said = external::run("qemu-io", &arguments, "")
+            .map_err(|error| Failure(error.to_string()))?
+            .ok_or_else(|| Failure("qemu-io has gone".into()))?;
+        let failed = said.text.contains("failed") || said.text.contains("error");
+        if said.status != Some(0) || failed {
+            return Err(format!("qemu-io {commands:?}: {}", said.text).into());
+        }
+        Ok(said.text)
+    }
+
+    /// Makes a simulated disk of a real file.
+    pub fn import(&self, name: &str) -> Result<Arc<Disk>, Failure> {
+        let bytes = std::fs::read(self.file(name)).map_err(|error| Failure(error.to_string()))?;
+        let disk = Disk::new(name, Content::from_bytes(&bytes));
+        self.scene.lab.disks.insert(disk.clone());
+        Ok(disk)
+    }
+
+    /// Makes a real file of a simulated disk.
+    pub fn export(&self, name: &str) -> Result<(), Failure> {
+        let bytes = self.scene.lab.disk(name)?.content().to_bytes();
+        std::fs::write(self.file(name), bytes).map_err(|error| Failure(error.to_string()))
+    }
+
+    /// What qemu-img reads from an image and all below it.
+    pub fn seen_by_qemu(&self, name: &str) -> Result<Vec<u8>, Failure> {
+        let (from, to) = (self.path(name), self.path("seen.raw"));
+        self.img_ok(&["convert", "-f", self.format(), "-O", "raw", &from, &to])?;
+        std::fs::read(self.file("seen.raw")).map_err(|error| Failure(error.to_string()))
+    }
+
+    /// qemu-img's check, if it has one for the format.
+    pub fn check(&self, name: &str) -> Result<(), Failure> {
+        let said = self.img(&["check", "-f", self.format(), &self.path(name)])?;
+        match said.status {
+            Some(0 | 63) => Ok(()),
+            _ => Err(format!("qemu-img check: {}", said.text).into()),
+        }
+    }
+
+    /// Opens a disk here.
+    pub async fn open(&self, name: &str) -> Result<(Arc<Node>, Arc<BlockHandle>), Failure> {
+        let lab = &self.scene.lab;
+        let node = lab.open(self.format(), name, None, &Options::new()).await?;
+        let handle = writer(&lab.graph, &node, "guest")?;
+        Ok((node, handle))
+    }
+
+    /// Closes it.
+    pub async fn close(&self, node: Arc<Node>, handle: Arc<BlockHandle>) -> Result<(), Failure> {
+        handle.flush().await?;
+        drop(handle);
+        crate::stack::check(&self.scene.lab.graph, &node, true).await?;
+        self.scene.lab.graph.release(&node).await?;
+        Ok(())
+    }
+
+    /// Opens, reads and closes a disk here.
+    pub async fn seen_by_us(&self, name: &str) -> Result<Vec<u8>, Failure> {
+        let (node, handle) = self.open(name).await?;
+        let bytes = content(&self.scene.lab.graph, &node).await?;
+        self.close(node, handle).await?;
+        Ok(bytes)
+    }
+
+    /// Both see the same in the same bytes.
+    pub async fn agree(&self, name: &str, what: &str) -> Result<Vec<u8>, Failure> {
+        let theirs = self.seen_by_qemu(name)?;
+        let ours = self.seen_by_us(name).await?;
+        same(&ours, &theirs, what)?;
+        Ok(ours)
+    }
+
+    /// The options of creation of the format under test, as `-o` has them.
+    pub fn create_options(&self) -> String {
+        let options = self.scene.format.create.0.iter();
+        let pairs: Vec<String> = options
+            .map(|(key, value)| match value {
+                serde_json::Value::String(text) => format!("{key}={text}"),
+                other => format!("{key}={other}"),
+            })
+            .collect();
+        pairs.join(",")
+    }
+}
