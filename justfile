@@ -28,9 +28,9 @@ loom:
     RUSTFLAGS="--cfg loom" LOOM_MAX_PREEMPTIONS=2 CARGO_TARGET_DIR=target/loom cargo test --release -p block-core --test loom_tracked --test loom_pins
     RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom cargo test --release -p format-qcow2 --lib -- loom
 
-# Undefined behaviour in the buffers (needs a nightly with the miri component)
+# Undefined behaviour in the buffers (`rustup component add miri rust-src --toolchain nightly` first; four minutes)
 miri:
-    cargo +nightly miri test -p block-core buffer
+    cargo +nightly miri test -p block-core --lib buffer
 
 # The numbers that the README speaks of
 bench:

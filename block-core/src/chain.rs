@@ -201,6 +201,10 @@ pub(crate) async fn block_status(
     let mut depth = 0;
     loop {
         let found = if node.driver().kind() == DriverKind::Filter {
+            if crate::debug::listens(&node) {
+                // A fault injector may have an error for this.
+                ask_driver(&node, offset, len).await?;
+            }
             Layer {
                 flags: StatusFlags::empty(),
                 len,

@@ -136,6 +136,16 @@ pub enum Mapping {
     NotCached,
 }
 
+/// How far [`BlockDriver::try_read`] or [`BlockDriver::try_write`] got.
+#[derive(Debug)]
+pub enum Attempt {
+    /// It is done, or has failed for good.
+    Done(Result<()>),
+    /// So many bytes at the front are done, a multiple of the request alignment. The rest takes the driver's own
+    /// future; 0 when nothing was tried.
+    Left(usize),
+}
+
 /// How storage is to be preallocated when an image grows or is made.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, Hash, Default, serde::Serialize, serde::Deserialize,
@@ -226,6 +236,20 @@ pub trait BlockDriver: Send + Sync + 'static {
     fn try_map(&self, edges: &Edges, offset: u64, len: u64, intent: MapIntent) -> Mapping {
         let _ = (edges, offset, len, intent);
         Mapping::NotCached
+    }
+
+    /// Fills `buf` with what is at `offset`, if that is a matter of copying: what is in the page cache, or in memory. It
+    /// doesn't wait (but see protocol-file's `inline=always`) and asks nothing of any child. The core calls it before every
+    /// [`Self::read`], inside the same tracked request, so that a request which ends at once costs no future.
+    fn try_read(&self, offset: u64, buf: &mut IoBufMut) -> Attempt {
+        let _ = (offset, buf);
+        Attempt::Left(0)
+    }
+
+    /// The same for [`Self::write`]. Flags that take more than a copy (FUA, WRITE_COMPRESSED) are left to it.
+    fn try_write(&self, offset: u64, buf: &IoBuf, flags: RequestFlags) -> Attempt {
+        let _ = (offset, buf, flags);
+        Attempt::Left(0)
     }
 
     /// Fills `buf` with what is at `offset`.
@@ -363,6 +387,14 @@ pub trait BlockDriver: Send + Sync + 'static {
     /// evictions, …), by name.
     fn counters(&self) -> Vec<(&'static str, u64)> {
         Vec::new()
+    }
+
+    /// For tests: from now on tells `watch` what happens to the space in its file. False when the driver can't, and then
+    /// its books aren't covered by what a simulation checks at every step.
+    #[doc(hidden)]
+    fn watch_space(&self, watch: Arc<dyn crate::space::SpaceWatch>) -> bool {
+        let _ = watch;
+        false
     }
 
     /// For drivers that know each other (copy-range between files, a job and its filter).

@@ -363,7 +363,7 @@ impl Graph {
             }
             for (id, set) in &change.root_permissions {
                 if let Some(root) = topology.roots.get(id) {
-                    *root.permissions.lock() = *set;
+                    root.set_permissions(*set);
                 }
             }
             if !change.edges.is_empty() {

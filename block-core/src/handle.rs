@@ -5,7 +5,7 @@ use std::{
     fmt,
     sync::{
         Arc, Weak,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering},
     },
     task::{Poll, Waker},
 };
@@ -34,7 +34,8 @@ pub(crate) struct RootState {
     pub id: u64,
     pub name: String,
     pub node: ArcSwap<Node>,
-    pub permissions: Mutex<PermissionSet>,
+    /// See [`Self::permissions`]: used in the low byte, shared in the high one.
+    permissions: AtomicU16,
     in_flight: AtomicUsize,
     quiesced: AtomicUsize,
     /// Those who wait to be let in, and drains that wait for quiet.
@@ -48,12 +49,26 @@ impl RootState {
             id,
             name,
             node: ArcSwap::new(node),
-            permissions: Mutex::new(permissions),
+            permissions: AtomicU16::new(pack(permissions)),
             in_flight: AtomicUsize::new(0),
             quiesced: AtomicUsize::new(0),
             wakers: Mutex::default(),
             write_through: AtomicBool::new(false),
         }
+    }
+
+    /// What the handle uses and shares, as last committed.
+    #[inline]
+    pub(crate) fn permissions(&self) -> PermissionSet {
+        let [used, shared] = self.permissions.load(Ordering::SeqCst).to_le_bytes();
+        PermissionSet {
+            used: Permissions::from_bits_retain(used),
+            shared: Permissions::from_bits_retain(shared),
+        }
+    }
+
+    pub(crate) fn set_permissions(&self, set: PermissionSet) {
+        self.permissions.store(pack(set), Ordering::SeqCst);
     }
 
     fn wake_all(&self) {
@@ -117,6 +132,10 @@ impl RootState {
     pub(crate) fn in_flight(&self) -> usize {
         self.in_flight.load(Ordering::SeqCst)
     }
+}
+
+const fn pack(set: PermissionSet) -> u16 {
+    u16::from_le_bytes([set.used.bits(), set.shared.bits()])
 }
 
 /// One admitted request. It counts until it is dropped, which is when the request's last I/O has ended.
@@ -189,7 +208,7 @@ impl BlockHandle {
 
     /// What it uses and shares.
     pub fn permissions(&self) -> PermissionSet {
-        *self.root.permissions.lock()
+        self.root.permissions()
     }
 
     /// Requests of this handle that have been admitted and have not ended.
@@ -213,7 +232,7 @@ impl BlockHandle {
     }
 
     fn need(&self, wanted: Permissions, operation: Operation, offset: u64, len: u64) -> Result<()> {
-        let used = self.root.permissions.lock().used;
+        let used = self.root.permissions().used;
         if used.contains(wanted) {
             return Ok(());
         }
@@ -236,7 +255,7 @@ impl BlockHandle {
         at: u64,
         len: u64,
     ) -> Result<()> {
-        let used = self.root.permissions.lock().used;
+        let used = self.root.permissions().used;
         if flags.contains(RequestFlags::WRITE_UNCHANGED)
             && used.intersects(Permissions::WRITE_UNCHANGED | Permissions::WRITE)
         {
@@ -277,18 +296,12 @@ impl BlockHandle {
         self.may(&op)?;
         let guard = self.root.enter().await;
         self.may(&op)?;
-        op.may_grow = op.may_grow
-            && self
-                .root
-                .permissions
-                .lock()
-                .used
-                .contains(Permissions::RESIZE);
+        op.may_grow = op.may_grow && self.root.permissions().used.contains(Permissions::RESIZE);
         if self.is_write_through() && !matches!(op.action, path::Action::Read(_)) {
             op.flags |= RequestFlags::FUA;
         }
         let node = self.root.node.load_full();
-        path::submit(&node, Origin::Root(guard), op).await
+        path::submit(node, Origin::Root(guard), op).await
     }
 
     /// Admits an operation that is made of several requests to children of the handle's node.
@@ -465,8 +478,8 @@ impl BlockHandle {
         self.graph()?.set_root_permissions(&self.root, set)
     }
 
-    /// Flushes, detaches, and closes the node if nobody else uses it. The first error is returned; the handle is
-    /// gone in any case.
+    /// Flushes, detaches, and closes the node if nobody else uses it and the program doesn't keep it
+    /// ([`Graph::keep`]). The first error is returned; the handle is gone in any case.
     pub async fn close(self) -> Result<()> {
         let node = self.node();
         let graph = self.graph()?;
@@ -480,8 +493,9 @@ impl BlockHandle {
             Ok(())
         };
         drop(self);
-        let released = graph.release(&node).await;
-        flushed.and(released)
+        graph.collect_orphans().await;
+        let closed = graph.collect(&node).await;
+        flushed.and(closed)
     }
 }
 

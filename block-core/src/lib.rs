@@ -4,6 +4,29 @@
 //! links, opens images, and attaches a [`handle::BlockHandle`] to a node. A driver implements
 //! [`driver::BlockDriver`] and gets alignment, tracking, serialising, drain, jobs and exports for nothing.
 //!
+//! ```no_run
+//! use std::sync::Arc;
+//!
+//! use block_core::{
+//!     Environment, Graph, OpenOptions, Options, PermissionSet, Permissions, Registry, RequestFlags,
+//! };
+//!
+//! # async fn example(env: Arc<dyn Environment>, drivers: Arc<Registry>) -> block_core::Result<()> {
+//! let graph = Graph::new(env);
+//! let how = OpenOptions::default(); // opens no other file that the image names
+//! let node = drivers.open_file(&graph, "disk.qcow2", None, Options::new(), how).await?;
+//! let used = Permissions::CONSISTENT_READ | Permissions::WRITE;
+//! let disk = graph.attach(&node, PermissionSet::new(used, Permissions::all()), "guest")?;
+//!
+//! disk.write(0, vec![1; 4096], RequestFlags::empty()).await?;
+//! disk.write_zeroes(2048, 2048, RequestFlags::MAY_UNMAP).await?; // waits for the write: they overlap
+//! disk.flush().await?;
+//! assert_eq!(disk.read(2047, 2).await?[..], [1, 0]);
+//! disk.close().await?;
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! What is *not* here: file formats, system calls, an async runtime, threads.
 
 pub mod bitmap;
@@ -31,6 +54,8 @@ pub mod producer;
 pub mod registry;
 mod reopen;
 pub mod request;
+#[doc(hidden)]
+pub mod space;
 pub mod stats;
 pub mod status;
 pub mod sync;

@@ -9,7 +9,7 @@ use std::{
     },
 };
 
-use arc_swap::{ArcSwap, ArcSwapOption};
+use arc_swap::{ArcSwap, ArcSwapOption, Guard};
 use parking_lot::{Mutex, RwLock};
 
 use crate::{
@@ -21,7 +21,7 @@ use crate::{
     flags::PermissionSet,
     limits::Limits,
     observe::Observer,
-    options::NodeOptions,
+    options::{DetectZeroes, DiscardMode, NodeOptions},
     request::Child,
     stats::NodeStats,
     tracked::Tracker,
@@ -98,6 +98,14 @@ impl<'a> IntoIterator for &'a Edges {
     }
 }
 
+/// What every request looks at, in one place, so that it takes one load. Immutable: a change makes a new one.
+pub(crate) struct View {
+    pub edges: Arc<Edges>,
+    pub limits: Limits,
+    pub discard: DiscardMode,
+    pub detect_zeroes: DetectZeroes,
+}
+
 /// What flush needs to know about the past of a node.
 #[derive(Default)]
 pub(crate) struct FlushState {
@@ -118,8 +126,7 @@ pub struct Node {
     driver: Arc<dyn BlockDriver>,
     env: Arc<dyn Environment>,
     pub(crate) deferred: Arc<DeferredWork>,
-    edges: ArcSwap<Edges>,
-    limits: ArcSwap<Limits>,
+    view: ArcSwap<View>,
     tracker: Arc<Tracker>,
     options: RwLock<NodeOptions>,
     pub(crate) flush: FlushState,
@@ -139,6 +146,8 @@ pub struct Node {
     debugged: AtomicBool,
     /// Bumped when something that requests look at before they have their ticket changes: length, edges, options.
     epoch: AtomicU64,
+    /// The largest request alignment that any parent ever had: how far beyond the end parents may read.
+    parent_alignment: AtomicU64,
 }
 
 impl Node {
@@ -152,15 +161,19 @@ impl Node {
         tracker: Arc<Tracker>,
         options: NodeOptions,
     ) -> Self {
-        let limits = driver.limits(&edges);
+        let view = View {
+            limits: driver.limits(&edges),
+            edges: Arc::new(edges),
+            discard: options.discard,
+            detect_zeroes: options.detect_zeroes,
+        };
         Self {
             id,
             name,
             driver,
             env,
             deferred,
-            edges: ArcSwap::from_pointee(edges),
-            limits: ArcSwap::from_pointee(limits),
+            view: ArcSwap::from_pointee(view),
             tracker,
             options: RwLock::new(options),
             flush: FlushState::default(),
@@ -174,6 +187,7 @@ impl Node {
             closing: AtomicBool::new(false),
             debugged: AtomicBool::new(false),
             epoch: AtomicU64::new(0),
+            parent_alignment: AtomicU64::new(1),
         }
     }
 
@@ -199,12 +213,37 @@ impl Node {
 
     /// The children now.
     pub fn edges(&self) -> Arc<Edges> {
-        self.edges.load_full()
+        self.view.load().edges.clone()
+    }
+
+    /// The block size in which parents read: the last block may lie partly beyond the end, where it reads as zeroes.
+    pub(crate) fn tail_alignment(&self, limits: &Limits) -> u64 {
+        let parents = self.parent_alignment.load(Ordering::SeqCst);
+        parents.max(limits.request_alignment).max(1)
+    }
+
+    /// What requests look at, now.
+    #[inline]
+    pub(crate) fn view(&self) -> Guard<Arc<View>> {
+        self.view.load()
+    }
+
+    /// Makes another view. Whoever looked at the old one before they had their ticket looks again.
+    fn change_view(&self, change: impl Fn(&View) -> View) {
+        self.view.rcu(|old| change(old));
+        self.bump_epoch();
+        let view = self.view();
+        for edge in view.edges.iter() {
+            let child = &edge.child.node().parent_alignment;
+            child.fetch_max(view.limits.request_alignment, Ordering::SeqCst);
+        }
     }
 
     pub(crate) fn set_edges(&self, edges: Arc<Edges>) {
-        self.edges.store(edges);
-        self.bump_epoch();
+        self.change_view(|old| View {
+            edges: edges.clone(),
+            ..*old
+        });
     }
 
     /// Whether a node below wants to be told of this node's debug events.
@@ -214,10 +253,11 @@ impl Node {
 
     /// After a change of edges anywhere below.
     pub(crate) fn refresh_debugged(&self) {
-        let debugged = crate::debug::heard(&self.edges.load());
+        let debugged = crate::debug::heard(&self.view.load().edges);
         self.debugged.store(debugged, Ordering::Relaxed);
     }
 
+    #[inline]
     pub(crate) fn epoch(&self) -> u64 {
         self.epoch.load(Ordering::SeqCst)
     }
@@ -228,23 +268,26 @@ impl Node {
 
     /// The node's length in bytes, now.
     pub fn length(&self) -> u64 {
-        self.driver.length(&self.edges.load())
+        self.driver.length(&self.view.load().edges)
     }
 
     /// The node's limits, now.
     pub fn limits(&self) -> Limits {
-        **self.limits.load()
+        self.view.load().limits
     }
 
     pub(crate) fn refresh_limits(&self) {
-        self.limits
-            .store(Arc::new(self.driver.limits(&self.edges.load())));
+        self.change_view(|old| View {
+            limits: self.driver.limits(&old.edges),
+            edges: old.edges.clone(),
+            ..*old
+        });
     }
 
     /// The file name that a user knows the node by: its own, or that of the child that holds its data.
     pub fn filename(&self) -> Option<String> {
         self.driver.filename().or_else(|| {
-            let edges = self.edges.load();
+            let edges = self.edges();
             edges
                 .child(ChildRole::File)
                 .or_else(|| edges.primary())
@@ -258,7 +301,15 @@ impl Node {
     }
 
     pub(crate) fn with_options<T>(&self, f: impl FnOnce(&mut NodeOptions) -> T) -> T {
-        f(&mut self.options.write())
+        let mut options = self.options.write();
+        let result = f(&mut options);
+        self.change_view(|old| View {
+            edges: old.edges.clone(),
+            discard: options.discard,
+            detect_zeroes: options.detect_zeroes,
+            ..*old
+        });
+        result
     }
 
     pub(crate) fn option<T>(&self, f: impl FnOnce(&NodeOptions) -> T) -> T {

@@ -107,7 +107,7 @@ pub(crate) fn plan(topology: &Topology, change: &Change) -> Result<Plan> {
             .root_permissions
             .get(&root.id)
             .copied()
-            .unwrap_or(*root.permissions.lock());
+            .unwrap_or_else(|| root.permissions());
         let who = if root.name.is_empty() {
             format!(
                 "an unnamed block device (uses node '{}' as 'root' child)",

@@ -176,7 +176,7 @@ impl Child {
     /// EIO when the range ends beyond the child's length.
     pub async fn read(&self, offset: u64, buf: IoBufMut) -> Result<()> {
         path::submit(
-            &self.0,
+            self.0.clone(),
             Origin::Parent,
             Op::read(offset, buf, RequestFlags::empty()),
         )
@@ -215,7 +215,7 @@ impl Child {
         flags: RequestFlags,
     ) -> Result<()> {
         path::submit(
-            &self.0,
+            self.0.clone(),
             Origin::Parent,
             Op::write(offset, buf.into(), flags),
         )
@@ -224,12 +224,12 @@ impl Child {
 
     /// Makes a range read as zeroes.
     pub async fn write_zeroes(&self, offset: u64, len: u64, flags: RequestFlags) -> Result<()> {
-        path::submit(&self.0, Origin::Parent, Op::zero(offset, len, flags)).await
+        path::submit(self.0.clone(), Origin::Parent, Op::zero(offset, len, flags)).await
     }
 
     /// Discards a range.
     pub async fn discard(&self, offset: u64, len: u64) -> Result<()> {
-        path::submit(&self.0, Origin::Parent, Op::discard(offset, len)).await
+        path::submit(self.0.clone(), Origin::Parent, Op::discard(offset, len)).await
     }
 
     /// Makes all completed writes durable.
@@ -239,7 +239,7 @@ impl Child {
 
     /// Changes its length.
     pub async fn truncate(&self, length: u64, how: Truncate) -> Result<()> {
-        path::submit(&self.0, Origin::Parent, Op::truncate(length, how)).await
+        path::submit(self.0.clone(), Origin::Parent, Op::truncate(length, how)).await
     }
 
     /// What the start of a range is made of, through the child's whole chain.
@@ -289,7 +289,12 @@ impl Reservation {
     pub async fn read(&self, offset: u64, buf: IoBufMut) -> Result<()> {
         self.check(offset, buf.len() as u64, Operation::Read)?;
         let op = Op::read(offset, buf, RequestFlags::empty());
-        path::submit(self.child.node(), Origin::Nested(self.tracked.clone()), op).await
+        path::submit(
+            self.child.node().clone(),
+            Origin::Nested(self.tracked.clone()),
+            op,
+        )
+        .await
     }
 
     /// Writes inside the range.
@@ -302,14 +307,24 @@ impl Reservation {
         let buf = buf.into();
         self.check(offset, buf.len() as u64, Operation::Write)?;
         let op = Op::write(offset, buf, flags);
-        path::submit(self.child.node(), Origin::Nested(self.tracked.clone()), op).await
+        path::submit(
+            self.child.node().clone(),
+            Origin::Nested(self.tracked.clone()),
+            op,
+        )
+        .await
     }
 
     /// Zeroes inside the range.
     pub async fn write_zeroes(&self, offset: u64, len: u64, flags: RequestFlags) -> Result<()> {
         self.check(offset, len, Operation::WriteZeroes)?;
         let op = Op::zero(offset, len, flags);
-        path::submit(self.child.node(), Origin::Nested(self.tracked.clone()), op).await
+        path::submit(
+            self.child.node().clone(),
+            Origin::Nested(self.tracked.clone()),
+            op,
+        )
+        .await
     }
 
     /// Block status, which needs no ticket.

@@ -3,43 +3,16 @@
 //! `RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom cargo test -p block-core --release --test loom_tracked`
 #![cfg(loom)]
 
+mod model;
+
 use block_core::sync::set_thread_index;
 use block_core::tracked::{PairEnd, Pending, RequestKind, Tracked, TrackedRange, Tracker};
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicUsize, Ordering};
 use loom::thread;
+use model::{block_on, model};
 use std::future::Future;
-use std::pin::pin;
-use std::task::{Context, Poll, Wake, Waker};
-
-/// The executor of these tests. loom finds a lost wake-up as a deadlock in here.
-struct Unpark(loom::sync::Notify);
-
-impl Wake for Unpark {
-    fn wake(self: std::sync::Arc<Self>) {
-        self.0.notify();
-    }
-}
-
-fn block_on<F: Future>(future: F) -> F::Output {
-    let mut future = pin!(future);
-    let unpark = std::sync::Arc::new(Unpark(loom::sync::Notify::new()));
-    let waker = Waker::from(std::sync::Arc::clone(&unpark));
-    let mut cx = Context::from_waker(&waker);
-    loop {
-        if let Poll::Ready(output) = future.as_mut().poll(&mut cx) {
-            return output;
-        }
-        unpark.0.wait();
-    }
-}
-
-/// Walks through all interleavings with at most so many preemptions (or `LOOM_MAX_PREEMPTIONS`).
-fn model(preemptions: usize, scenario: impl Fn() + Send + Sync + 'static) {
-    let mut builder = loom::model::Builder::new();
-    builder.preemption_bound = builder.preemption_bound.or(Some(preemptions));
-    builder.check(scenario);
-}
+use std::task::{Context, Waker};
 
 const ALL: TrackedRange = TrackedRange::new(0, 10);
 const LEFT: TrackedRange = TrackedRange::new(0, 4);

@@ -318,6 +318,10 @@ impl BlockDriver for Qcow2 {
         self.counters.list()
     }
 
+    fn watch_space(&self, watch: Arc<dyn block_core::space::SpaceWatch>) -> bool {
+        self.tap.set(watch)
+    }
+
     fn as_any(&self) -> &dyn Any {
         self
     }

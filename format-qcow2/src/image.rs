@@ -10,6 +10,7 @@ use block_core::{
     error::{Error, ErrorKind, Result},
     pins::Pins,
     request::{Child, Request},
+    space::SpaceTap,
 };
 use futures::lock::{Mutex, MutexGuard};
 
@@ -88,6 +89,8 @@ pub(crate) struct Qcow2 {
     pub meta: Mutex<Meta>,
     pub writeback: Writeback,
     pub counters: Counters,
+    /// Shared with [`Meta`].
+    pub tap: Arc<SpaceTap>,
     /// What [`Meta`] last said about its sizes, for decisions made without the lock.
     pub quarantined: AtomicU64,
     pub cached_refcount_blocks: AtomicUsize,

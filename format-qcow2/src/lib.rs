@@ -5,6 +5,34 @@
 //! an order that a power cut can't turn into corruption (`writeback`). Nothing here opens files or names a runtime.
 //!
 //! `Qcow2Factory` is what a program registers.
+//!
+//! ```
+//! use std::sync::Arc;
+//!
+//! use block_core::{Graph, OpenOptions, Options, PermissionSet, Permissions, Registry};
+//! use env_tokio::EnvTokio;
+//! use protocol_file::FileFactory;
+//!
+//! let directory = tempfile::tempdir()?;
+//! let path = directory.path().join("disk.qcow2");
+//! let name = path.to_str().ok_or("not UTF-8")?;
+//! let env = Arc::new(EnvTokio::new(1)?);
+//! let graph = Graph::new(env.clone());
+//! let drivers = Registry::new().with(FileFactory::new()).with(format_qcow2::Qcow2Factory::default());
+//! let registry = Arc::new(drivers);
+//! env.block_on(async {
+//!     let size = Options::new().with("size", 1 << 20);
+//!     registry.create(&graph, "qcow2", name, size).await?;
+//!     let (options, how) = (Options::new(), OpenOptions::default());
+//!     let node = registry.open_file(&graph, name, Some("qcow2"), options, how).await?;
+//!     let reader = PermissionSet::new(Permissions::CONSISTENT_READ, Permissions::all());
+//!     let disk = graph.attach(&node, reader, "reader")?;
+//!     assert_eq!(disk.length(), 1 << 20);
+//!     disk.close().await
+//! })?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
 #![forbid(unsafe_code)]
 
 #[cfg(not(loom))]

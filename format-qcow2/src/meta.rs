@@ -12,6 +12,7 @@ use block_core::{
     error::{Error, Result},
     flags::RequestFlags,
     request::Child,
+    space::{Link, SpaceEvent, SpaceTap},
 };
 use parking_lot::Mutex;
 
@@ -21,7 +22,7 @@ use crate::{
         refcounts::RefcountStore,
         slice::{NumberSet, Slice, SliceIndex},
     },
-    layout::{Geometry, Header, HostOffset},
+    layout::{ClusterIndex, Geometry, Header, HostOffset, L2Entry},
     overlap::MetadataMap,
 };
 
@@ -52,17 +53,44 @@ pub(crate) struct Meta {
     pub failure: Arc<Failure>,
     /// Off in tests only.
     pub safeguards: bool,
+    /// Who is told what happens to clusters.
+    pub tap: Arc<SpaceTap>,
+}
+
+/// What a raw entry of a guest cluster links to, as those who watch the driver are told.
+pub(crate) fn link_of(raw: u64, cluster: ClusterIndex, geometry: Geometry) -> Option<Link> {
+    let guest = geometry.cluster_start(cluster).0;
+    match L2Entry::decode(raw, geometry).ok()? {
+        L2Entry::Unallocated | L2Entry::ZeroPlain => None,
+        L2Entry::Normal { host, copied } | L2Entry::ZeroAllocated { host, copied } => Some(Link {
+            guest,
+            host: host.0,
+            len: geometry.cluster_size(),
+            shared: !copied,
+        }),
+        L2Entry::Compressed(run) => {
+            let (first, last) = run.clusters(geometry);
+            Some(Link {
+                guest,
+                host: first << geometry.cluster_bits(),
+                len: (last - first + 1) << geometry.cluster_bits(),
+                shared: true,
+            })
+        }
+    }
 }
 
 impl Meta {
     pub fn new(
         header: Header,
-        refcounts: RefcountStore,
+        mut refcounts: RefcountStore,
         orphans: Orphans,
         metadata: Arc<MetadataMap>,
         failure: Arc<Failure>,
         safeguards: bool,
+        tap: Arc<SpaceTap>,
     ) -> Self {
+        refcounts.tap = tap.clone();
         Self {
             geometry: header.geometry(),
             header,
@@ -80,15 +108,35 @@ impl Meta {
             metadata,
             failure,
             safeguards,
+            tap,
         }
     }
 
     /// Changes an entry of a slice and notes it as dirty.
     pub fn set_entry(&mut self, index: SliceIndex, slice: &Arc<Slice>, at: usize, raw: u64) {
+        if self.tap.is_set() {
+            self.tell_change(index, slice, at, raw);
+        }
         slice.store(at, raw);
         self.dirty_slices
             .entry(index.0)
             .or_insert_with(|| slice.clone());
+    }
+
+    #[cold]
+    fn tell_change(&self, index: SliceIndex, slice: &Slice, at: usize, raw: u64) {
+        let cluster = ClusterIndex(index.0 * slice.len() as u64 + at as u64);
+        let old = link_of(slice.load(at), cluster, self.geometry);
+        let new = link_of(raw, cluster, self.geometry);
+        if old == new {
+            return;
+        }
+        if let Some(old) = old {
+            self.tap.tell(|| SpaceEvent::Unlinked(old));
+        }
+        if let Some(new) = new {
+            self.tap.tell(|| SpaceEvent::Linked(new));
+        }
     }
 
     /// Whether anything in memory is newer than on disk.

@@ -15,6 +15,7 @@ use block_core::{
     pins::Pins,
     registry::{CreateContext, CreateOption, DriverFactory, Measure, OpenContext, Opened},
     request::Child,
+    space::SpaceTap,
 };
 use serde::Deserialize;
 
@@ -190,6 +191,7 @@ async fn open_image(
     let metadata = Arc::new(MetadataMap::new(safeguards));
     metadata.rebuild(&header, &l1, &refcounts);
     let writeback = Writeback::default();
+    let tap = Arc::<SpaceTap>::default();
     let image = Qcow2 {
         geometry: header.geometry(),
         settings,
@@ -214,7 +216,9 @@ async fn open_image(
             metadata.clone(),
             writeback.failure.clone(),
             safeguards,
+            tap.clone(),
         )),
+        tap,
         writeback,
         counters: Counters::default(),
         quarantined: AtomicU64::new(0),

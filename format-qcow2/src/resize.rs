@@ -12,6 +12,7 @@ use block_core::{
     error::{Error, ErrorKind, Result},
     flags::RequestFlags,
     request::Request,
+    space::SpaceEvent,
 };
 
 use crate::{
@@ -251,7 +252,9 @@ impl Qcow2 {
             metadata,
             self.writeback.failure.clone(),
             self.settings.safeguards,
+            self.tap.clone(),
         );
+        self.tap.tell(|| SpaceEvent::Forgotten);
         (meta.batch, meta.durable) = (batch, durable);
         self.slices.change_tables(|table| {
             table.clear();

@@ -22,6 +22,7 @@ use block_core::{
     error::{Error, ErrorKind, Result},
     flags::RequestFlags,
     request::{Child, Request},
+    space::SpaceEvent,
 };
 use futures::{StreamExt, TryStreamExt, stream};
 
@@ -186,6 +187,7 @@ impl Qcow2 {
         if !snapshot.blocks.is_empty() {
             file.debug_event(DebugEvent::RefblockUpdate).await;
         }
+        self.tap.tell(|| SpaceEvent::WriteBack("refcounts"));
         let blocks = snapshot
             .blocks
             .iter()
@@ -203,6 +205,7 @@ impl Qcow2 {
                 let mut meta = self.meta.lock().await;
                 // The table isn't to be written while it is unknown which one the header points to.
                 self.writeback.failure.check()?;
+                self.tap.tell(|| SpaceEvent::WriteBack("refcount-table"));
                 meta.refcounts.publish(file, &snapshot.blocks).await?
             };
             if published {
@@ -220,12 +223,15 @@ impl Qcow2 {
         if !snapshot.slices.is_empty() {
             file.debug_event(DebugEvent::L2Update).await;
         }
+        self.tap.tell(|| SpaceEvent::WriteBack("links"));
         write_all(file, slices).await?;
         if !snapshot.l1.is_empty() {
             file.debug_event(DebugEvent::L1Update).await;
         }
         write_all(file, l1).await?;
-        self.barrier(file).await
+        self.barrier(file).await?;
+        self.tap.tell(|| SpaceEvent::WriteBack("data"));
+        Ok(())
     }
 
     async fn barrier(&self, file: &Child) -> Result<()> {

@@ -453,10 +453,11 @@ pub fn run_how(registry: &Registry, format: &FormatUnderTest, case: &Case, how: 
         let look = aftermath::judge(&scene, case.group, how.external).map_ok(|()| Verdict::Passed);
         verdict = judged(panics::catch(|| env.try_run(look)));
     }
+    let verdict = match (verdict, case.duty) {
+        (Verdict::Failed(seen), Some(duty)) => Verdict::Failed(duty.explain(&seen)),
+        (verdict, _) => verdict,
+    };
     let leaks = aftermath::Leaks::watch(&scene);
-    if let (Verdict::Failed(seen), Some(duty)) = (&verdict, case.duty) {
-        verdict = Verdict::Failed(duty.explain(seen));
-    }
     let run = Run {
         verdict,
         requests: scene.started.load(Ordering::SeqCst),

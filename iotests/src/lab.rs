@@ -70,7 +70,16 @@ impl Lab {
             Order::Fifo => SimEnv::fifo(options.seed),
             Order::Random => SimEnv::new(options.seed),
         };
-        let disks = Disks::new();
+        Self::with_world(registry, options, env, Disks::new())
+    }
+
+    /// The same in a world that was made elsewhere, with disks that may hold images already.
+    pub fn with_world(
+        registry: &Registry,
+        options: LabOptions,
+        env: Arc<SimEnv>,
+        disks: Disks,
+    ) -> Self {
         let storage = TestStorageFactory::new(&disks).with_alignment(options.alignment);
         let registry = Arc::new(registry.clone().with(storage));
         let graph = if options.gate {
@@ -138,7 +147,7 @@ impl Lab {
             .await
     }
 
-    /// Whether images of the format name their backing files.
+    /// Whether images of the format name their backing file themselves.
     pub fn records_backing(&self, format: &str) -> bool {
         self.registry.get(format).is_ok_and(|factory| {
             factory

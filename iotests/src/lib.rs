@@ -20,6 +20,7 @@
 //! | [`cancel`] | any case again, with one request dropped at each of its await points |
 //! | [`trace`] | what live nodes were asked, recorded and run again |
 //! | [`faults`] | nodes that misbehave on command: `blkdebug`, `blkverify`, `blklogwrites`, `blkreplay` |
+//! | [`simulate`] | the simulator: a seed decides guests, jobs, faults, power cuts and the schedule |
 //! | [`external`] | the installed qemu tools as a second opinion |
 //! | [`suite`] | all cases, and the drivers that they are run on |
 //! | [`runner`] | cases × formats × schedules, on several threads |
@@ -46,8 +47,10 @@ pub mod conformance;
 pub mod crash;
 pub mod duties;
 pub mod external;
+pub mod fault_cases;
 pub mod faults;
 pub mod graph_cases;
+pub mod job_cases;
 pub mod lab;
 pub mod life_cases;
 pub mod memdriver;
@@ -60,6 +63,8 @@ pub mod relay;
 pub mod report;
 pub mod runner;
 pub mod sim;
+pub mod simulate;
+mod stack;
 pub mod storage;
 pub mod suite;
 pub mod trace;

@@ -44,6 +44,8 @@ struct Entry {
     /// When it ended, if it did.
     ended: Option<u64>,
     superseded: Option<u64>,
+    /// What superseded it was durable when it ended: not even a cut of the power brings this back.
+    gone: bool,
 }
 
 /// How a request ended.
@@ -51,6 +53,8 @@ struct Entry {
 pub enum Ended {
     /// It did what it was asked for.
     Done,
+    /// The same, and it is durable.
+    Durable,
     /// It failed or was dropped: it may have happened or not, but it happens no more. Anything that begins later wins.
     Undone,
 }
@@ -97,6 +101,8 @@ enum Judgement {
     Lenient,
     /// Everywhere whatever was ever written to the sector, or zeroes.
     Known,
+    /// What a cut of the power may leave: all that is flushed is there, and of everything since, any.
+    AfterCut,
 }
 
 #[derive(Default)]
@@ -111,6 +117,10 @@ struct State {
     victims: Vec<Range<u64>>,
     /// Every request that wrote data: owner, range in sectors.
     wrote: BTreeMap<u64, (u32, Range<u64>)>,
+    /// The power may be cut: what isn't superseded durably is kept.
+    may_be_cut: bool,
+    /// When the last flush that succeeded began.
+    flushed: u64,
 }
 
 /// The oracle of one disk. Cloning shares it.
@@ -151,6 +161,13 @@ impl Oracle {
         }
     }
 
+    /// The same books from here on under another rule for discards.
+    #[must_use]
+    pub fn with_rule(mut self, after_discard: AfterDiscard) -> Self {
+        self.after_discard = after_discard;
+        self
+    }
+
     /// Tells what the disk holds before anything is done to it (a backing file's content).
     pub fn set_initial(&self, offset: u64, bytes: &[u8]) {
         let mut state = self.state.lock();
@@ -165,6 +182,24 @@ impl Oracle {
     /// From now on nothing but what is allowed there already is ever allowed in this range.
     pub fn protect(&self, offset: u64, len: u64) {
         self.state.lock().victims.push(offset..offset + len);
+    }
+
+    /// The power may be cut: from now on remembers what [`Self::check_after_cut`] needs.
+    pub fn expect_power_cut(&self) {
+        self.state.lock().may_be_cut = true;
+    }
+
+    /// A flush begins. When it succeeds, tell [`Self::flushed`] what this gave.
+    pub fn flush_begins(&self) -> u64 {
+        let mut state = self.state.lock();
+        state.clock += 1;
+        state.clock
+    }
+
+    /// The flush that began at `began` has succeeded: what had ended before it began is durable.
+    pub fn flushed(&self, began: u64) {
+        let mut state = self.state.lock();
+        state.flushed = state.flushed.max(began);
     }
 
     /// The range was cut off: if it comes back, it reads as zeroes.
@@ -213,6 +248,7 @@ impl Oracle {
                     began: 0,
                     ended: Some(0),
                     superseded: None,
+                    gone: false,
                 }]
             });
             entries.push(Entry {
@@ -221,6 +257,7 @@ impl Oracle {
                 began,
                 ended: None,
                 superseded: None,
+                gone: false,
             });
         }
         Change {
@@ -267,6 +304,7 @@ impl Oracle {
         let mut state = self.state.lock();
         state.clock += 1;
         let now = state.clock;
+        let state = &mut *state;
         let oldest_reader = state.readers.keys().next().copied();
         for sector in range {
             let Some(entries) = state.sectors.get_mut(&sector) else {
@@ -277,41 +315,61 @@ impl Oracle {
             };
             this.ended = Some(now);
             let began = this.began;
-            let replaces = how == Ended::Done && this.value != Value::Discarded;
+            let replaces = how != Ended::Undone && this.value != Value::Discarded;
             if replaces {
                 for entry in entries.iter_mut() {
-                    if entry.superseded.is_none() && entry.ended.is_some_and(|end| end < began) {
-                        entry.superseded = Some(now);
+                    if entry.ended.is_some_and(|end| end < began) {
+                        entry.superseded.get_or_insert(now);
+                        entry.gone |= how == Ended::Durable;
                     }
                 }
             }
-            entries.retain(|entry| match (entry.superseded, oldest_reader) {
-                (None, _) => true,
-                (Some(at), Some(reader)) => at > reader,
-                (Some(_), None) => false,
+            let (may_be_cut, flushed) = (state.may_be_cut, state.flushed);
+            entries.retain(|entry| {
+                let Some(at) = entry.superseded else {
+                    return true;
+                };
+                let may_come_back = may_be_cut && !entry.gone && at >= flushed;
+                may_come_back || oldest_reader.is_some_and(|reader| at > reader)
             });
         }
     }
 
-    fn allowed(state: &State, sector: u64, began: u64) -> Vec<Seen> {
-        let initial = state.initial.get(&sector).copied().unwrap_or(Seen::Zero);
+    /// Calls `look` with each value that a sector may show to a read that began at `began`, until it says true; says
+    /// whether it did.
+    fn any_allowed(
+        state: &State,
+        sector: u64,
+        began: u64,
+        how: Judgement,
+        mut look: impl FnMut(Seen) -> bool,
+    ) -> bool {
+        let initial = || state.initial.get(&sector).copied().unwrap_or(Seen::Zero);
         let Some(entries) = state.sectors.get(&sector) else {
-            return vec![initial];
+            return look(initial());
         };
+        let after_cut = how == Judgement::AfterCut;
+        entries
+            .iter()
+            .filter(|entry| match entry.superseded {
+                None => true,
+                Some(at) if after_cut => !entry.gone && at >= state.flushed,
+                Some(at) => at > began,
+            })
+            .any(|entry| match entry.value {
+                Value::Initial => look(initial()),
+                Value::Zero => look(Seen::Zero),
+                Value::Discarded => look(Seen::Zero) || look(initial()),
+                Value::Stamp { owner, seq } => look(Seen::Stamp(Stamp { owner, seq, sector })),
+            })
+    }
+
+    fn allowed(state: &State, sector: u64, began: u64, how: Judgement) -> Vec<Seen> {
         let mut allowed = Vec::new();
-        for entry in entries {
-            if entry.superseded.is_some_and(|at| at <= began) {
-                continue;
-            }
-            match entry.value {
-                Value::Initial => allowed.push(initial),
-                Value::Zero => allowed.push(Seen::Zero),
-                Value::Discarded => allowed.extend([Seen::Zero, initial]),
-                Value::Stamp { owner, seq } => {
-                    allowed.push(Seen::Stamp(Stamp { owner, seq, sector }));
-                }
-            }
-        }
+        Self::any_allowed(state, sector, began, how, |seen| {
+            allowed.push(seen);
+            false
+        });
         allowed
     }
 
@@ -321,15 +379,15 @@ impl Oracle {
         for (at, bytes) in bytes.chunks(SECTOR as usize).enumerate() {
             let sector = offset / SECTOR + at as u64;
             let found = Seen::of(bytes);
-            let allowed = Self::allowed(&state, sector, began);
-            if allowed.contains(&found) {
+            if Self::any_allowed(&state, sector, began, how, |seen| seen == found) {
                 continue;
             }
+            let allowed = Self::allowed(&state, sector, began, how);
             let place = sector * SECTOR;
             let victim = state.victims.iter().any(|range| range.contains(&place));
             let foreign = matches!(found, Seen::Stamp(stamp) if stamp.sector != sector);
             let lenient = match how {
-                Judgement::Exact => false,
+                Judgement::Exact | Judgement::AfterCut => false,
                 Judgement::Lenient => !victim,
                 Judgement::Known => true,
             };
@@ -387,6 +445,37 @@ impl Oracle {
     }
 }
 
+impl Oracle {
+    /// Judges what is left after a cut of the power: a sector holds what was flushed, or anything that was sent to it
+    /// since. [`Self::expect_power_cut`] must have been called before.
+    pub fn check_after_cut(&self, offset: u64, bytes: &[u8]) -> Vec<Mismatch> {
+        self.judge(offset, bytes, u64::MAX, Judgement::AfterCut)
+    }
+}
+
+/// What each sector of a disk could have held at one moment, or shortly before.
+pub struct Moment(Vec<Vec<Seen>>);
+
+impl Moment {
+    /// Judges a copy of the disk as it was then. With `or_zero`, what wasn't copied reads as zeroes.
+    pub fn check(&self, bytes: &[u8], or_zero: bool) -> Vec<String> {
+        let mut wrong = Vec::new();
+        for (sector, bytes) in bytes.chunks(SECTOR as usize).enumerate() {
+            let found = Seen::of(bytes);
+            let allowed = self.0.get(sector).map_or(&[][..], Vec::as_slice);
+            if !allowed.contains(&found) && !(or_zero && found == Seen::Zero) {
+                let words: Vec<String> = allowed.iter().map(ToString::to_string).collect();
+                let at = sector as u64 * SECTOR;
+                wrong.push(format!(
+                    "at {at:#x}: found {found}, allowed: {}",
+                    words.join(" or ")
+                ));
+            }
+        }
+        wrong
+    }
+}
+
 impl Change {
     /// The request number to stamp the data with.
     pub fn seq(&self) -> u64 {
@@ -413,6 +502,17 @@ impl Reading {
     pub fn check(self, offset: u64, bytes: &[u8]) -> Vec<Mismatch> {
         self.oracle
             .judge(offset, bytes, self.began, Judgement::Exact)
+    }
+
+    /// What each sector of a disk of `len` bytes may have held at some time from the beginning of this read until now.
+    pub fn moment(self, len: u64) -> Moment {
+        let state = self.oracle.state.lock();
+        let sectors = 0..len.div_ceil(SECTOR);
+        let how = Judgement::Exact;
+        let moment = sectors.map(|sector| Oracle::allowed(&state, sector, self.began, how));
+        let moment = Moment(moment.collect());
+        drop(state);
+        moment
     }
 
     /// The same as [`Oracle::check_lenient`] does.
@@ -482,6 +582,48 @@ mod tests {
         assert!(oracle.check(0, &late).is_empty() && oracle.check(0, &[0; 512]).is_empty());
         oracle.write(1, 0, 512).end(Ended::Done);
         assert!(!oracle.check(0, &late).is_empty());
+    }
+
+    #[test]
+    fn after_a_power_cut_all_since_the_last_flush_is_allowed_and_nothing_before() {
+        let oracle = oracle();
+        oracle.expect_power_cut();
+        let write = || {
+            let change = oracle.write(1, 0, 512);
+            let bytes = data(change.seq());
+            change.end(Ended::Done);
+            bytes
+        };
+        let first = write();
+        let second = write();
+        let flush = oracle.flush_begins();
+        let third = write();
+        oracle.flushed(flush);
+        assert!(!oracle.check_after_cut(0, &[0; 512]).is_empty());
+        assert!(!oracle.check_after_cut(0, &first).is_empty());
+        assert!(oracle.check_after_cut(0, &second).is_empty());
+        assert!(oracle.check_after_cut(0, &third).is_empty());
+        assert!(!oracle.check(0, &second).is_empty());
+        let durable = oracle.write(1, 0, 512);
+        let fourth = data(durable.seq());
+        durable.end(Ended::Durable);
+        assert!(!oracle.check_after_cut(0, &third).is_empty());
+        assert!(oracle.check_after_cut(0, &fourth).is_empty());
+    }
+
+    #[test]
+    fn a_copy_of_one_moment_may_not_hold_what_came_later() {
+        let oracle = oracle();
+        let reading = oracle.read();
+        let write = oracle.write(1, 0, 512);
+        let seen = data(write.seq());
+        write.end(Ended::Done);
+        let moment = reading.moment(512);
+        let later = oracle.write(1, 0, 512);
+        let late = data(later.seq());
+        later.end(Ended::Done);
+        assert!(moment.check(&seen, false).is_empty() && moment.check(&[0; 512], false).is_empty());
+        assert!(!moment.check(&late, false).is_empty());
     }
 
     #[test]

@@ -8,7 +8,8 @@ use crate::{
     basic,
     case::{Case, FormatUnderTest, Group},
     cases::{self, shared, with_jobs},
-    chain_cases, cli, cluster_cases, crash, duties, graph_cases, life_cases, memdriver, path_cases,
+    chain_cases, cli, cluster_cases, crash, duties, fault_cases, graph_cases, job_cases,
+    life_cases, memdriver, path_cases,
 };
 
 /// Every case there is: the races once more under the name of their cancellation.
@@ -21,6 +22,8 @@ pub fn all_cases() -> Vec<Case> {
     all.extend(life_cases::all());
     all.extend(graph_cases::all());
     all.extend(crash::cases());
+    all.extend(job_cases::all());
+    all.extend(fault_cases::all());
     let mut races = cases::all();
     races.extend(with_jobs::cases());
     races.extend(shared::cases());

@@ -14,7 +14,7 @@ use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use block_core::{
     buffer::{BufferPool, IoBuf, IoBufMut},
-    driver::{BlockDriver, Capabilities, DriverKind, Reopen, Truncate},
+    driver::{Attempt, BlockDriver, Capabilities, DriverKind, Reopen, Truncate},
     error::{Error, ErrorKind, Operation, Result},
     flags::{PermissionSet, RequestFlags},
     image::ImageInfo,
@@ -31,7 +31,7 @@ use crate::{
     engine::Engine,
     fd_sets::FdSets,
     image_lock::{ImageLock, Locking},
-    inline::{self, Attempt},
+    inline,
     open_file::{FileKind, OpenFile, OpenHow, is_unsupported},
     options::Inline,
     space::{self, Extent},
@@ -147,6 +147,21 @@ impl FileDriver {
         }
     }
 
+    /// What came of a write.
+    #[inline]
+    fn wrote(&self, result: io::Result<()>, offset: u64, len: u64) -> Result<()> {
+        match result {
+            Ok(()) => {
+                self.grown_to(offset + len);
+                Ok(())
+            }
+            Err(error) => {
+                self.refresh_length();
+                Err(self.error(error, Operation::Write, offset, len))
+            }
+        }
+    }
+
     /// After a failure nobody knows how far the file has grown: look.
     fn refresh_length(&self) {
         if let Ok(length) = self.file.load().query_length() {
@@ -187,7 +202,7 @@ impl FileDriver {
                 .map_err(|_| io::Error::from_raw_os_error(libc::ENOMEM))?
                 .lend();
             self.engine
-                .read(producer, file.clone(), offset, whole, 0)
+                .read(producer, file.clone(), offset, whole)
                 .await?;
             let bounce = lent
                 .reclaim()
@@ -219,7 +234,7 @@ impl FileDriver {
             piece.copy_to_slice(0, &mut bounce);
             let data = IoBuf::from(bounce);
             self.engine
-                .write(producer, file.clone(), offset, data.clone(), 0, dsync)
+                .write(producer, file.clone(), offset, data.clone(), dsync)
                 .await?;
             if let Ok(bounce) = data.try_into_buffer() {
                 self.bounce.put(bounce);
@@ -234,7 +249,6 @@ impl FileDriver {
         producer: ProducerId,
         offset: u64,
         buf: IoBuf,
-        done: usize,
         dsync: bool,
     ) -> io::Result<()> {
         let file = self.file.load_full();
@@ -246,19 +260,14 @@ impl FileDriver {
                 .write_bounced(producer, &file, offset, buf, dsync)
                 .await;
         }
-        self.engine
-            .write(producer, file, offset, buf, done, dsync)
-            .await
+        self.engine.write(producer, file, offset, buf, dsync).await
     }
 
     /// A durable write. Where the kernel has no RWF_DSYNC here, a flush follows the write.
     async fn write_durable(&self, producer: ProducerId, offset: u64, buf: IoBuf) -> io::Result<()> {
         let file = self.file.load_full();
         if !file.refusals.dsync.is_set() {
-            match self
-                .write_queued(producer, offset, buf.clone(), 0, true)
-                .await
-            {
+            match self.write_queued(producer, offset, buf.clone(), true).await {
                 Err(error) if is_unsupported(&error) => file.refusals.dsync.set(),
                 Err(error) => {
                     // The kernel tells an error of write-back once: this write may have been told of one that
@@ -277,7 +286,7 @@ impl FileDriver {
                 done => return done,
             }
         }
-        self.write_queued(producer, offset, buf, 0, false).await?;
+        self.write_queued(producer, offset, buf, false).await?;
         self.sync(producer).await
     }
 
@@ -371,17 +380,43 @@ impl BlockDriver for FileDriver {
         self.lock.abort(&self.file.load());
     }
 
-    async fn read(self: Arc<Self>, request: Request, offset: u64, mut buf: IoBufMut) -> Result<()> {
-        let left = match inline::read(&self.file.load(), self.inline, offset, &mut buf) {
-            Attempt::Done(Ok(())) => {
+    #[inline]
+    fn try_read(&self, offset: u64, buf: &mut IoBufMut) -> Attempt {
+        let attempt = inline::read(&self.file.load(), self.inline, offset, buf);
+        match attempt {
+            inline::Attempt::Done(Ok(())) => {
                 self.counters.inline_reads.add();
-                return Ok(());
+                Attempt::Done(Ok(()))
             }
-            Attempt::Done(Err(error)) => {
-                return Err(self.error(error, Operation::Read, offset, buf.len() as u64));
+            inline::Attempt::Done(Err(error)) => {
+                let len = buf.len() as u64;
+                Attempt::Done(Err(self.error(error, Operation::Read, offset, len)))
             }
-            Attempt::Left(left) => left,
-        };
+            inline::Attempt::Left(done) => Attempt::Left(done),
+        }
+    }
+
+    #[inline]
+    fn try_write(&self, offset: u64, buf: &IoBuf, flags: RequestFlags) -> Attempt {
+        if flags.contains(RequestFlags::FUA) && !self.no_flush {
+            return Attempt::Left(0);
+        }
+        let attempt = inline::write(&self.file.load(), self.inline, offset, buf);
+        match attempt {
+            inline::Attempt::Done(result) => {
+                self.counters.inline_writes.add();
+                Attempt::Done(self.wrote(result, offset, buf.len() as u64))
+            }
+            inline::Attempt::Left(done) => {
+                if done > 0 {
+                    self.grown_to(offset + done as u64);
+                }
+                Attempt::Left(done)
+            }
+        }
+    }
+
+    async fn read(self: Arc<Self>, request: Request, offset: u64, buf: IoBufMut) -> Result<()> {
         let file = self.file.load_full();
         let (producer, len) = (request.producer(), buf.len() as u64);
         self.counters.queued_reads.add();
@@ -390,7 +425,7 @@ impl BlockDriver for FileDriver {
         let result = if needs_bounce {
             self.read_bounced(producer, &file, offset, buf).await
         } else {
-            self.engine.read(producer, file, offset, buf, left).await
+            self.engine.read(producer, file, offset, buf).await
         };
         result.map_err(|error| self.error(error, Operation::Read, offset, len))
     }
@@ -403,33 +438,15 @@ impl BlockDriver for FileDriver {
         flags: RequestFlags,
     ) -> Result<()> {
         let len = buf.len() as u64;
+        let producer = request.producer();
         let durable = flags.contains(RequestFlags::FUA) && !self.no_flush;
         let result = if durable {
             self.check_flushable()?;
-            self.write_durable(request.producer(), offset, buf).await
+            self.write_durable(producer, offset, buf).await
         } else {
-            let attempt = inline::write(&self.file.load(), self.inline, offset, &buf);
-            match attempt {
-                Attempt::Done(result) => {
-                    self.counters.inline_writes.add();
-                    result
-                }
-                Attempt::Left(left) => {
-                    self.write_queued(request.producer(), offset, buf, left, false)
-                        .await
-                }
-            }
+            self.write_queued(producer, offset, buf, false).await
         };
-        match result {
-            Ok(()) => {
-                self.grown_to(offset + len);
-                Ok(())
-            }
-            Err(error) => {
-                self.refresh_length();
-                Err(self.error(error, Operation::Write, offset, len))
-            }
-        }
+        self.wrote(result, offset, len)
     }
 
     async fn write_zeroes(

@@ -47,12 +47,11 @@ pub(crate) struct Transfer {
 }
 
 impl Transfer {
-    /// A transfer whose first `done` bytes are done already, and the way to its end.
+    /// A transfer, and the way to its end.
     pub(crate) fn new(
         file: Arc<OpenFile>,
         kind: Kind,
         offset: u64,
-        done: usize,
         lane: usize,
         producer: ProducerId,
     ) -> (Box<Self>, oneshot::Receiver<io::Result<()>>) {
@@ -62,7 +61,7 @@ impl Transfer {
             file,
             kind,
             offset,
-            done,
+            done: 0,
             retries: 0,
             reply,
             vectors,

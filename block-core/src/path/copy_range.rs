@@ -277,10 +277,7 @@ async fn attempt(
     let (read, write) = futures::join!(ready(&from, read), ready(&to, write));
     in_bounds(&from, source_offset, len)?;
     in_bounds(&to, offset, len)?;
-    let mut held = Held {
-        producer: target_guard.producer(),
-        ..Held::default()
-    };
+    let mut held = Held::new(target_guard.producer());
     for (node, tracked, counted, at, guard) in [
         (&from, read, Counted::Read, source_offset, source_guard),
         (&to, write, Counted::Write, offset, target_guard),

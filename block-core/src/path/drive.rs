@@ -10,7 +10,7 @@ use crate::{
     buffer::{Buffer, IoBuf, IoBufMut},
     chain,
     debug::DebugEvent,
-    driver::{BlockDriver, Capabilities, Truncate},
+    driver::{Attempt, BlockDriver, Capabilities, Truncate},
     error::{Error, ErrorKind, Result},
     flags::RequestFlags,
     limits::{Limits, fit_max},
@@ -24,7 +24,7 @@ const MAX_ZERO_BUFFER: u64 = 16 << 20;
 const MAX_COPY_ON_READ: u64 = 1 << 20;
 
 /// What the driver-facing flags of a request are.
-fn driver_flags(flags: RequestFlags, capabilities: Capabilities) -> RequestFlags {
+pub(super) fn driver_flags(flags: RequestFlags, capabilities: Capabilities) -> RequestFlags {
     let mut passed = flags
         & (RequestFlags::MAY_UNMAP
             | RequestFlags::FUA
@@ -141,6 +141,41 @@ const fn piece(len: u64, max: u64, align: u64) -> u64 {
     if max != 0 && len > max { max } else { len }
 }
 
+/// One call, at once if the driver can.
+async fn read_piece(
+    driver: Arc<dyn BlockDriver>,
+    request: Request,
+    offset: u64,
+    mut buf: IoBufMut,
+) -> Result<()> {
+    match driver.try_read(offset, &mut buf) {
+        Attempt::Done(result) => result,
+        Attempt::Left(done) => {
+            drop(buf.split_to(done));
+            driver.read(request, offset + done as u64, buf).await
+        }
+    }
+}
+
+/// One call, at once if the driver can.
+async fn write_piece(
+    driver: Arc<dyn BlockDriver>,
+    request: Request,
+    offset: u64,
+    mut buf: IoBuf,
+    flags: RequestFlags,
+) -> Result<()> {
+    match driver.try_write(offset, &buf, flags) {
+        Attempt::Done(result) => result,
+        Attempt::Left(done) => {
+            drop(buf.split_to(done));
+            driver
+                .write(request, offset + done as u64, buf, flags)
+                .await
+        }
+    }
+}
+
 async fn split_read(
     driver: Arc<dyn BlockDriver>,
     request: Request,
@@ -155,7 +190,7 @@ async fn split_read(
             limits.request_alignment,
         );
         let head = buf.split_to(step as usize);
-        driver.clone().read(request.clone(), offset, head).await?;
+        read_piece(driver.clone(), request.clone(), offset, head).await?;
         offset += step;
     }
     Ok(())
@@ -235,10 +270,7 @@ async fn split_write(
             limits.request_alignment,
         );
         let head = buf.split_to(step as usize);
-        driver
-            .clone()
-            .write(request.clone(), offset, head, flags)
-            .await?;
+        write_piece(driver.clone(), request.clone(), offset, head, flags).await?;
         offset += step;
     }
     request.debug_event(DebugEvent::PwritevDone).await;
@@ -503,7 +535,12 @@ async fn copy_on_read(
             } else {
                 Op::write(start, data, RequestFlags::WRITE_UNCHANGED)
             };
-            Box::pin(super::submit(&node, Origin::Nested(ticket.clone()), op)).await?;
+            Box::pin(super::submit(
+                node.clone(),
+                Origin::Nested(ticket.clone()),
+                op,
+            ))
+            .await?;
         }
         at += run;
     }

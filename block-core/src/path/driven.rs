@@ -42,15 +42,15 @@ pub(crate) struct Completion {
 
 impl Completion {
     /// Steps 5 and 6: record, whether it succeeded or not, and release.
-    fn finish(self, ok: bool) {
+    fn finish(&mut self, ok: bool) {
         let Self {
             node,
-            ticket,
             counted,
             offset,
             len,
-            root,
+            ..
         } = self;
+        let (counted, offset, len) = (*counted, *offset, *len);
         match counted {
             Counted::Write | Counted::Zero | Counted::Discard => {
                 node.mark_dirty(offset, len);
@@ -71,11 +71,11 @@ impl Completion {
             node.bump_epoch();
         }
         node.stats().ended(counted, len, ok);
-        if let Some(Ticket::Own(tracked)) = &ticket {
+        if let Some(Ticket::Own(tracked)) = &self.ticket {
             node.tell(|to| to.ended(tracked.id(), ok));
         }
-        drop(ticket);
-        drop(root);
+        drop(self.ticket.take());
+        drop(self.root.take());
     }
 
     fn operation(&self) -> Option<Operation> {
@@ -100,15 +100,25 @@ pub(crate) struct Held {
 }
 
 impl Held {
-    /// Records and releases, innermost level first.
-    pub(crate) fn finish(&mut self, result: &Result<()>) {
-        self.pins.clear();
-        while let Some(completion) = self.completions.pop() {
-            completion.finish(result.is_ok());
+    pub(crate) fn new(producer: ProducerId) -> Self {
+        Self {
+            completions: Completions::new(),
+            pins: SmallVec::new(),
+            producer,
         }
     }
 
-    fn describe(&self, error: Error) -> Error {
+    /// Records and releases, innermost level first.
+    pub(crate) fn finish(&mut self, result: &Result<()>) {
+        self.pins.clear();
+        for completion in self.completions.iter_mut().rev() {
+            completion.finish(result.is_ok());
+        }
+        self.completions.clear();
+    }
+
+    #[cold]
+    pub(crate) fn describe(&self, error: Error) -> Error {
         let Some(innermost) = self.completions.last() else {
             return error;
         };

@@ -9,28 +9,28 @@ mod copy_range;
 mod drive;
 mod driven;
 mod ranged;
+mod walk;
 
 use std::sync::Arc;
 
 use smallvec::SmallVec;
 
 pub use self::copy_range::copy_range;
+use self::walk::{Look, Step, Walk};
 pub(crate) use self::{
     driven::{Completion, Driven, Held, Ticket},
     ranged::{exclusive, flush, unranged},
 };
 use crate::{
     buffer::{IoBuf, IoBufMut},
-    driver::{Capabilities, MapIntent, Mapping, Truncate},
+    driver::{Capabilities, MapIntent, Truncate},
     error::{Error, ErrorKind, Operation, Result},
     flags::RequestFlags,
     handle::RootGuard,
-    limits::Limits,
-    node::{Edges, Node},
+    node::{Edges, Node, View},
     observe::Arrival,
     options::{DetectZeroes, DiscardMode},
-    producer::{self, ProducerId},
-    request::Request,
+    producer::ProducerId,
     stats::Counted,
     tracked::{Pending, RequestKind, Tracked, TrackedRange},
 };
@@ -195,13 +195,9 @@ fn rounded(offset: u64, len: u64, granularity: u64) -> TrackedRange {
 /// Step 1. An error here has touched nothing.
 ///
 /// A driver above may read up to the end of the block in which the node ends: what lies beyond it reads as zeroes.
-fn validate(
-    node: &Node,
-    op: &Op,
-    capabilities: Capabilities,
-    length: u64,
-    by_parent: bool,
-) -> Result<()> {
+#[inline]
+fn validate(node: &Node, op: &Op, look: &Look, by_parent: bool) -> Result<()> {
+    let (capabilities, length) = (look.capabilities, look.length);
     let fail = |kind: ErrorKind, text: &str| {
         Err(Error::new(kind, text)
             .with_operation(op.operation(), op.offset, op.len)
@@ -222,7 +218,8 @@ fn validate(
         return fail(ErrorKind::NotPermitted, "");
     }
     if end > length && !op.is_truncate() {
-        let padded = || end <= length.next_multiple_of(node.limits().request_alignment.max(1));
+        let align = node.tail_alignment(&look.view.limits);
+        let padded = || end <= length.next_multiple_of(align);
         if by_parent && !modifies && padded() {
             return Ok(());
         }
@@ -256,8 +253,16 @@ struct Shape {
     padded: bool,
 }
 
+impl Shape {
+    fn is_covered_by(&self, tracked: &Tracked) -> bool {
+        tracked.range().contains(self.range) && (!self.serialising || tracked.is_serialising())
+    }
+}
+
 /// Step 2.
-fn shape(op: &Op, limits: &Limits, capabilities: Capabilities, length: u64) -> Shape {
+#[inline]
+fn shape(op: &Op, look: &Look) -> Shape {
+    let (limits, capabilities, length) = (&look.view.limits, look.capabilities, look.length);
     let align = limits.request_alignment;
     if op.is_truncate() {
         let range = TrackedRange::from_start(op.offset.min(length));
@@ -289,8 +294,9 @@ fn shape(op: &Op, limits: &Limits, capabilities: Capabilities, length: u64) -> S
 
 /// Turns a write of nothing but zeroes into a zero write if the node was told to, and drops what the node's discard
 /// mode forbids. True when nothing is left to do.
-fn apply_node_options(node: &Node, op: &mut Op) -> bool {
-    let (discard, detect) = node.option(|options| (options.discard, options.detect_zeroes));
+#[inline]
+fn apply_node_options(view: &View, op: &mut Op) -> bool {
+    let (discard, detect) = (view.discard, view.detect_zeroes);
     if detect != DetectZeroes::Off
         && !op.flags.contains(RequestFlags::WRITE_COMPRESSED)
         && let Action::Write(buf) = &op.action
@@ -316,12 +322,9 @@ pub(crate) async fn wait_at_gate(node: &Node, pending: Pending) -> Tracked {
 }
 
 /// Whether `try_map` may be asked for this request.
-fn may_map(
-    op: &Op,
-    capabilities: Capabilities,
-    limits: &Limits,
-    padded: bool,
-) -> Option<MapIntent> {
+#[inline]
+fn may_map(op: &Op, look: &Look, padded: bool) -> Option<MapIntent> {
+    let (capabilities, limits) = (look.capabilities, &look.view.limits);
     let plain = !op.flags.intersects(
         RequestFlags::FUA
             | RequestFlags::WRITE_COMPRESSED
@@ -363,166 +366,15 @@ fn arrival(op: &Op, ticket: Option<u64>, producer: ProducerId, waits: bool) -> A
 ///
 /// Cancellation: while it waits at a gate, dropping it leaves no trace; once it is with a driver, it is moved to the
 /// graph's list of dropped requests and runs to its end there, serialising.
-pub(crate) async fn submit(node: &Arc<Node>, origin: Origin, mut op: Op) -> Result<()> {
-    let mut node = node.clone();
-    let (mut root, mut nested) = match origin {
-        Origin::Root(guard) => (Some(guard), None),
-        Origin::Parent => (None, None),
-        Origin::Nested(ticket) => (None, Some(ticket)),
-    };
-    let mut top_is_root = root.is_some();
-    let mut held = Held {
-        producer: root
-            .as_ref()
-            .map_or_else(producer::current, RootGuard::producer),
-        ..Held::default()
-    };
-    // Refused, or read as zeroes, or mapped: at most one turn per layer.
+pub(crate) async fn submit(node: Arc<Node>, origin: Origin, op: Op) -> Result<()> {
+    let mut walk = Walk::new(node, origin, op);
+    let mut waited = None;
     loop {
-        let epoch = node.epoch();
-        let by_parent = !top_is_root;
-        let mut capabilities = node.driver().capabilities();
-        let mut length = node.length();
-        validate(&node, &op, capabilities, length, by_parent)?;
-        if op.len == 0 && !op.is_truncate() {
-            return Ok(());
+        match walk.step(waited.take()) {
+            Step::End(result) => return result,
+            Step::Wait(pending) => waited = Some(wait_at_gate(&walk.node, pending).await),
+            Step::Drive(future) => return Driven::new(future, walk.held).await,
         }
-        if apply_node_options(&node, &mut op) {
-            return Ok(());
-        }
-        let mut limits = node.limits();
-        let mut shape_now = shape(&op, &limits, capabilities, length);
-
-        // Step 3.
-        let mut edges = node.edges();
-        let ticket = match nested.take() {
-            Some(ticket) => Ticket::Shared(ticket),
-            None => {
-                let kind = op.kind();
-                let tracker = node.tracker();
-                let Shape {
-                    range, serialising, ..
-                } = shape_now;
-                let mut waited = false;
-                let tracked = if op.flags.contains(RequestFlags::NO_WAIT) {
-                    tracker.try_begin(range, serialising, kind).ok_or_else(|| {
-                        Error::from_kind(ErrorKind::Busy)
-                            .with_operation(op.operation(), op.offset, op.len)
-                            .with_node(node.name())
-                    })?
-                } else {
-                    match tracker.begin(range, serialising, kind).into_ready() {
-                        Ok(tracked) => tracked,
-                        Err(pending) => {
-                            waited = true;
-                            node.tell(|to| {
-                                to.arrived(&arrival(&op, pending.id(), held.producer, true));
-                            });
-                            wait_at_gate(&node, pending).await
-                        }
-                    }
-                };
-                node.tell(|to| match waited {
-                    true => to.admitted(tracked.id()),
-                    false => to.arrived(&arrival(&op, Some(tracked.id()), held.producer, false)),
-                });
-                // What was looked at before the ticket was taken may have changed, and is looked at again.
-                if waited || node.epoch() != epoch {
-                    capabilities = node.driver().capabilities();
-                    length = node.length();
-                    limits = node.limits();
-                    edges = node.edges();
-                    validate(&node, &op, capabilities, length, by_parent)?;
-                    let again = shape(&op, &limits, capabilities, length);
-                    if !tracked.range().contains(again.range)
-                        || (again.serialising && !tracked.is_serialising())
-                    {
-                        // What we hold doesn't suffice any more: queue again.
-                        node.tell(|to| to.ended(tracked.id(), false));
-                        drop(tracked);
-                        continue;
-                    }
-                    shape_now.padded = again.padded;
-                }
-                Ticket::Own(tracked)
-            }
-        };
-        held.completions.push(Completion {
-            node: node.clone(),
-            ticket: Some(ticket),
-            counted: op.counted(),
-            offset: op.offset,
-            len: op.len,
-            root: root.take(),
-        });
-
-        // Step 4, the short way: ask where it is, and go on there.
-        if let Some(intent) = may_map(&op, capabilities, &limits, shape_now.padded)
-            // Somebody below wants to know what the driver does.
-            && !node.is_debugged()
-        {
-            match node.driver().try_map(&edges, op.offset, op.len, intent) {
-                Mapping::Data {
-                    edge,
-                    offset,
-                    len,
-                    pin,
-                } if len >= op.len => {
-                    if let Some(edge) = edges.get(edge)
-                        // A read past the end of a short file takes the long way, which pads it.
-                        && (intent == MapIntent::Overwrite
-                            || offset
-                                .checked_add(op.len)
-                                .is_some_and(|end| end <= edge.child.length()))
-                    {
-                        held.pins.extend(pin);
-                        op.descend(offset, intent);
-                        top_is_root = false;
-                        node = edge.child.node().clone();
-                        continue;
-                    }
-                }
-                Mapping::Zero { len } if len >= op.len => {
-                    if let Action::Read(buf) = &mut op.action {
-                        buf.fill(0);
-                        held.finish(&Ok(()));
-                        return Ok(());
-                    }
-                }
-                Mapping::Backing { len } if len >= op.len => {
-                    if let Action::Read(buf) = &mut op.action {
-                        match edges.child(crate::driver::ChildRole::Backing) {
-                            None => {
-                                buf.fill(0);
-                                held.finish(&Ok(()));
-                                return Ok(());
-                            }
-                            Some(child) if op.offset + op.len <= child.length() => {
-                                let offset = op.offset;
-                                op.descend(offset, intent);
-                                top_is_root = false;
-                                node = child.node().clone();
-                                continue;
-                            }
-                            Some(_) => {}
-                        }
-                    }
-                }
-                _ => {}
-            }
-        }
-
-        // The long way: the driver does it.
-        let request = Request::new(node.clone(), edges, held.producer);
-        let future = drive::drive(
-            request,
-            &mut held,
-            op,
-            &limits,
-            capabilities,
-            shape_now.padded,
-        );
-        return Driven::new(future, held).await;
     }
 }
 
@@ -533,10 +385,11 @@ pub(crate) async fn settle(node: &Node) {
     }
 }
 
-pub(crate) type Completions = SmallVec<[Completion; 3]>;
+/// Format, raw layer, file, and one more, without an allocation.
+pub(crate) type Completions = SmallVec<[Completion; 4]>;
 
 #[allow(dead_code)]
-fn assert_submit_is_send(node: &Arc<Node>, op: Op) -> impl Send + use<'_> {
+fn assert_submit_is_send(node: Arc<Node>, op: Op) -> impl Send {
     submit(node, Origin::Parent, op)
 }
 

@@ -87,12 +87,10 @@ fn held(node: &Arc<Node>, ticket: Option<Ticket>, root: Option<RootGuard>) -> He
     } else {
         Counted::Other
     };
-    let mut held = Held {
-        producer: root
-            .as_ref()
+    let mut held = Held::new(
+        root.as_ref()
             .map_or_else(producer::current, RootGuard::producer),
-        ..Held::default()
-    };
+    );
     held.completions.push(Completion {
         node: node.clone(),
         ticket,

@@ -46,7 +46,7 @@ use crossbeam_utils::CachePadded;
 use smallvec::SmallVec;
 
 use super::ranges::RangeIndex;
-use super::{RequestKind, TrackedRange};
+use super::{InFlight, RequestKind, TrackedRange};
 use crate::sync::{Arc, AtomicU64, Mutex, Ordering};
 
 /// Plain requests are spread over so many shards, by submitting thread.
@@ -677,6 +677,35 @@ impl Core {
 
     pub(super) fn waits(&self, kind: RequestKind) -> u64 {
         self.waits[kind as usize].load(Ordering::Relaxed)
+    }
+
+    /// What is tracked, and who watches whom. See [`super::InFlight`].
+    pub(super) fn list(&self) -> Vec<InFlight> {
+        fn entries(table: &Table, serialising: bool, into: &mut Vec<InFlight>) {
+            for (slot, entry) in table.slots.iter().enumerate() {
+                if table.free.contains(&(slot as u32)) {
+                    continue;
+                }
+                into.push(InFlight {
+                    range: entry.range,
+                    serialising,
+                    order: entry.order,
+                    slot: slot as u32,
+                    watched_by: entry
+                        .watchers
+                        .iter()
+                        .map(|watcher| (watcher.order, watcher.wait.range))
+                        .collect(),
+                });
+            }
+        }
+        let serial = self.serial.lock();
+        let mut list = Vec::new();
+        entries(&serial.table, true, &mut list);
+        for index in members(serial.live) {
+            entries(&self.shards[index].lock().plain, false, &mut list);
+        }
+        list
     }
 
     #[cfg(any(test, loom))]

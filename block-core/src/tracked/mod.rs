@@ -171,6 +171,22 @@ impl fmt::Display for TrackedRange {
     }
 }
 
+/// One entry of [`Tracker::list`].
+#[doc(hidden)]
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InFlight {
+    /// Its bytes.
+    pub range: TrackedRange,
+    /// Whether it is in everybody's way.
+    pub serialising: bool,
+    /// Requests wait for conflicting ones of smaller order.
+    pub order: u64,
+    /// Tells apart what is tracked at the same time; reused.
+    pub slot: u32,
+    /// Order and range of those who wait for this one just now. (A waiting request watches one of those in its way.)
+    pub watched_by: Vec<(u64, TrackedRange)>,
+}
+
 /// A tracker and one of its shards. Requests keep it rather than the tracker, because the
 /// reference count of one object for all threads would be the only line that they share.
 #[derive(Debug)]
@@ -334,6 +350,12 @@ impl Tracker {
     /// changed by the time the answer arrives.
     pub fn overlapping(&self, range: TrackedRange) -> bool {
         self.core().overlapping(range)
+    }
+
+    /// What is tracked, for people who want to see who waits for whom. Slow.
+    #[doc(hidden)]
+    pub fn list(&self) -> Vec<InFlight> {
+        self.core().list()
     }
 
     /// How many list entries of waiting requests there are: each is to be in one list at most.

@@ -5,13 +5,14 @@
 //! before the table's entry for it ("published"), so that a power cut never leaves an entry that points to garbage.
 //! Which clusters may be given out is decided in `alloc`.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, sync::Arc};
 
 use block_core::{
     debug::DebugEvent,
     error::{Error, ErrorKind, Result},
     flags::RequestFlags,
     request::Child,
+    space::{SpaceEvent, SpaceTap},
 };
 
 use super::slice::NumberMap;
@@ -62,6 +63,8 @@ pub(crate) struct RefcountStore {
     clock: u64,
     /// More clean blocks than this aren't kept.
     capacity: usize,
+    /// Who is told when a refcount leaves 0 or comes back to it.
+    pub tap: Arc<SpaceTap>,
 }
 
 impl RefcountStore {
@@ -93,6 +96,7 @@ impl RefcountStore {
             blocks: NumberMap::default(),
             clock: 0,
             capacity,
+            tap: Arc::default(),
         })
     }
 
@@ -191,6 +195,9 @@ impl RefcountStore {
         })?;
         let new = codec.increment(&mut block.bytes, index, 1)?;
         block.version += 1;
+        if new == 1 {
+            self.tap.tell(|| self.taken(cluster));
+        }
         Ok(new)
     }
 
@@ -210,7 +217,24 @@ impl RefcountStore {
             .decrement(&mut block.bytes, index, 1)
             .map_err(|_| none())?;
         block.version += 1;
+        if new == 0 {
+            self.tap.tell(|| self.freed(cluster));
+        }
         Ok(new)
+    }
+
+    fn taken(&self, cluster: HostCluster) -> SpaceEvent {
+        SpaceEvent::Taken {
+            host: self.geometry.host_start(cluster).0,
+            len: self.geometry.cluster_size(),
+        }
+    }
+
+    fn freed(&self, cluster: HostCluster) -> SpaceEvent {
+        SpaceEvent::Free {
+            host: self.geometry.host_start(cluster).0,
+            len: self.geometry.cluster_size(),
+        }
     }
 
     /// The first run of free clusters at or after `from`, no longer than `want`, within one block's range. Where there
@@ -261,6 +285,7 @@ impl RefcountStore {
             self.codec.set(&mut block.bytes, 0, 1)?;
             block.version += 1;
         }
+        self.tap.tell(|| self.taken(cluster));
         Ok(cluster)
     }
 
@@ -356,6 +381,7 @@ impl RefcountStore {
             .write_grown_table(file, failure, start, blocks, table_clusters)
             .await;
         if result.is_err() {
+            self.tap.tell(|| SpaceEvent::Forgotten);
             for index in old_len..old_len + blocks {
                 self.blocks.remove(&index);
             }

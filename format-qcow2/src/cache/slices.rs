@@ -10,6 +10,7 @@ use block_core::{
     debug::DebugEvent,
     error::{Error, Result},
     request::{Child, Request},
+    space::SpaceEvent,
 };
 use futures::{
     FutureExt,
@@ -21,7 +22,8 @@ use super::slice::{NumberMap, Slice, SliceIndex, SliceTable};
 use crate::{
     counters::Counters,
     image::Qcow2,
-    layout::{L1Entry, L2Entry, entry},
+    layout::{ClusterIndex, L1Entry, L2Entry, entry},
+    meta::link_of,
 };
 
 const SHARDS: usize = 64;
@@ -106,6 +108,14 @@ impl Qcow2 {
             let slice = Slice::new(entry::be64s(&bytes));
             let changed = self.slices.tables_changed.read();
             if *changed == began {
+                if self.tap.is_set() && self.slices.table.get(index).is_none() {
+                    for at in 0..slice.len() {
+                        let cluster = ClusterIndex(self.slice_start(index).0 + at as u64);
+                        if let Some(link) = link_of(slice.load(at), cluster, self.geometry) {
+                            self.tap.tell(|| SpaceEvent::Found(link));
+                        }
+                    }
+                }
                 return Ok(Some(self.slices.table.insert(index, slice)));
             }
         }

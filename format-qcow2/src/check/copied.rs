@@ -83,9 +83,20 @@ async fn l2_table(
 ) -> Result<()> {
     let bits = walk.geometry.cluster_bits();
     let len = walk.geometry.cluster_size() as usize;
-    // What couldn't be read was counted by the walk.
-    let Ok(mut table) = walk.file.read_padded(offset, len).await else {
-        return Ok(());
+    let mut table = match walk.file.read_padded(offset, len).await {
+        Ok(table) => table,
+        Err(error) => {
+            // What the walk couldn't read either is counted; what it could read has flags that nobody looked at.
+            if !walk.unreadable.contains(&offset) {
+                let reason = error.reason();
+                report.add(
+                    Severity::CheckError,
+                    false,
+                    format!("ERROR: I/O error while the copied flags were checked: {reason}"),
+                );
+            }
+            return Ok(());
+        }
     };
     let mut changed = false;
     for at in (0..len).step_by(8) {

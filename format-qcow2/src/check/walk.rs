@@ -41,6 +41,8 @@ pub(super) struct Walk<'a> {
     pub rebuild: bool,
     /// A part of the mapping couldn't be followed: a cluster without references may still hold data.
     pub incomplete: bool,
+    /// Offsets of L2 tables that couldn't be read, which is counted already.
+    pub unreadable: std::collections::HashSet<u64>,
     /// Clusters beyond the end of the file that are referenced; `None` when they are too many.
     pub past_end: Option<BTreeSet<u64>>,
     /// Entries were repaired.
@@ -87,6 +89,7 @@ impl<'a> Walk<'a> {
             l1: Vec::new(),
             rebuild: false,
             incomplete: false,
+            unreadable: std::collections::HashSet::new(),
             past_end: Some(BTreeSet::new()),
             repaired: false,
         };
@@ -259,6 +262,7 @@ impl<'a> Walk<'a> {
                     false,
                     format!("ERROR: I/O error in check_refcounts_l2: {}", error.reason()),
                 );
+                self.unreadable.insert(offset);
                 self.incomplete = true;
                 return Ok(());
             }

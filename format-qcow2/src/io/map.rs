@@ -166,16 +166,16 @@ impl Qcow2 {
         };
         match (run, intent) {
             (Run::Data { host, len, copied }, intent) => {
-                if intent == MapIntent::Overwrite && (!copied || len < here || self.claims.any()) {
-                    return Mapping::NotCached;
-                }
                 let Some(edge) = edges.index(ChildRole::File) else {
                     return Mapping::NotCached;
                 };
-                // What lies beyond the end of the file reads as zeroes; `read` sees to that.
-                let end = edges.get(edge).map_or(0, |edge| edge.child.length());
-                if end < host.0 + len {
-                    return Mapping::NotCached;
+                if intent == MapIntent::Overwrite {
+                    // What the file doesn't have yet isn't overwritten. (A read there, whose rest is zeroes, is found
+                    // by the core.)
+                    let end = edges.get(edge).map_or(0, |edge| edge.child.length());
+                    if !copied || len < here || self.claims.any() || end < host.0 + len {
+                        return Mapping::NotCached;
+                    }
                 }
                 Mapping::Data {
                     edge,

@@ -176,6 +176,36 @@ impl Bench {
         self.again(options, None).await
     }
 
+    /// The same, closed by `closer`, which is the last to hold it.
+    pub async fn closed_by(self, closer: BlockHandle) -> Result<Self, Stop> {
+        let (scene, cluster, seq) = (self.scene.clone(), self.cluster, self.seq);
+        let Self {
+            node,
+            handle,
+            disk,
+            model,
+            below,
+            layers,
+            options,
+            ..
+        } = self;
+        drop((handle, node));
+        closer.close().await?;
+        let node = open(&scene, &layers, &options).await?;
+        Ok(Self {
+            handle: scene.lab.attach(&node, "guest")?,
+            scene,
+            node,
+            disk,
+            cluster,
+            model,
+            below,
+            layers,
+            options,
+            seq,
+        })
+    }
+
     /// Closes the image and opens it again as it was opened before.
     pub async fn reopen(self) -> Result<Self, Stop> {
         let options = self.options.clone();

@@ -13,7 +13,7 @@ use std::{ops::Range, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 
-use crate::suite::Suite;
+use crate::{simulate, suite::Suite};
 
 /// The exit status for wrong usage.
 const USAGE: u8 = 3;
@@ -40,6 +40,9 @@ enum Command {
     Race(race::RaceArgs),
     /// Cuts the power after every n-th write of the storage, opens what is left, and judges it
     Crash(crash::CrashArgs),
+    Simulate(simulate::cli::Simulate),
+    Minimise(simulate::cli::Minimise),
+    Replay(simulate::cli::Replay),
     /// Prints a storm as commands for `blk io` and `qemu-io` on standard input
     StormCommands(race::StormArgs),
 }
@@ -62,6 +65,9 @@ pub fn main(suite: &Suite) -> ExitCode {
         Command::List(args) => run::list(suite, &args),
         Command::Race(args) => race::race(suite, &args),
         Command::Crash(args) => crash::crash(suite, &args),
+        Command::Simulate(args) => args.run(suite.registry(), suite.bare()),
+        Command::Minimise(args) => args.run(suite.registry(), suite.bare()),
+        Command::Replay(args) => args.run(suite.registry(), suite.bare()),
         Command::StormCommands(args) => race::storm_commands(&args),
     };
     match status {

@@ -409,6 +409,15 @@ impl BlockDriver for ThirdParty {
         self.write_back(&request).await
     }
 
+    fn watch_space(&self, watch: Arc<dyn block_core::space::SpaceWatch>) -> bool {
+        let table = self.table.lock();
+        let set = table.tap.set(watch);
+        if set {
+            table.tell_all();
+        }
+        set
+    }
+
     fn as_any(&self) -> &dyn Any {
         self
     }

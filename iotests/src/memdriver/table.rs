@@ -8,6 +8,7 @@ use std::{
 use block_core::{
     error::{Error, Result},
     image::{CheckReport, Severity},
+    space::{Link, SpaceEvent, SpaceTap},
 };
 
 pub(super) const MAGIC: &[u8; 8] = b"IOTESTS3";
@@ -42,6 +43,8 @@ pub(super) struct Table {
     pub shared: BTreeSet<u64>,
     /// The table's room in the file doesn't grow.
     pub max_clusters: u64,
+    /// Tests that listen.
+    pub tap: SpaceTap,
 }
 
 pub(super) fn table_bytes(clusters: u64, cluster: u64) -> u64 {
@@ -62,6 +65,7 @@ impl Table {
             snapshot: Vec::new(),
             shared: BTreeSet::new(),
             max_clusters,
+            tap: SpaceTap::default(),
         }
     }
 
@@ -150,17 +154,53 @@ impl Table {
     }
 
     pub fn allocate(&mut self) -> u64 {
-        if let Some(host) = self.free.pop() {
-            return host;
-        }
-        let host = self.end;
-        self.end += self.cluster;
+        let host = self.free.pop().unwrap_or_else(|| {
+            let host = self.end;
+            self.end += self.cluster;
+            host
+        });
+        let len = self.cluster;
+        self.tap.tell(|| SpaceEvent::Taken { host, len });
         host
+    }
+
+    /// What an entry links to.
+    fn link(&self, at: usize, entry: Entry) -> Option<Link> {
+        match entry {
+            Entry::Data(host) => Some(Link {
+                guest: at as u64 * self.cluster,
+                host,
+                len: self.cluster,
+                shared: false,
+            }),
+            Entry::Unallocated | Entry::Zero => None,
+        }
+    }
+
+    /// Tells whoever listens from now on what there is already.
+    pub fn tell_all(&self) {
+        for (at, entry) in self.entries.iter().enumerate() {
+            if let Some(link) = self.link(at, *entry) {
+                self.tap.tell(|| SpaceEvent::Found(link));
+            }
+        }
+        let len = self.cluster;
+        for host in &self.free {
+            self.tap.tell(|| SpaceEvent::Free { host: *host, len });
+        }
+    }
+
+    fn tell_unlinked(&self, at: usize, old: Entry) {
+        if let Some(link) = self.link(at, old) {
+            self.tap.tell(|| SpaceEvent::Unlinked(link));
+        }
     }
 
     /// A cluster that a snapshot owns stays that.
     pub fn free(&mut self, host: u64) {
         if !self.shared.contains(&host) {
+            let len = self.cluster;
+            self.tap.tell(|| SpaceEvent::Free { host, len });
             self.free.push(host);
         }
     }
@@ -180,7 +220,12 @@ impl Table {
 
     pub fn set(&mut self, at: usize, entry: Entry) -> Option<u64> {
         self.changed = true;
-        match std::mem::replace(&mut self.entries[at], entry) {
+        let old = std::mem::replace(&mut self.entries[at], entry);
+        self.tell_unlinked(at, old);
+        if let Some(link) = self.link(at, entry) {
+            self.tap.tell(|| SpaceEvent::Linked(link));
+        }
+        match old {
             Entry::Data(host) => Some(host),
             _ => None,
         }
@@ -190,6 +235,7 @@ impl Table {
         let clusters = size.div_ceil(self.cluster) as usize;
         while self.entries.len() > clusters {
             if let Some(Entry::Data(host)) = self.entries.pop() {
+                self.tell_unlinked(self.entries.len(), Entry::Data(host));
                 self.free(host);
             }
         }

@@ -271,7 +271,8 @@ async fn storage_last(scene: Arc<Scene>) -> Outcome {
             .await?;
         bench.handle.flush().await?;
         let log = bench.disk.log();
-        let last = log.iter().rev().find(|entry| entry.op.kind != OpKind::Read);
+        let changes = |kind| !matches!(kind, OpKind::Read | OpKind::Discard);
+        let last = log.iter().rev().find(|entry| changes(entry.op.kind));
         must(
             last.is_some_and(|entry| entry.op.kind == OpKind::Flush),
             || {

@@ -8,12 +8,14 @@
 //! It never sleeps, never starts a thread, and knows nothing of blocks.
 
 mod cancel;
+mod schedule;
+mod waits;
 
 use std::{
     collections::{BTreeMap, VecDeque},
     fmt,
     future::Future,
-    pin::{Pin, pin},
+    pin::pin,
     sync::{
         Arc, Weak,
         atomic::{AtomicBool, Ordering},
@@ -30,7 +32,16 @@ use futures::{
 use parking_lot::Mutex;
 use rand::{Rng, RngCore, SeedableRng, rngs::SmallRng};
 
-pub use self::cancel::{CancelAt, Cancelled, DropWhen};
+use self::{
+    schedule::Chooser,
+    waits::{Sleep, Slot},
+};
+
+pub use self::{
+    cancel::{CancelAt, Cancelled, DropWhen},
+    schedule::Schedule,
+    waits::{Idle, Running, yield_now},
+};
 
 /// The most polls in one run before it counts as one that will never end.
 const MAX_POLLS: u64 = 100_000_000;
@@ -55,11 +66,15 @@ pub struct Stuck {
     pub hanging: Vec<String>,
     /// Nothing was ready (a deadlock), or there was no end to it.
     pub endless: bool,
+    /// Somebody asked for the run to end here ([`SimEnv::interrupt`]).
+    pub interrupted: bool,
 }
 
 impl fmt::Display for Stuck {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.endless {
+        if self.interrupted {
+            write!(f, "interrupted after {} polls", self.polls)?;
+        } else if self.endless {
             write!(f, "no end after {} polls", self.polls)?;
         } else {
             write!(
@@ -79,6 +94,9 @@ impl std::error::Error for Stuck {}
 
 type Witness = Box<dyn Fn() -> Vec<String> + Send + Sync>;
 
+/// What is called after each poll, with the name of the task.
+type AfterPoll = Box<dyn FnMut(&str) + Send>;
+
 /// A deterministic environment.
 pub struct SimEnv {
     shared: Arc<Shared>,
@@ -86,13 +104,20 @@ pub struct SimEnv {
 
 struct Shared {
     seed: u64,
-    order: Order,
     state: Mutex<State>,
     witnesses: Mutex<Vec<Witness>>,
+    interrupted: AtomicBool,
+    watched: AtomicBool,
+    after_poll: Mutex<Option<AfterPoll>>,
 }
 
 struct State {
     rng: SmallRng,
+    chooser: Chooser,
+    /// The task that is being polled.
+    current: Option<Arc<str>>,
+    /// Of all that was polled so far.
+    hash: u64,
     now: Duration,
     next_id: u64,
     polls: u64,
@@ -105,6 +130,7 @@ struct State {
 
 struct Task {
     waker: Arc<TaskWaker>,
+    name: Option<Arc<str>>,
     /// `None` while it is being polled, and for the run's own future.
     future: Option<BoxFuture<'static, ()>>,
 }
@@ -126,6 +152,14 @@ impl ArcWake for TaskWaker {
     }
 }
 
+thread_local! {
+    static MAIN: Arc<str> = Arc::from("main");
+}
+
+fn mix(hash: u64, n: u64) -> u64 {
+    (hash.rotate_left(5) ^ n).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+}
+
 /// What a turn of the executor does.
 enum Turn {
     Poll(u64),
@@ -134,8 +168,14 @@ enum Turn {
 }
 
 impl Shared {
-    fn add_task(self: &Arc<Self>, future: Option<BoxFuture<'static, ()>>) -> Arc<TaskWaker> {
+    fn add_task(
+        self: &Arc<Self>,
+        name: Option<&str>,
+        future: Option<BoxFuture<'static, ()>>,
+    ) -> Arc<TaskWaker> {
         let mut state = self.state.lock();
+        // A task that nobody names is part of what started it.
+        let name = name.map_or_else(|| state.current.clone(), |name| Some(Arc::from(name)));
         let id = state.next_id;
         state.next_id += 1;
         let waker = Arc::new(TaskWaker {
@@ -145,6 +185,7 @@ impl Shared {
         });
         let task = Task {
             waker: waker.clone(),
+            name,
             future,
         };
         state.tasks.insert(id, task);
@@ -156,12 +197,12 @@ impl Shared {
         let mut state = self.state.lock();
         let state = &mut *state;
         if !state.ready.is_empty() {
-            let at = match self.order {
-                Order::Fifo => 0,
-                Order::Random => state.rng.random_range(0..state.ready.len()),
-            };
+            let at = state.chooser.choose(state.ready.len(), &mut state.rng);
             return match state.ready.remove(at) {
-                Some(id) => Turn::Poll(id),
+                Some(id) => {
+                    state.hash = mix(state.hash, id);
+                    Turn::Poll(id)
+                }
                 None => Turn::Nothing,
             };
         }
@@ -187,6 +228,7 @@ impl Shared {
     fn poll_task(&self, id: u64) {
         let (waker_arc, mut future) = {
             let mut state = self.state.lock();
+            let state = &mut *state;
             let Some(task) = state.tasks.get_mut(&id) else {
                 return;
             };
@@ -194,6 +236,7 @@ impl Shared {
             let Some(future) = task.future.take() else {
                 return;
             };
+            state.current.clone_from(&task.name);
             (task.waker.clone(), future)
         };
         let task_waker = waker(waker_arc);
@@ -211,6 +254,13 @@ impl Shared {
         }
     }
 
+    fn call_after_poll(&self) {
+        let name = self.state.lock().current.clone();
+        if let Some(hook) = self.after_poll.lock().as_mut() {
+            hook(name.as_deref().unwrap_or("?"));
+        }
+    }
+
     fn stuck(&self, endless: bool) -> Stuck {
         let hanging = self.witnesses.lock().iter().flat_map(|w| w()).collect();
         let state = self.state.lock();
@@ -219,6 +269,7 @@ impl Shared {
             polls: state.polls,
             hanging,
             endless,
+            interrupted: false,
         }
     }
 }
@@ -235,8 +286,23 @@ impl SimEnv {
     }
 
     fn with_order(seed: u64, order: Order) -> Arc<Self> {
+        match order {
+            Order::Fifo => Self::with_chooser(seed, Chooser::Fifo),
+            Order::Random => Self::with_chooser(seed, Chooser::Values),
+        }
+    }
+
+    /// A world whose random numbers follow from `seed`, and the order in which it polls from `schedule`.
+    pub fn scheduled(seed: u64, schedule: &Schedule) -> Arc<Self> {
+        Self::with_chooser(seed, Chooser::new(schedule))
+    }
+
+    fn with_chooser(seed: u64, chooser: Chooser) -> Arc<Self> {
         let state = State {
             rng: SmallRng::seed_from_u64(seed),
+            chooser,
+            current: None,
+            hash: 0,
             now: Duration::ZERO,
             next_id: 0,
             polls: 0,
@@ -249,9 +315,11 @@ impl SimEnv {
         Arc::new(Self {
             shared: Arc::new(Shared {
                 seed,
-                order,
                 state: Mutex::new(state),
                 witnesses: Mutex::default(),
+                interrupted: AtomicBool::new(false),
+                watched: AtomicBool::new(false),
+                after_poll: Mutex::default(),
             }),
         })
     }
@@ -266,6 +334,38 @@ impl SimEnv {
         self.shared.state.lock().polls
     }
 
+    /// A hash of which tasks were polled in which order: equal for equal runs.
+    pub fn schedule_hash(&self) -> u64 {
+        self.shared.state.lock().hash
+    }
+
+    /// From now on remembers which of the ready tasks is chosen, for [`Self::choices`].
+    pub fn record_choices(&self) {
+        self.shared.state.lock().chooser.record();
+    }
+
+    /// What was chosen since [`Self::record_choices`], as [`Schedule::Script`] takes it.
+    pub fn choices(&self) -> Vec<u32> {
+        self.shared.state.lock().chooser.recorded()
+    }
+
+    /// The name of the task that is being polled, or of the one that it is part of.
+    pub fn current_task(&self) -> Option<Arc<str>> {
+        self.shared.state.lock().current.clone()
+    }
+
+    /// The run ends, with [`Stuck::interrupted`], when the poll that is under way has ended. So nothing is done after
+    /// the moment that somebody wants to look at.
+    pub fn interrupt(&self) {
+        self.shared.interrupted.store(true, Ordering::SeqCst);
+    }
+
+    /// From now on `hook` is called after each poll, with the name of the task. It must not poll anything.
+    pub fn after_each_poll(&self, hook: impl FnMut(&str) + Send + 'static) {
+        *self.shared.after_poll.lock() = Some(Box::new(hook));
+        self.shared.watched.store(true, Ordering::SeqCst);
+    }
+
     /// Somebody who is asked what is unfinished when a run gets stuck.
     pub fn add_witness(&self, witness: impl Fn() -> Vec<String> + Send + Sync + 'static) {
         self.shared.witnesses.lock().push(Box::new(witness));
@@ -278,7 +378,7 @@ impl SimEnv {
     pub fn try_run<F: Future>(&self, future: F) -> Result<F::Output, Stuck> {
         let shared = &self.shared;
         let mut future = pin!(future);
-        let main = shared.add_task(None);
+        let main = shared.add_task(Some("main"), None);
         let main_waker = waker(main.clone());
         let limit = shared.state.lock().polls + MAX_POLLS;
         let result = loop {
@@ -294,12 +394,21 @@ impl SimEnv {
                     }
                     if id == main.id {
                         main.queued.store(false, Ordering::SeqCst);
+                        shared.state.lock().current = Some(MAIN.with(Arc::clone));
                         let mut cx = Context::from_waker(&main_waker);
                         if let Poll::Ready(output) = future.as_mut().poll(&mut cx) {
                             break Ok(output);
                         }
                     } else {
                         shared.poll_task(id);
+                    }
+                    if shared.watched.load(Ordering::Relaxed) {
+                        shared.call_after_poll();
+                    }
+                    if shared.interrupted.swap(false, Ordering::SeqCst) {
+                        let mut stuck = shared.stuck(false);
+                        stuck.interrupted = true;
+                        break Err(stuck);
                     }
                 }
                 Turn::Wake(wakers) => {
@@ -342,13 +451,30 @@ impl SimEnv {
         &self,
         future: impl Future<Output = T> + Send + 'static,
     ) -> Running<T> {
+        self.start_as(None, future)
+    }
+
+    /// The same, under a name; what it starts itself bears that name too, unless it has another.
+    pub fn start_named<T: Send + 'static>(
+        &self,
+        name: &str,
+        future: impl Future<Output = T> + Send + 'static,
+    ) -> Running<T> {
+        self.start_as(Some(name), future)
+    }
+
+    fn start_as<T: Send + 'static>(
+        &self,
+        name: Option<&str>,
+        future: impl Future<Output = T> + Send + 'static,
+    ) -> Running<T> {
         let slot = Arc::new(Mutex::new(Slot {
             value: None,
             done: false,
             waker: None,
         }));
         let out = slot.clone();
-        self.spawn(Box::pin(async move {
+        let task = async move {
             let value = future.await;
             let mut slot = out.lock();
             slot.value = Some(value);
@@ -357,8 +483,16 @@ impl SimEnv {
                 drop(slot);
                 waker.wake();
             }
-        }));
+        };
+        self.spawn_as(name, Box::pin(task));
         Running(slot)
+    }
+
+    fn spawn_as(&self, name: Option<&str>, task: BoxFuture<'static, ()>) {
+        if self.shared.state.lock().closed {
+            return;
+        }
+        self.shared.add_task(name, Some(task));
     }
 
     /// A number in `0..bound`.
@@ -381,6 +515,20 @@ impl SimEnv {
             drop(tasks);
         }
         self.shared.witnesses.lock().clear();
+        self.shared.after_poll.lock().take();
+    }
+
+    /// After [`Self::shutdown`], tasks can be started again: the power is back. Time goes on, and so does the schedule.
+    pub fn reopen(&self) {
+        let mut state = self.shared.state.lock();
+        state.closed = false;
+        state.current = None;
+        let (timers, idle) = (
+            std::mem::take(&mut state.timers),
+            std::mem::take(&mut state.idle),
+        );
+        drop(state);
+        drop((timers, idle));
     }
 }
 
@@ -399,10 +547,7 @@ impl Environment for SimEnv {
     }
 
     fn spawn(&self, task: BoxFuture<'static, ()>) {
-        if self.shared.state.lock().closed {
-            return;
-        }
-        self.shared.add_task(Some(task));
+        self.spawn_as(None, task);
     }
 
     fn offload(&self, work: Box<dyn FnOnce() + Send>) {
@@ -415,116 +560,6 @@ impl Environment for SimEnv {
     fn random(&self) -> u64 {
         self.shared.state.lock().rng.next_u64()
     }
-}
-
-struct Sleep {
-    shared: Weak<Shared>,
-    until: Duration,
-    key: Option<u64>,
-}
-
-impl Future for Sleep {
-    type Output = ();
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        let Some(shared) = self.shared.upgrade() else {
-            return Poll::Ready(());
-        };
-        let mut state = shared.state.lock();
-        if state.now >= self.until {
-            return Poll::Ready(());
-        }
-        let key = match self.key {
-            Some(key) => key,
-            None => {
-                state.next_id += 1;
-                state.next_id - 1
-            }
-        };
-        state.timers.insert((self.until, key), cx.waker().clone());
-        drop(state);
-        self.key = Some(key);
-        Poll::Pending
-    }
-}
-
-impl Drop for Sleep {
-    fn drop(&mut self) {
-        if let (Some(key), Some(shared)) = (self.key, self.shared.upgrade()) {
-            let waker = shared.state.lock().timers.remove(&(self.until, key));
-            drop(waker);
-        }
-    }
-}
-
-/// See [`SimEnv::idle`].
-pub struct Idle {
-    shared: Weak<Shared>,
-    asked: bool,
-    came: Arc<AtomicBool>,
-}
-
-impl Future for Idle {
-    type Output = ();
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        if self.came.load(Ordering::SeqCst) {
-            return Poll::Ready(());
-        }
-        let Some(shared) = self.shared.upgrade() else {
-            return Poll::Ready(());
-        };
-        if !self.asked {
-            self.asked = true;
-            let entry = (self.came.clone(), cx.waker().clone());
-            shared.state.lock().idle.push(entry);
-        }
-        Poll::Pending
-    }
-}
-
-struct Slot<T> {
-    value: Option<T>,
-    done: bool,
-    waker: Option<Waker>,
-}
-
-/// A task's result, to be awaited or looked at. Dropping it doesn't stop the task.
-pub struct Running<T>(Arc<Mutex<Slot<T>>>);
-
-impl<T> Running<T> {
-    /// Whether the task has ended.
-    pub fn is_done(&self) -> bool {
-        self.0.lock().done
-    }
-}
-
-impl<T> Future for Running<T> {
-    type Output = T;
-
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<T> {
-        let mut slot = self.0.lock();
-        match slot.value.take() {
-            Some(value) => Poll::Ready(value),
-            None => {
-                slot.waker = Some(cx.waker().clone());
-                Poll::Pending
-            }
-        }
-    }
-}
-
-/// Lets everyone else who is ready go first, or not: as the schedule says.
-pub fn yield_now() -> impl Future<Output = ()> + Send {
-    let mut yielded = false;
-    futures::future::poll_fn(move |cx| {
-        if yielded {
-            return Poll::Ready(());
-        }
-        yielded = true;
-        cx.waker().wake_by_ref();
-        Poll::Pending
-    })
 }
 
 #[cfg(test)]

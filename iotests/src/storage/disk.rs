@@ -1,7 +1,11 @@
 //! One simulated disk: its content now, what of it is durable, its rules, and what happened to it. It outlives the
 //! nodes that use it, so that it can be looked at, cut off from power and opened again.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use block_core::{env::Environment, error::ErrorKind};
 use parking_lot::Mutex;
@@ -22,6 +26,17 @@ pub(super) enum Change {
     Write(u64, Arc<Vec<u8>>),
     Punch(u64, u64),
     Resize(u64),
+}
+
+/// Somebody who sees every request to a disk. Called from within the requests, without any lock of the disk's; must not
+/// ask the disk to do anything.
+pub trait DiskWatch: Send + Sync {
+    /// A request arrives.
+    fn begins(&self, disk: &Disk, op: &OpInfo);
+    /// A request takes effect.
+    fn takes_effect(&self, disk: &Disk, op: &OpInfo);
+    /// A request has ended.
+    fn ended(&self, disk: &Disk, op: &OpInfo, result: Result<(), ErrorKind>);
 }
 
 /// One request in the log.
@@ -56,6 +71,7 @@ pub type Watcher = Arc<dyn Fn(&OpInfo) + Send + Sync>;
 pub struct Disk {
     name: String,
     state: Mutex<State>,
+    watch: OnceLock<Arc<dyn DiskWatch>>,
 }
 
 impl Disk {
@@ -68,7 +84,24 @@ impl Disk {
                 now: content,
                 ..State::default()
             }),
+            watch: OnceLock::new(),
         })
+    }
+
+    /// From now on `watch` sees every request. There can be one.
+    pub fn set_watch(&self, watch: Arc<dyn DiskWatch>) {
+        let _ = self.watch.set(watch);
+    }
+
+    /// Whether what was written since the last flush is kept apart.
+    pub fn is_tracking_durability(&self) -> bool {
+        self.state.lock().track_durability
+    }
+
+    /// How many changes a cut of the power could undo now.
+    pub fn unflushed(&self) -> usize {
+        let state = self.state.lock();
+        state.unflushed.len() + state.in_flight.values().filter(|op| op.1.is_some()).count()
     }
 
     /// Its file name.
@@ -152,16 +185,6 @@ impl Disk {
             }
         }
         content
-    }
-
-    /// How many changes a power cut could lose now. Durability must be tracked.
-    pub fn unflushed(&self) -> usize {
-        let state = self.state.lock();
-        let in_flight = state
-            .in_flight
-            .values()
-            .filter(|(_, change)| change.is_some());
-        state.unflushed.len() + in_flight.count()
     }
 
     /// Every request yields up to so many further times, as the environment's random numbers say.
@@ -285,7 +308,18 @@ impl Disk {
             state.rules.judge(&op, data)
         };
         state.in_flight.insert(op.id, (op, change));
+        drop(state);
+        if let Some(watch) = self.watch.get() {
+            watch.begins(self, &op);
+        }
         (op, fates)
+    }
+
+    /// A request is about to take effect.
+    pub(super) fn takes_effect(&self, op: &OpInfo) {
+        if let Some(watch) = self.watch.get() {
+            watch.takes_effect(self, op);
+        }
     }
 
     pub(super) fn end(&self, op: &OpInfo, result: Result<(), ErrorKind>) {
@@ -294,6 +328,10 @@ impl Disk {
         // Requests are logged in the order of their ids, none is left out before the log is full.
         if let Some(entry) = state.log.get_mut(op.id as usize) {
             entry.result = Some(result);
+        }
+        drop(state);
+        if let Some(watch) = self.watch.get() {
+            watch.ended(self, op, result);
         }
     }
 

@@ -72,6 +72,7 @@ impl TestStorage {
         self.pass_time(request).await;
         let result = async {
             self.suffer(request, &op, &fates, Stage::Before).await?;
+            self.disk.takes_effect(&op);
             effect(&self.disk, &op);
             self.suffer(request, &op, &fates, Stage::After).await
         }

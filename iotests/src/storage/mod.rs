@@ -19,7 +19,7 @@ mod rules;
 
 pub use self::{
     content::{Content, PAGE},
-    disk::{Disk, Disks, Hold, LogEntry, SECTOR, Watcher},
+    disk::{Disk, DiskWatch, Disks, Hold, LogEntry, SECTOR, Watcher},
     driver::{TestStorage, TestStorageFactory},
     rules::{Choose, Fate, OpInfo, OpKind, Stage},
 };

@@ -194,7 +194,6 @@ impl Engine {
         file: Arc<OpenFile>,
         kind: Kind,
         offset: u64,
-        done: usize,
     ) -> io::Result<()> {
         let asynchronous = match &kind {
             Kind::Read(_) => file.reads_are_asynchronous(),
@@ -204,11 +203,11 @@ impl Engine {
         };
         let ring = self.ring.as_ref().filter(|_| asynchronous);
         let end = if let Some((ring, lane)) = ring {
-            let (transfer, end) = Transfer::new(file, kind, offset, done, *lane, producer);
+            let (transfer, end) = Transfer::new(file, kind, offset, *lane, producer);
             ring.submit(transfer);
             end
         } else {
-            let (transfer, end) = Transfer::new(file, kind, offset, done, self.lane, producer);
+            let (transfer, end) = Transfer::new(file, kind, offset, self.lane, producer);
             self.shared
                 .pool
                 .submit(self.lane, producer, Task::Transfer(transfer))?;
@@ -217,7 +216,7 @@ impl Engine {
         end.await.unwrap_or_else(|_| Err(lost()))
     }
 
-    /// Fills `buf` from its byte `done` on; its first byte is at `offset`.
+    /// Fills `buf` from `offset`.
     ///
     /// Cancellation: the transfer runs to its end and keeps the buffer until then.
     pub(crate) async fn read(
@@ -226,13 +225,11 @@ impl Engine {
         file: Arc<OpenFile>,
         offset: u64,
         buf: IoBufMut,
-        done: usize,
     ) -> io::Result<()> {
-        self.transfer(producer, file, Kind::Read(buf), offset, done)
-            .await
+        self.transfer(producer, file, Kind::Read(buf), offset).await
     }
 
-    /// Writes `buf` from its byte `done` on; its first byte belongs at `offset`.
+    /// Writes `buf` at `offset`.
     ///
     /// Cancellation: as with [`Self::read`].
     pub(crate) async fn write(
@@ -241,16 +238,15 @@ impl Engine {
         file: Arc<OpenFile>,
         offset: u64,
         buf: IoBuf,
-        done: usize,
         dsync: bool,
     ) -> io::Result<()> {
         let kind = Kind::Write { buf, dsync };
-        self.transfer(producer, file, kind, offset, done).await
+        self.transfer(producer, file, kind, offset).await
     }
 
     /// `fdatasync`.
     pub(crate) async fn flush(&self, producer: ProducerId, file: Arc<OpenFile>) -> io::Result<()> {
-        self.transfer(producer, file, Kind::Flush, 0, 0).await
+        self.transfer(producer, file, Kind::Flush, 0).await
     }
 
     /// Runs a blocking call on a thread of the pool.

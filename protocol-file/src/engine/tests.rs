@@ -65,7 +65,7 @@ fn the_ring_keeps_the_buffer_of_a_dropped_read_until_the_kernel_is_done() {
     let (reader, mut writer) = pipe();
     let (lent, buf) = Buffer::new(4096).lend();
     {
-        let mut read = pin!(engine.read(ProducerId::NONE, reader, 0, buf, 0));
+        let mut read = pin!(engine.read(ProducerId::NONE, reader, 0, buf));
         assert!(poll_once(read.as_mut()).is_pending());
     }
     // The future is gone; the kernel may still write to the memory, so nobody else gets it.
@@ -90,7 +90,7 @@ fn the_pool_keeps_the_buffer_of_a_dropped_read_until_it_is_done() {
     buffer.fill(9);
     let (lent, buf) = buffer.lend();
     {
-        let mut read = pin!(engine.read(ProducerId::NONE, zero, 0, buf, 0));
+        let mut read = pin!(engine.read(ProducerId::NONE, zero, 0, buf));
         assert!(poll_once(read.as_mut()).is_pending());
     }
     let lent = lent
@@ -108,7 +108,7 @@ fn what_a_thread_submitted_is_done_even_if_the_thread_has_gone() {
     let (reader, mut writer) = pipe();
     let (lent, buf) = Buffer::new(4096).lend();
     // The future is polled first, and thereby submitted, by a thread that ends at once.
-    let mut read = Box::pin(async move { engine.read(ProducerId::NONE, reader, 0, buf, 0).await });
+    let mut read = Box::pin(async move { engine.read(ProducerId::NONE, reader, 0, buf).await });
     let read = thread::spawn(move || {
         assert!(poll_once(read.as_mut()).is_pending());
         read
@@ -135,7 +135,7 @@ fn short_reads_go_on_where_they_stopped() {
         }
     });
     let (lent, buf) = Buffer::new(4096).lend();
-    block_on(engine.read(ProducerId::NONE, reader, 0, buf, 0)).unwrap();
+    block_on(engine.read(ProducerId::NONE, reader, 0, buf)).unwrap();
     feeder.join().unwrap();
     let buffer = lent.reclaim().unwrap();
     assert!(
@@ -158,7 +158,7 @@ fn an_executor_can_turn_the_ring_itself() {
     let handle = engines.ring_handle().unwrap();
     let (reader, mut writer) = pipe();
     let (lent, buf) = Buffer::new(100).lend();
-    let mut read = pin!(engine.read(ProducerId::NONE, reader, 0, buf, 0));
+    let mut read = pin!(engine.read(ProducerId::NONE, reader, 0, buf));
     assert!(poll_once(read.as_mut()).is_pending());
     assert_eq!(handle.turn(), 0);
     writer.write_all(&[1; 100]).unwrap();
@@ -187,7 +187,7 @@ fn more_transfers_than_the_ring_has_room_for_all_end() {
         let mut buffer = Buffer::new(512);
         buffer.fill(1);
         let (lent, buf) = buffer.lend();
-        let read = engine.read(ProducerId::NONE, zero.clone(), 0, buf, 0);
+        let read = engine.read(ProducerId::NONE, zero.clone(), 0, buf);
         async move {
             read.await.unwrap();
             lent.reclaim().unwrap()
@@ -219,7 +219,7 @@ fn threads_that_submit_at_once_lose_no_wake_up() {
                     let zero = Arc::new(OpenFile::for_tests(File::open("/dev/zero").unwrap()));
                     for _ in 0..2000 {
                         let (_lent, buf) = Buffer::new(64).lend();
-                        block_on(engine.read(ProducerId::NONE, zero.clone(), 0, buf, 0)).unwrap();
+                        block_on(engine.read(ProducerId::NONE, zero.clone(), 0, buf)).unwrap();
                     }
                 })
             })

@@ -106,33 +106,14 @@ async fn create(session: &Session, request: &Request<'_>, quiet: bool) -> Result
     let Request {
         filename, format, ..
     } = *request;
-    let factory = registry
-        .get(format)
-        .map_err(|_| Failure::new(format!("Unknown file format '{format}'")))?;
-    let protocol = registry.get(&protocol_of(registry, filename)?)?;
-    let mut options = CreateOptions::new(&**factory, Some(&**protocol));
-    if let Some(list) = request.list {
-        options.read(list)?;
-    }
+    let mut options = CreateOptions::of(registry, format, filename, request.list)?;
     if let Some(size) = request.size {
         if options.get("size").is_some() {
             return Err(Failure::new("The image size must be specified only once"));
         }
         options.set("size", &size.to_string())?;
     }
-    for (key, value, what) in [
-        ("backing_file", request.backing, "Backing file"),
-        ("backing_fmt", request.backing_format, "Backing format"),
-    ] {
-        if let Some(value) = value {
-            if !options.takes(key) {
-                return Err(Failure::new(format!(
-                    "{what} not supported for file format '{format}'"
-                )));
-            }
-            options.set(key, value)?;
-        }
-    }
+    options.set_backing(request.backing, request.backing_format)?;
     if let Some(backing) = options.get("backing_file").map(str::to_owned) {
         if backing.is_empty() {
             return Err(Failure::new("Expected backing file name, got empty string"));

@@ -76,6 +76,42 @@ impl CreateOptions {
         }
     }
 
+    /// For the image `filename` in the format called `format`, with what `-o` says.
+    pub fn of(
+        registry: &Registry,
+        format: &str,
+        filename: &str,
+        list: Option<&str>,
+    ) -> Result<Self, Failure> {
+        let factory = registry
+            .get(format)
+            .map_err(|_| Failure::new(format!("Unknown file format '{format}'")))?;
+        let protocol = registry.get(&protocol_of(registry, filename)?)?;
+        let mut options = Self::new(&**factory, Some(&**protocol));
+        if let Some(list) = list {
+            options.read(list)?;
+        }
+        Ok(options)
+    }
+
+    /// Sets the backing file and its format, if they are given.
+    pub fn set_backing(&mut self, file: Option<&str>, format: Option<&str>) -> Result<(), Failure> {
+        for (key, value, what) in [
+            ("backing_file", file, "Backing file"),
+            ("backing_fmt", format, "Backing format"),
+        ] {
+            let Some(value) = value else { continue };
+            if !self.takes(key) {
+                return Err(Failure::new(format!(
+                    "{what} not supported for file format '{}'",
+                    self.format
+                )));
+            }
+            self.set(key, value)?;
+        }
+        Ok(())
+    }
+
     /// Reads `-o`.
     pub fn read(&mut self, list: &str) -> Result<(), Failure> {
         let given = Options::from_dotted(list)?;

@@ -2,7 +2,7 @@
 
 use block_core::{BlockHandle, Capabilities, ErrorKind, RequestFlags};
 
-use super::super::create_options::{CreateOptions, protocol_of};
+use super::super::create_options::CreateOptions;
 use crate::common::{
     cache::CacheMode,
     failure::Failure,
@@ -131,27 +131,8 @@ fn no_compression() -> Failure {
 async fn create(session: &Session, request: &Request<'_>, length: u64) -> Result<(), Failure> {
     let registry = &session.registry;
     let Request { name, format, .. } = *request;
-    let factory = registry
-        .get(format)
-        .map_err(|_| Failure::new(format!("Unknown file format '{format}'")))?;
-    let protocol = registry.get(&protocol_of(registry, name)?)?;
-    let mut options = CreateOptions::new(&**factory, Some(&**protocol));
-    if let Some(list) = request.list {
-        options.read(list)?;
-    }
-    for (key, value, what) in [
-        ("backing_file", request.backing, "Backing file"),
-        ("backing_fmt", request.backing_format, "Backing format"),
-    ] {
-        if let Some(value) = value {
-            if !options.takes(key) {
-                return Err(Failure::new(format!(
-                    "{what} not supported for file format '{format}'"
-                )));
-            }
-            options.set(key, value)?;
-        }
-    }
+    let mut options = CreateOptions::of(registry, format, name, request.list)?;
+    options.set_backing(request.backing, request.backing_format)?;
     if options.get("backing_file").is_some() && options.get("backing_fmt").is_none() {
         return Err(Failure::new(
             "Use of backing file requires explicit backing format",

@@ -1,0 +1,313 @@
+//! The commands `simulate`, `minimise` and `replay`: they print, and decide the exit status. The statuses are those of the
+//! program: 0 passed, 1 failed, 2 inconclusive, 3 wrong usage.
+
+use std::{ops::Range, path::PathBuf, time::Duration};
+
+use block_core::{Options, Registry};
+
+use super::{
+    campaign::{Campaign, Totals, profile},
+    generate::{Profile, generate},
+    minimise::{Saved, minimise},
+    run::{How, Outcome, run},
+    scenario::Scenario,
+    timeline,
+};
+use crate::case::Verdict;
+
+/// Which world.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Worlds {
+    /// The format
+    #[arg(long, short = 'f', default_value = "qcow2")]
+    pub format: String,
+    /// Options of image creation that all scenarios get
+    #[arg(short = 'o', default_value = "")]
+    pub options: String,
+    /// Without the gate of the request path: images are meant to be corrupted
+    #[arg(long)]
+    pub no_gate: bool,
+    /// Without the driver's own safeguards
+    #[arg(long)]
+    pub no_safeguards: bool,
+}
+
+/// Runs seeds: each decides image options, guests, jobs, faults, power cuts and the schedule
+#[derive(Debug, Clone, clap::Args)]
+pub struct Simulate {
+    #[command(flatten)]
+    worlds: Worlds,
+    /// Seeds: one or A..B
+    #[arg(long, default_value = "0..1000")]
+    seeds: String,
+    /// Threads
+    #[arg(long, short = 'j', default_value_t = 1)]
+    jobs: usize,
+    /// Stop after so many failures
+    #[arg(long, default_value_t = 1)]
+    max_failures: usize,
+    /// JSON instead of text
+    #[arg(long)]
+    json: bool,
+}
+
+/// Makes a failing seed small, prints what happens, and writes it to a file
+#[derive(Debug, Clone, clap::Args)]
+pub struct Minimise {
+    #[command(flatten)]
+    worlds: Worlds,
+    /// The seed
+    #[arg(long, required_unless_present = "file")]
+    seed: Option<u64>,
+    /// Or a file that this command or a person has written
+    #[arg(long, conflicts_with = "seed")]
+    file: Option<PathBuf>,
+    /// Where it is written
+    #[arg(long, default_value = "failure.json")]
+    save: PathBuf,
+    /// Seconds that it may take
+    #[arg(long, default_value_t = 60)]
+    seconds: u64,
+}
+
+/// Runs a saved failure, or a seed, again, and prints what happens
+#[derive(Debug, Clone, clap::Args)]
+pub struct Replay {
+    #[command(flatten)]
+    worlds: Worlds,
+    /// The file
+    #[arg(required_unless_present = "seed")]
+    file: Option<PathBuf>,
+    /// Or a seed
+    #[arg(long, conflicts_with = "file")]
+    seed: Option<u64>,
+    /// The most events that are printed, the last ones
+    #[arg(long, default_value_t = 200)]
+    events: usize,
+    /// Print the scenario as JSON, too
+    #[arg(long)]
+    scenario: bool,
+}
+
+impl Worlds {
+    /// The registry with or without safeguards.
+    fn registry<'a>(
+        &self,
+        registry: &'a Registry,
+        bare: Option<&'a Registry>,
+    ) -> Result<&'a Registry, String> {
+        choose(registry, bare, !self.no_safeguards)
+    }
+
+    fn profile(&self, registry: &Registry) -> Result<Profile, String> {
+        let create = if self.options.is_empty() {
+            Options::new()
+        } else {
+            Options::from_dotted(&self.options).map_err(|error| error.to_string())?
+        };
+        profile(registry, &self.format, &create)
+    }
+
+    fn again(&self) -> String {
+        let mut text = format!("-f {}", self.format);
+        if !self.options.is_empty() {
+            text.push_str(&format!(" -o {}", self.options));
+        }
+        if self.no_gate {
+            text.push_str(" --no-gate");
+        }
+        if self.no_safeguards {
+            text.push_str(" --no-safeguards");
+        }
+        text
+    }
+}
+
+fn choose<'a>(
+    registry: &'a Registry,
+    bare: Option<&'a Registry>,
+    safeguards: bool,
+) -> Result<&'a Registry, String> {
+    if safeguards {
+        return Ok(registry);
+    }
+    bare.ok_or_else(|| "this program can't take a driver's safeguards away".to_owned())
+}
+
+fn parse_seeds(text: &str) -> Result<Range<u64>, String> {
+    let number = |text: &str| {
+        text.parse::<u64>()
+            .map_err(|_| format!("--seeds: '{text}' is no number"))
+    };
+    match text.split_once("..") {
+        Some((from, to)) => Ok(number(from)?..number(to)?),
+        None => {
+            let seed = number(text)?;
+            Ok(seed..seed.checked_add(1).ok_or("--seeds: too large")?)
+        }
+    }
+}
+
+fn load(file: &PathBuf) -> Result<Saved, String> {
+    let text =
+        std::fs::read_to_string(file).map_err(|error| format!("{}: {error}", file.display()))?;
+    serde_json::from_str(&text).map_err(|error| format!("{}: {error}", file.display()))
+}
+
+impl Simulate {
+    /// Runs the command; gives the exit status.
+    ///
+    /// # Errors
+    /// Wrong usage, in words.
+    pub fn run(&self, registry: &Registry, bare: Option<&Registry>) -> Result<u8, String> {
+        let registry = self.worlds.registry(registry, bare)?;
+        let profile = self.worlds.profile(registry)?;
+        let seeds = parse_seeds(&self.seeds)?;
+        let campaign = Campaign {
+            seeds: seeds.clone(),
+            threads: self.jobs,
+            gate: !self.worlds.no_gate,
+            max_failures: self.max_failures.max(1),
+        };
+        let totals = campaign.run(registry, &profile, |seed, outcome| {
+            if let Some(failure) = &outcome.failure
+                && !self.json
+            {
+                println!("seed {seed}: FAILED {failure}");
+                println!(
+                    "    again: iotests replay {} --seed {seed}; smaller: iotests minimise {} --seed {seed}",
+                    self.worlds.again(),
+                    self.worlds.again()
+                );
+            }
+        });
+        let verdict = totals.verdict(&profile, seeds.end.saturating_sub(seeds.start));
+        if self.json {
+            let text = serde_json::to_string_pretty(&totals).map_err(|error| error.to_string())?;
+            println!("{text}");
+        } else {
+            print_totals(&totals);
+            println!("{} {}", verdict.word(), verdict.detail());
+        }
+        Ok(match verdict {
+            Verdict::Failed(_) => 1,
+            Verdict::Inconclusive(_) => 2,
+            Verdict::Passed | Verdict::NotCovered(_) => 0,
+        })
+    }
+}
+
+fn print_totals(totals: &Totals) {
+    println!(
+        "{} seeds in {:.1} s; {:.0} seeds per hour on one core; {:.0} requests and {:.0} polls each; hash {:016x}",
+        totals.seeds,
+        totals.elapsed,
+        totals.rate(),
+        totals.counter("requests") as f64 / totals.seeds.max(1) as f64,
+        totals.polls as f64 / totals.seeds.max(1) as f64,
+        totals.hash
+    );
+    for (name, value) in &totals.counters {
+        println!("{value:>14} {name}");
+    }
+}
+
+fn report(outcome: &Outcome, events: usize) -> u8 {
+    print!("{}", timeline::print(&outcome.events, events));
+    match &outcome.failure {
+        Some(failure) => {
+            println!("FAILED {failure}");
+            1
+        }
+        None => {
+            println!("passed; hash {:016x}", outcome.hash);
+            0
+        }
+    }
+}
+
+fn describe(scenario: &Scenario) {
+    println!(
+        "{} requests of {} queues, {} jobs, {} layers of {} bytes",
+        scenario.requests(),
+        scenario
+            .phases
+            .iter()
+            .map(|phase| phase.queues.len())
+            .sum::<usize>(),
+        scenario
+            .phases
+            .iter()
+            .map(|phase| phase.jobs.len())
+            .sum::<usize>(),
+        scenario.layers.len(),
+        scenario.layers.last().map_or(0, |layer| layer.size)
+    );
+}
+
+impl Minimise {
+    /// Runs the command; gives the exit status.
+    ///
+    /// # Errors
+    /// Wrong usage, in words.
+    pub fn run(&self, registry: &Registry, bare: Option<&Registry>) -> Result<u8, String> {
+        let (scenario, how, safeguards) = match (&self.file, self.seed) {
+            (Some(file), _) => {
+                let saved = load(file)?;
+                let how = saved.how();
+                (saved.scenario, how, saved.safeguards)
+            }
+            (None, Some(seed)) => {
+                let profile = self.worlds.profile(self.worlds.registry(registry, bare)?)?;
+                let how = How::seed(seed).without_gate(self.worlds.no_gate);
+                (generate(&profile, seed), how, !self.worlds.no_safeguards)
+            }
+            (None, None) => return Err("a seed or a file is needed".to_owned()),
+        };
+        let registry = choose(registry, bare, safeguards)?;
+        describe(&scenario);
+        let limit = Duration::from_secs(self.seconds);
+        let Some(saved) = minimise(registry, &scenario, &how, safeguards, limit) else {
+            println!("it passes");
+            return Ok(0);
+        };
+        let text = serde_json::to_string_pretty(&saved).map_err(|error| error.to_string())?;
+        std::fs::write(&self.save, text + "\n")
+            .map_err(|error| format!("{}: {error}", self.save.display()))?;
+        let status = report(&saved.replay(registry, true), usize::MAX);
+        describe(&saved.scenario);
+        println!("again: iotests replay {}", self.save.display());
+        Ok(status)
+    }
+}
+
+impl Replay {
+    /// Runs the command; gives the exit status.
+    ///
+    /// # Errors
+    /// Wrong usage, in words.
+    pub fn run(&self, registry: &Registry, bare: Option<&Registry>) -> Result<u8, String> {
+        let outcome;
+        let scenario;
+        if let Some(file) = &self.file {
+            let saved = load(file)?;
+            let registry = choose(registry, bare, saved.safeguards)?;
+            outcome = saved.replay(registry, true);
+            scenario = saved.scenario;
+        } else {
+            let seed = self.seed.ok_or("a seed or a file is needed")?;
+            let registry = self.worlds.registry(registry, bare)?;
+            scenario = generate(&self.worlds.profile(registry)?, seed);
+            let how = How::seed(seed)
+                .without_gate(self.worlds.no_gate)
+                .with_timeline();
+            outcome = run(registry, &scenario, &how);
+        }
+        if self.scenario {
+            let text =
+                serde_json::to_string_pretty(&scenario).map_err(|error| error.to_string())?;
+            println!("{text}");
+        }
+        Ok(report(&outcome, self.events))
+    }
+}

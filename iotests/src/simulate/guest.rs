@@ -1,0 +1,226 @@
+//! The guest's queues: each takes its steps in order, several at once, tells the oracle what it does, and judges what it
+//! reads.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, AtomicUsize, Ordering},
+};
+
+use block_core::{
+    Buffer, Error, PermissionSet, Permissions, RequestFlags, Result, driver::Truncate,
+    env::Environment, error::ErrorKind,
+};
+
+use super::{
+    record::{Failure, FailureKind},
+    scenario::{Queue, Step, StepKind},
+    world::World,
+};
+use crate::{
+    oracle::{Ended, Mismatch},
+    pattern::stamped,
+    sim::{CancelAt, DropWhen},
+};
+
+/// Runs one queue to its end.
+pub(super) async fn run_queue(world: Arc<World>, number: usize, queue: Queue) {
+    let env = world.lab.env.clone();
+    let next = Arc::new(AtomicUsize::new(0));
+    let steps: Arc<[Step]> = queue.steps.into();
+    let workers: Vec<_> = (0..queue.depth.clamp(1, steps.len().max(1)))
+        .map(|worker| {
+            let (world, next, steps) = (world.clone(), next.clone(), steps.clone());
+            let name = format!("queue {number}.{worker}");
+            env.start_named(&name, async move {
+                loop {
+                    let at = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(step) = steps.get(at) else { return };
+                    take_step(&world, number, at, *step).await;
+                }
+            })
+        })
+        .collect();
+    futures::future::join_all(workers).await;
+}
+
+async fn take_step(world: &Arc<World>, queue: usize, at: usize, step: Step) {
+    let env = &world.lab.env;
+    let recorder = &world.setup.recorder;
+    if step.kind == StepKind::Pause {
+        env.sleep(std::time::Duration::from_micros(step.offset))
+            .await;
+        return;
+    }
+    world.progress.begin();
+    recorder.count("requests", 1);
+    recorder.note([20, queue as u64, at as u64], || {
+        format!("request {queue}/{at}: {step}")
+    });
+    let ended = match step.dropped {
+        None => Some(carry_out(world, queue, step).await),
+        Some(dropped) => {
+            let when = if dropped.at_rest {
+                DropWhen::AtRest
+            } else {
+                DropWhen::AtOnce
+            };
+            let reached = Arc::new(AtomicBool::new(false));
+            let request = carry_out(world, queue, step);
+            let request = CancelAt::new(env, request, dropped.polls, when, reached.clone());
+            let ended = request.await.ok();
+            recorder.count(
+                "cancelled-await-points",
+                u64::from(reached.load(Ordering::Relaxed)),
+            );
+            ended
+        }
+    };
+    let result = match &ended {
+        None => 2,
+        Some(Ok(())) => 0,
+        Some(Err(_)) => 1,
+    };
+    recorder.note(
+        [21, (queue * 100_000 + at) as u64, result],
+        || match &ended {
+            None => format!("request {queue}/{at}: dropped"),
+            Some(Ok(())) => format!("request {queue}/{at}: done"),
+            Some(Err(error)) => format!("request {queue}/{at}: failed: {error}"),
+        },
+    );
+    if let Some(Err(error)) = ended {
+        recorder.count("failed-requests", 1);
+        if !is_excused(world, step, &error) {
+            let text = format!("request {queue}/{at} ({step}): {error}");
+            recorder.fail(Failure::new(FailureKind::Error, text));
+        }
+    }
+}
+
+/// Whether a request may have failed like that.
+fn is_excused(world: &World, step: Step, error: &Error) -> bool {
+    if !world.setup.gate {
+        return true;
+    }
+    let resizes = || {
+        let queues = world.phase.queues.iter();
+        queues
+            .flat_map(|queue| &queue.steps)
+            .any(|step| step.kind == StepKind::Resize)
+    };
+    match error.kind() {
+        // The image was found damaged: that is never in order.
+        ErrorKind::Corrupt | ErrorKind::NoMedium => false,
+        _ if world.may_fail() => true,
+        ErrorKind::NotPermitted | ErrorKind::NotSupported | ErrorKind::TooBig => {
+            step.kind == StepKind::Resize
+        }
+        // Beyond the end of a disk that somebody else has made shorter.
+        ErrorKind::Io => {
+            step.offset + step.len > world.lengths.lock().iter().copied().min().unwrap_or(0)
+                && resizes()
+        }
+        _ => false,
+    }
+}
+
+fn judge_read(world: &World, wrong: &[Mismatch]) {
+    if let Some(first) = wrong.first() {
+        let text = format!("a read: {first} ({} places)", wrong.len());
+        world
+            .setup
+            .recorder
+            .fail(Failure::new(FailureKind::Content, text));
+    }
+}
+
+async fn carry_out(world: &Arc<World>, queue: usize, step: Step) -> Result<()> {
+    let handle = world.guest()?;
+    let oracle = &world.oracle;
+    let gate = world.setup.gate;
+    let (offset, len) = (step.offset, step.len);
+    let mut flags = RequestFlags::empty();
+    if step.fua {
+        flags |= RequestFlags::FUA;
+    }
+    let how = |result: &Result<()>| match result {
+        Ok(()) if step.fua => Ended::Durable,
+        Ok(()) => Ended::Done,
+        Err(_) => Ended::Undone,
+    };
+    match step.kind {
+        StepKind::Read | StepKind::CopyOnRead => {
+            if step.kind == StepKind::CopyOnRead {
+                flags |= RequestFlags::COPY_ON_READ;
+            }
+            let reading = oracle.read();
+            let (lent, buf) = Buffer::try_new(len as usize)?.lend();
+            handle.readv(offset, buf, flags).await?;
+            let bytes = lent
+                .reclaim()
+                .map_err(|_| Error::io("a driver kept a part of a read buffer"))?;
+            let wrong = if gate {
+                reading.check(offset, &bytes)
+            } else {
+                reading.check_lenient(offset, &bytes)
+            };
+            judge_read(world, &wrong);
+            Ok(())
+        }
+        StepKind::Write | StepKind::WriteCompressed => {
+            if step.kind == StepKind::WriteCompressed {
+                flags |= RequestFlags::WRITE_COMPRESSED;
+            }
+            let owner = world.number * 16 + queue as u32 + 1;
+            let change = oracle.write(owner, offset, len);
+            let data = stamped(owner, change.seq(), offset, len);
+            let result = handle.write(offset, data, flags).await;
+            change.end(how(&result));
+            result
+        }
+        StepKind::Zero | StepKind::ZeroUnmap => {
+            if step.kind == StepKind::ZeroUnmap {
+                flags |= RequestFlags::MAY_UNMAP;
+            }
+            let change = oracle.zero(offset, len);
+            let result = handle.write_zeroes(offset, len, flags).await;
+            change.end(how(&result));
+            result
+        }
+        StepKind::Discard => {
+            let change = oracle.discard(offset, len);
+            let result = handle.discard(offset, len).await;
+            change.end(how(&result));
+            result
+        }
+        StepKind::Flush => {
+            let began = oracle.flush_begins();
+            handle.flush().await?;
+            oracle.flushed(began);
+            Ok(())
+        }
+        StepKind::Status => handle.block_status(offset, len).await.map(|_| ()),
+        StepKind::Resize => resize(world, offset).await,
+        StepKind::Pause => Ok(()),
+    }
+}
+
+/// Through a handle of its own, so that jobs, which share no resizing, can begin in between.
+async fn resize(world: &Arc<World>, length: u64) -> Result<()> {
+    let node = world.guest()?.node();
+    let set = PermissionSet::new(Permissions::RESIZE | Permissions::WRITE, Permissions::all());
+    let handle = world.lab.graph.attach(&node, set, "resizer")?;
+    world.lengths.lock().push(length);
+    // What is cut off reads as zeroes if it comes back; what is added, as well.
+    let change = world.oracle.zero(length, MAX_LENGTH.saturating_sub(length));
+    let result = handle.truncate(length, Truncate::default()).await;
+    change.end(if result.is_ok() {
+        Ended::Done
+    } else {
+        Ended::Undone
+    });
+    result
+}
+
+/// No disk of a scenario is longer.
+const MAX_LENGTH: u64 = 4 << 20;

@@ -1,0 +1,234 @@
+//! What has to be right at the end of a phase, and when its images are opened again: content, metadata, length.
+
+use std::sync::Arc;
+
+use block_core::{
+    BlockHandle, Error, Result,
+    driver::Capabilities,
+    image::{CheckMode, CheckReport, Progress},
+};
+
+use super::{
+    record::{Failure, FailureKind},
+    run::Carried,
+    world::{GUEST, Setup, World},
+};
+use crate::{
+    lab::Lab,
+    oracle::{Mismatch, Oracle},
+};
+
+fn content(when: &str, wrong: &[Mismatch]) -> Result<(), Failure> {
+    match wrong.first() {
+        None => Ok(()),
+        Some(first) => {
+            let text = format!("{when}: {first} ({} places)", wrong.len());
+            Err(Failure::new(FailureKind::Content, text))
+        }
+    }
+}
+
+/// Looks at the disk as the guest sees it, closes everything, and gives the names of its images and whether everything
+/// could be written.
+pub(super) async fn end_of_phase(world: &Arc<World>) -> Result<(Vec<String>, bool), Failure> {
+    let setup = &world.setup;
+    let recorder = &setup.recorder;
+    let error =
+        |what: &str, error: Error| Failure::new(FailureKind::Error, format!("{what}: {error}"));
+    for disk in setup.disks.all() {
+        disk.clear_rules();
+    }
+    // What was dropped has to come to its end.
+    drop(world.lab.graph.drain_all().await);
+    setup.watch.check_books();
+    let handle = world.guest().map_err(|e| error("the guest", e))?;
+    let bytes = match handle.read(0, handle.length() as usize).await {
+        Ok(bytes) => bytes,
+        Err(_) if !setup.gate => return Ok((world.names(), false)),
+        Err(e) => return Err(error("the disk can't be read at the end", e)),
+    };
+    let wrong = if setup.gate {
+        world.oracle.check(0, &bytes)
+    } else {
+        world.oracle.check_lenient(0, &bytes)
+    };
+    content("at the end of the phase", &wrong)?;
+    recorder.note([41, 0, 0], || "the content is right".to_owned());
+    world.collect_counters();
+    let names = world.names();
+    *world.lengths.lock() = vec![handle.length()];
+    drop(handle);
+    world.handle.lock().take();
+    let closed = world.lab.graph.close_all().await;
+    let clean = closed.is_ok();
+    if let Err(e) = closed
+        && !world.may_fail()
+    {
+        return Err(error("the disk can't be closed", e));
+    }
+    // A flush that failed on the way leaves it open what of the metadata is there.
+    Ok((names, clean && recorder.disk_errors() == 0))
+}
+
+fn findings(report: &CheckReport) -> String {
+    let lines: Vec<&str> = report.findings.iter().map(|f| f.message.as_str()).collect();
+    let more = lines.len().saturating_sub(4);
+    let first: Vec<&str> = lines.into_iter().take(4).collect();
+    let more = if more > 0 {
+        format!(" and {more} more")
+    } else {
+        String::new()
+    };
+    format!("{}{more}", first.join("; "))
+}
+
+/// The image's own check: no corruptions, and no leaks unless there is an excuse; leaks are repaired then.
+async fn check(
+    setup: &Setup,
+    handle: &BlockHandle,
+    name: &str,
+    excused: bool,
+) -> Result<(), Failure> {
+    let capabilities = handle.node().driver().capabilities();
+    if !capabilities.contains(Capabilities::CHECK) {
+        return Ok(());
+    }
+    let broken = |text: String| Failure::new(FailureKind::Check, format!("{name}: {text}"));
+    let report = handle
+        .check(CheckMode::ReadOnly, Progress::new())
+        .await
+        .map_err(|error| broken(error.to_string()))?;
+    setup.recorder.count("checks", 1);
+    if report.corruptions + report.check_errors > 0 {
+        return Err(broken(findings(&report)));
+    }
+    if report.leaks == 0 {
+        return Ok(());
+    }
+    if !excused {
+        let text = format!("{name}: {}", findings(&report));
+        return Err(Failure::new(FailureKind::Leak, text));
+    }
+    setup.recorder.count("leaks-repaired", report.leaks);
+    if capabilities.contains(Capabilities::REPAIR) {
+        let report = handle
+            .check(CheckMode::RepairLeaks, Progress::new())
+            .await
+            .map_err(|error| broken(format!("repair: {error}")))?;
+        if !report.is_clean() {
+            return Err(broken(format!("after the repair: {}", findings(&report))));
+        }
+    }
+    Ok(())
+}
+
+/// Opens the images again, as somebody would who knows only what is on the disks.
+pub(super) async fn look_again(
+    setup: &Arc<Setup>,
+    lab: &Lab,
+    mut carried: Carried,
+) -> Result<Carried, Failure> {
+    let when = if carried.cut {
+        "after the power cut"
+    } else {
+        "opened again"
+    };
+    let error = |what: &str, error: Error| {
+        Failure::new(FailureKind::Error, format!("{when}: {what}: {error}"))
+    };
+    let lenient = !setup.gate;
+    let node = setup.open(lab, &carried.names).await;
+    let node = match node {
+        Ok(node) => node,
+        Err(e) => return Err(error("it can't be opened", e)),
+    };
+    let handle = lab
+        .graph
+        .attach(&node, GUEST, "judge")
+        .map_err(|e| error("it can't be used", e))?;
+    check(
+        setup,
+        &handle,
+        &carried.names[0],
+        carried.excused || lenient,
+    )
+    .await?;
+    let length = handle.length();
+    if !lenient && !carried.lengths.contains(&length) {
+        let text = format!(
+            "{when}: it has {length} bytes, may have {:?}",
+            carried.lengths
+        );
+        return Err(Failure::new(FailureKind::Content, text));
+    }
+    let bytes = handle
+        .read(0, length as usize)
+        .await
+        .map_err(|e| error("it can't be read", e))?;
+    let oracle = &carried.oracle;
+    let wrong = match (lenient, carried.cut, carried.excused) {
+        (true, true, _) => oracle.check_known(0, &bytes),
+        (true, false, _) => oracle.check_lenient(0, &bytes),
+        (false, false, false) => oracle.check(0, &bytes),
+        (false, ..) => oracle.check_after_cut(0, &bytes),
+    };
+    content(when, &wrong)?;
+    setup.recorder.note([42, 0, 0], || {
+        format!("{when}: metadata and content are right")
+    });
+    let below: Vec<_> = node.chain();
+    handle
+        .close()
+        .await
+        .map_err(|e| error("it can't be closed", e))?;
+    drop((node, below));
+    for n in 1..carried.names.len() {
+        let name = carried.names[n].clone();
+        look_at(setup, lab, &carried.names[n..], &name, true).await?;
+    }
+    for name in std::mem::take(&mut carried.left) {
+        // One that was only being made when the power went isn't an image yet.
+        let alone = std::slice::from_ref(&name);
+        let made = setup.open(lab, alone).await;
+        if let Ok(node) = made {
+            let handle = lab
+                .graph
+                .attach(&node, GUEST, "judge")
+                .map_err(|e| error(&name, e))?;
+            check(setup, &handle, &name, true).await?;
+            drop(handle);
+            lab.graph
+                .release(&node)
+                .await
+                .map_err(|e| error(&name, e))?;
+        }
+    }
+    if carried.cut || carried.excused {
+        // What happens to be there is what counts from here on.
+        let oracle = Oracle::new(carried.after_discard);
+        oracle.set_initial(0, &bytes);
+        carried.oracle = oracle;
+    }
+    Ok(Carried {
+        lengths: vec![length],
+        cut: false,
+        excused: false,
+        ..carried
+    })
+}
+
+/// An image below the topmost: only its metadata is looked at.
+async fn look_at(
+    setup: &Arc<Setup>,
+    lab: &Lab,
+    names: &[String],
+    name: &str,
+    excused: bool,
+) -> Result<(), Failure> {
+    let error = |error: Error| Failure::new(FailureKind::Error, format!("{name}: {error}"));
+    setup.watch.clear();
+    let node = setup.open(lab, names).await.map_err(error)?;
+    let handle = lab.graph.attach(&node, GUEST, "judge").map_err(error)?;
+    check(setup, &handle, name, excused).await?;
+    handle.close().await.map_err(error)
+}
