@@ -300,6 +300,7 @@ pub fn hunt(suite: &Suite) -> Result<Option<Found>, String> {
             seeds: 0..SEEDS,
             threads: 1,
             gate: true,
+            books: true,
             max_failures: 1,
         };
         let totals = campaign.run(registry, &profile, |_, _| ());

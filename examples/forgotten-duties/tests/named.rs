@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 
 use block_core::{DriverFactory, Registry};
 use iotests::{
-    all_cases,
+    basic,
     case::{FormatUnderTest, Group, Verdict, run},
-    duties::Duty,
+    cases,
+    duties::{self, Duty},
 };
 
 mod list {
@@ -20,11 +21,9 @@ fn failures(factory: impl DriverFactory) -> BTreeMap<String, String> {
         .with("cluster_size", 4096)
         .with_safeguards();
     let mut failures = BTreeMap::new();
-    for case in all_cases() {
-        // Cancellations are the same cases again, thousands of times, and jobs are many requests: both find nothing else here.
-        if !case.quick || matches!(case.group, Group::Cancel | Group::Jobs) {
-            continue;
-        }
+    // The cases that are about one duty, and those that are older than they are. The others are many, and no help here.
+    let cases = duties::all().into_iter().chain(basic::all());
+    for case in cases.chain(cases::all()) {
         // What depends on the schedule, or on what a power cut spares, is tried twice.
         let lucky = matches!(case.group, Group::Crash | Group::Race);
         for seed in 0..if lucky { 2 } else { 1 } {

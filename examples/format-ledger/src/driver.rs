@@ -85,16 +85,17 @@ impl BlockDriver for Ledger {
     }
 
     fn limits(&self, edges: &Edges) -> Limits {
-        // Offsets are passed on to the file as they are, within clusters that are aligned to anything.
+        // What the file can take is what we can take: offsets within a cluster are passed on as they are.
         let below = edges
             .primary()
             .map_or(1, |file| file.limits().request_alignment);
+        let cluster = self.cluster_size.max(below);
         Limits {
             request_alignment: below,
-            zeroes_alignment: self.cluster_size,
-            discard_alignment: self.cluster_size,
+            zeroes_alignment: cluster,
+            discard_alignment: cluster,
             // Whatever must not overlap must not share a cluster either.
-            serialising_granularity: self.cluster_size,
+            serialising_granularity: cluster,
             ..Limits::default()
         }
     }

@@ -12,7 +12,7 @@
 //! | --- | --- | --- |
 //! | 0 | 8 | the magic, `LEDGER\r\n` |
 //! | 8 | 4 | version, 1 |
-//! | 12 | 4 | cluster size in bytes, a power of two from 4096 to 2 MiB |
+//! | 12 | 4 | cluster size in bytes, a power of two from 512 to 2 MiB |
 //! | 16 | 8 | size of the guest's disk in bytes |
 //! | 24 | 8 | entries of the map: how many clusters the disk can grow to |
 //! | 32 | 8 | entries of the ledger: how many clusters the file can grow to |
@@ -166,8 +166,8 @@ impl Header {
 
     fn validate_sizes(&self) -> Result<()> {
         let cluster = self.cluster_size;
-        if !(4096..=2 << 20).contains(&cluster) || !cluster.is_power_of_two() {
-            let allowed = "a power of two, 4096 to 2097152";
+        if !(512..=2 << 20).contains(&cluster) || !cluster.is_power_of_two() {
+            let allowed = "a power of two, 512 to 2097152";
             return Err(wrong("cluster_size", cluster, allowed));
         }
         if self.map_entries > MAX_CLUSTERS {
@@ -265,12 +265,17 @@ impl Header {
     }
 
     fn table_bytes(&self, entries: u64) -> u64 {
-        (entries * ENTRY_BYTES).next_multiple_of(self.cluster_size)
+        (entries * ENTRY_BYTES).next_multiple_of(self.table_alignment())
+    }
+
+    /// Tables are written in blocks of 4096 bytes, which must not reach into what comes next.
+    fn table_alignment(&self) -> u64 {
+        self.cluster_size.max(4096)
     }
 
     /// Where the map begins, in bytes.
     pub fn map_at(&self) -> u64 {
-        self.cluster_size
+        self.table_alignment()
     }
 
     /// Where the ledger begins, in bytes.

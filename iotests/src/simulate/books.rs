@@ -83,17 +83,21 @@ pub struct Books {
     image: String,
     /// Bytes of a host cluster.
     unit: u64,
+    /// Whether anything is made of what is found.
+    strict: bool,
     file: Weak<Node>,
     state: Mutex<State>,
 }
 
 impl Books {
-    /// Begins to keep books of the image at `node`, whose clusters have `unit` bytes. `None` when its driver tells nothing.
+    /// Begins to keep books of the image at `node`, whose clusters have `unit` bytes. Without `strict` they are only for the
+    /// timeline. `None` when its driver tells nothing.
     pub fn open(
         recorder: &Arc<Recorder>,
         node: &Arc<Node>,
         image: &str,
         unit: u64,
+        strict: bool,
     ) -> Option<Arc<Self>> {
         let edges = node.edges();
         let file = edges.child(ChildRole::File)?.node();
@@ -101,6 +105,7 @@ impl Books {
             recorder: recorder.clone(),
             image: image.to_owned(),
             unit,
+            strict,
             file: Arc::downgrade(file),
             state: Mutex::default(),
         });
@@ -108,6 +113,9 @@ impl Books {
     }
 
     fn violated(&self, text: String) {
+        if !self.strict {
+            return;
+        }
         let text = format!("{}: {text}", self.image);
         self.recorder
             .fail(Failure::new(FailureKind::Invariant, text));

@@ -36,7 +36,7 @@ pub struct Campaign {
     pub threads: usize,
     /// Whether requests wait at the gate.
     pub gate: bool,
-    /// Whether books are kept of host space; without, content and checks have to show what goes wrong.
+    /// Whether what must hold at every step is judged; without, content and checks have to show what goes wrong.
     pub books: bool,
     /// Stop after so many failures.
     pub max_failures: usize,

@@ -26,7 +26,7 @@ use crate::{
 pub struct How {
     /// Whether requests wait at the gate.
     pub gate: bool,
-    /// Whether books are kept of host space: what must hold at every step. Without, content and checks have to show it.
+    /// Whether what must hold at every step is judged. Without, content and checks have to show what goes wrong.
     pub books: bool,
     /// Random numbers that storage and drivers ask for.
     pub values: u64,

@@ -213,9 +213,6 @@ impl Setup {
 
     /// Begins to keep books of an image and those below it.
     pub async fn keep_books(&self, lab: &Lab, top: &Arc<Node>) -> Result<()> {
-        if !self.books {
-            return Ok(());
-        }
         let mut nodes = top.chain();
         nodes.insert(0, top.clone());
         for node in nodes {
@@ -232,7 +229,7 @@ impl Setup {
             let Some(unit) = handle.info().await?.cluster_size else {
                 continue;
             };
-            if let Some(books) = Books::open(&self.recorder, &node, &name, unit) {
+            if let Some(books) = Books::open(&self.recorder, &node, &name, unit, self.books) {
                 self.recorder.count("images-with-books", 1);
                 self.watch.books.lock().insert(name, books);
             }
