@@ -54,6 +54,13 @@ pub(super) fn cases() -> Vec<Case> {
         ),
         Case::new(
             jobs,
+            "jobs-mirror-top-keeps-rest-of-partly-written-clusters",
+            "when a part of a cluster that only the base holds is written or made zero beside a mirror of the top layer, \
+             the rest of it is the base's after the switch-over, however large the clusters are",
+            partly_written,
+        ),
+        Case::new(
+            jobs,
             "jobs-grouped-backups-fail-together",
             "of two backups in one grouped transaction none succeeds when the target of one fails, and both targets are \
              let go",
@@ -279,6 +286,32 @@ async fn changed_in_standby(scene: Arc<Scene>) -> CaseResult {
     drop(target);
     expect_chain(&stack, COPY, &[]).await?;
     stack.finish(COPY, None).await?;
+    Ok(Verdict::Passed)
+}
+
+async fn partly_written(scene: Arc<Scene>) -> CaseResult {
+    for copy_mode in [CopyMode::Background, CopyMode::WriteBlocking] {
+        let work = Work::Mirror(SyncMode::Top, copy_mode);
+        let stack = match work.stack(&scene).await? {
+            Ok(stack) => stack,
+            Err(verdict) => return Ok(verdict),
+        };
+        let manager = JobManager::new(stack.graph());
+        let (job, target) = work.start(&stack, &manager, named("top")).await?;
+        job.wait_ready().await?;
+        // Units that the top layer doesn't hold and the base does: see how a stack is filled.
+        let base = |n: u64| (6 * n + 3) * stack.unit;
+        let guest = &stack.guest;
+        guest.write(base(0), 512, NONE).await?;
+        guest.write(base(1) + stack.unit - 512, 512, NONE).await?;
+        guest.zero(base(2) + 1024, 512, NONE).await?;
+        job.complete()?;
+        job.wait().await?;
+        drop(target);
+        let (top, below) = work.outcome(&stack);
+        expect_chain(&stack, &top, &below).await?;
+        stack.finish(&top, None).await?;
+    }
     Ok(Verdict::Passed)
 }
 
