@@ -37,6 +37,16 @@ fn take_size(options: &mut Options, key: &str) -> Result<Option<u64>> {
     }
 }
 
+/// The mapping of an image.
+async fn read_table(file: &Child) -> Result<Table> {
+    let head = file.read_padded(0, 32).await?;
+    let (cluster, size, room) = Table::parse_header(&head)?;
+    let mut table = Table::new(cluster, size, room);
+    let bytes = file.read_padded(TABLE_AT, table.entries.len() * 8).await?;
+    table.load(&bytes)?;
+    Ok(table)
+}
+
 #[async_trait]
 impl DriverFactory for ThirdPartyFactory {
     fn name(&self) -> &'static str {
@@ -60,11 +70,12 @@ impl DriverFactory for ThirdPartyFactory {
             return Err(Error::invalid(format!("Invalid parameter '{key}'")));
         }
         let child = Child::unattached(file.clone());
-        let head = child.read_padded(0, 32).await?;
-        let (cluster, size, room) = Table::parse_header(&head)?;
-        let mut table = Table::new(cluster, size, room);
-        let bytes = child.read_padded(TABLE_AT, table.entries.len() * 8).await?;
-        table.load(&bytes)?;
+        let table = read_table(&child)
+            .await
+            .map_err(|error| match child.filename() {
+                Some(name) => error.with_file(name),
+                None => error,
+            })?;
         let driver = ThirdParty::new(table, context.node.read_only);
         let mut edges = vec![(ChildRole::File, "file".to_owned(), file)];
         if let Some(backing) = backing {
