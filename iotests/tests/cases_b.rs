@@ -137,3 +137,15 @@ fn qcow2_with_clusters_of_512_bytes_and_refcounts_of_1_bit_passes() {
 fn qcow2_of_version_2_passes() {
     geometry_passes("compat", "0.10");
 }
+
+#[test]
+fn mirrors_of_a_part_of_a_disk_copy_whole_clusters_of_a_target_that_gets_its_backing_file_later() {
+    // Bits of 4 KiB, clusters of 64 KiB.
+    let format = FormatUnderTest::new("qcow2").with_safeguards();
+    let cases: Vec<Case> = job_cases::all()
+        .into_iter()
+        .filter(|case| case.name.ends_with("mirror-top-beside-busy-guest"))
+        .collect();
+    assert_eq!(cases.len(), 2);
+    passes(&format, &cases);
+}

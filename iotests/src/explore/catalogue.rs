@@ -94,6 +94,8 @@ pub fn catalogue() -> Vec<Small> {
     }
     all.push(Small {
         dropped: true,
+        // A discard may be a matter of a single poll.
+        waits: false,
         fill: vec![(0, Kind::Data)],
         ..Small::new(
             "dropped-discard-write",

@@ -264,7 +264,7 @@ impl Explore {
         schedule: &[u32],
     ) -> Result<u8, String> {
         let registry = self.registry(suite)?;
-        let prepared = match Prepared::new(registry, format, scenario, !self.no_gate)? {
+        let prepared = match Prepared::make(registry, format, scenario, !self.no_gate)? {
             Start::Ready(prepared) => Arc::new(*prepared),
             Start::NotCovered(why) => return Err(why),
         };

@@ -11,7 +11,7 @@ use block_core::{
     driver::Truncate, error::ErrorKind,
 };
 use futures::{channel::oneshot, future::BoxFuture};
-use jobs::{BackupOptions, CopyMode, JobManager, JobOptions, MirrorOptions};
+use jobs::{BackupOptions, CopyMode, Job, JobManager, JobOptions, MirrorOptions};
 use parking_lot::Mutex;
 
 use super::{
@@ -249,14 +249,19 @@ pub(super) enum Copy {
     Moment(Moment),
 }
 
-/// Runs the job from its start to its end.
-pub(super) async fn run_job(
-    world: &Arc<World>,
+/// A job that has begun.
+pub(super) struct Begun {
+    job: Arc<Job>,
+    moment: Option<Moment>,
+}
+
+/// Begins the job.
+pub(super) async fn begin_job(
+    world: &World,
     kind: JobKind,
     device: &Arc<Node>,
     target: &Arc<Node>,
-    guests_ended: oneshot::Receiver<()>,
-) -> Result<Copy> {
+) -> Result<Begun> {
     let manager = JobManager::new(&world.lab.graph);
     let job = JobOptions {
         id: Some("job".to_owned()),
@@ -270,9 +275,8 @@ pub(super) async fn run_job(
         let reading = world.oracle.read();
         let length = device.length();
         let job = manager.backup(options).await?;
-        let moment = reading.moment(length);
-        job.wait().await?;
-        return Ok(Copy::Moment(moment));
+        let moment = Some(reading.moment(length));
+        return Ok(Begun { job, moment });
     }
     let options = MirrorOptions {
         job,
@@ -284,6 +288,16 @@ pub(super) async fn run_job(
         ..MirrorOptions::new(device, target)
     };
     let job = manager.mirror(options).await?;
+    Ok(Begun { job, moment: None })
+}
+
+/// Brings the job to its end: a mirror when it is ready and the guests have ended.
+pub(super) async fn end_job(begun: Begun, guests_ended: oneshot::Receiver<()>) -> Result<Copy> {
+    let Begun { job, moment } = begun;
+    if let Some(moment) = moment {
+        job.wait().await?;
+        return Ok(Copy::Moment(moment));
+    }
     job.wait_ready().await?;
     // A sender that is gone means that the execution is over.
     let _ = guests_ended.await;

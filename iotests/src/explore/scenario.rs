@@ -149,7 +149,7 @@ pub struct Small {
     pub fill: Vec<(u64, Kind)>,
     /// One task each.
     pub guests: Vec<Vec<Request>>,
-    /// A job, which begins and ends at any time.
+    /// A job that has just begun, and ends at any time.
     pub job: Option<JobKind>,
     /// The power is cut at any time, at the latest when the guests have ended.
     pub cut: bool,

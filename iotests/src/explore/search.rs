@@ -205,7 +205,7 @@ pub fn explore(
         reused: None,
         found: None,
     };
-    let prepared = match Prepared::new(registry, format, scenario, gate)? {
+    let prepared = match Prepared::make(registry, format, scenario, gate)? {
         Start::Ready(prepared) => Arc::new(*prepared),
         Start::NotCovered(why) => {
             report.verdict = "not-covered";

@@ -157,10 +157,8 @@ impl SpaceWatch for Watch {
             SpaceEvent::Free { host, .. } => {
                 space.insert(host, true);
             }
-            SpaceEvent::Taken { host, .. } => {
-                if space.insert(host, false) == Some(true) {
-                    self.reused.fetch_add(1, Ordering::Relaxed);
-                }
+            SpaceEvent::Taken { host, .. } if space.insert(host, false) == Some(true) => {
+                self.reused.fetch_add(1, Ordering::Relaxed);
             }
             _ => {}
         }
@@ -201,7 +199,7 @@ impl Prepared {
     ///
     /// # Errors
     /// They can't be made, in words.
-    pub fn new(
+    pub fn make(
         registry: &Registry,
         format: &FormatUnderTest,
         scenario: &Small,
@@ -421,7 +419,7 @@ async fn live(world: &Arc<World>) -> std::result::Result<Option<(Arc<Node>, Copy
         .open(&prepared.format.name, DISK, None, &none)
         .await
         .map_err(failed("the image can't be opened"))?;
-    let books = Books::unheard(&world.recorder, &node, DISK, prepared.cluster);
+    let books = Books::unheard(&world.recorder, &node, DISK, prepared.cluster, true);
     match books.filter(|_| prepared.gate) {
         Some(books) => {
             let both = Both(books.clone(), world.watch.clone());
@@ -445,11 +443,6 @@ async fn live(world: &Arc<World>) -> std::result::Result<Option<(Arc<Node>, Copy
     for number in 0..scenario.guests.len() {
         handles.push(attach(format!("guest {number}"))?);
     }
-    for (number, handle) in handles.into_iter().enumerate() {
-        let first = first.clone().filter(|_| number == 0);
-        let task = guest::run(world.clone(), number, handle, first);
-        drop(env.start_named(&format!("guest {number}"), task));
-    }
     let mut target = None;
     let mut job = None;
     if let Some(kind) = scenario.job {
@@ -458,11 +451,17 @@ async fn live(world: &Arc<World>) -> std::result::Result<Option<(Arc<Node>, Copy
             .await
             .map_err(failed("the target can't be opened"))?;
         lab.graph.keep(&copy);
-        let (world, node, to) = (world.clone(), node.clone(), copy.clone());
-        job = Some(env.start_named("job", async move {
-            guest::run_job(&world, kind, &node, &to, for_job).await
-        }));
+        // Its beginning drains the disk, so nothing can meet before it is over.
+        let begun = guest::begin_job(world, kind, &node, &copy)
+            .await
+            .map_err(failed("the job can't begin"))?;
+        job = Some(env.start_named("job", guest::end_job(begun, for_job)));
         target = Some(copy);
+    }
+    for (number, handle) in handles.into_iter().enumerate() {
+        let first = first.clone().filter(|_| number == 0);
+        let task = guest::run(world.clone(), number, handle, first);
+        drop(env.start_named(&format!("guest {number}"), task));
     }
     if let Some(first) = first {
         let recorder = world.recorder.clone();

@@ -13,5 +13,6 @@ use crate::case::Case;
 pub fn all() -> Vec<Case> {
     let mut cases = damage::cases();
     cases.extend(backing::cases());
-    cases
+    // What is left is the damage.
+    cases.into_iter().map(Case::leaves_damage).collect()
 }

@@ -226,7 +226,7 @@ async fn with_policy(scene: Arc<Scene>, work: Work, trial: Trial) -> CaseResult 
         rule = Some(disk.fail(which.clone(), trial.kind, Stage::Before));
     }
     let options = JobOptions {
-        speed: if trial.side == Side::Source { 1 } else { 0 },
+        speed: u64::from(trial.side == Side::Source),
         ..JobOptions::default()
     };
     // For errors of the source the job is held back until its set-up, which reads headers, is over.
@@ -386,7 +386,12 @@ async fn flush_fails(scene: Arc<Scene>, work: Work) -> CaseResult {
         .map(|name| (name, scene.format.name.as_str()));
     let node = scene
         .lab
-        .open(&scene.format.name, &top, backing, &Default::default())
+        .open(
+            &scene.format.name,
+            &top,
+            backing,
+            &block_core::Options::default(),
+        )
         .await?;
     let guest = Guest::new(&reader(&graph, &node)?, &oracle, GUEST);
     if let Some(wrong) = guest.verify(false).await?.first() {

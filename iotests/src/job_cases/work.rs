@@ -150,9 +150,10 @@ impl Work {
         on_error: OnError,
     ) -> Result<(Arc<Job>, Option<Arc<Node>>), Failure> {
         let (top, base) = (stack.top(), &stack.nodes[0]);
-        let target = match self.has_target() {
-            true => Some(stack.target(COPY, &stack.scene.format.create).await?),
-            false => None,
+        let target = if self.has_target() {
+            Some(stack.target(COPY, &stack.scene.format.create).await?)
+        } else {
+            None
         };
         let started = match (self, &target) {
             (Self::Mirror(sync, copy_mode), Some(target)) => {

@@ -99,7 +99,7 @@ impl Books {
         unit: u64,
         strict: bool,
     ) -> Option<Arc<Self>> {
-        let books = Self::unheard(recorder, node, image, unit)?;
+        let books = Self::unheard(recorder, node, image, unit, strict)?;
         node.driver().watch_space(books.clone()).then_some(books)
     }
 
@@ -109,6 +109,7 @@ impl Books {
         node: &Arc<Node>,
         image: &str,
         unit: u64,
+        strict: bool,
     ) -> Option<Arc<Self>> {
         let edges = node.edges();
         let file = edges.child(ChildRole::File)?.node();
