@@ -26,6 +26,7 @@
 //! | [`trace`] | what live nodes were asked, recorded and run again |
 //! | [`faults`] | nodes that misbehave on command: `blkdebug`, `blkverify`, `blklogwrites`, `blkreplay` |
 //! | [`simulate`] | the simulator: a seed decides guests, jobs, faults, power cuts and the schedule |
+//! | [`explore`] | every schedule of a small scenario, up to so many deviations |
 //! | [`external`] | the installed qemu tools as a second opinion |
 //! | [`suite`] | all cases, and the drivers that they are run on |
 //! | [`runner`] | cases × formats × schedules, on several threads |
@@ -52,6 +53,7 @@ pub mod concurrent_cases;
 pub mod conformance;
 pub mod crash;
 pub mod duties;
+pub mod explore;
 pub mod external;
 pub mod fault_cases;
 pub mod faults;

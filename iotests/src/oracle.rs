@@ -465,7 +465,7 @@ impl Moment {
         for (sector, bytes) in bytes.chunks(SECTOR as usize).enumerate() {
             let found = Seen::of(bytes);
             let allowed = self.0.get(sector).map_or(&[][..], Vec::as_slice);
-            if !allowed.contains(&found) && !(or_zero && found == Seen::Zero) {
+            if !(allowed.contains(&found) || or_zero && found == Seen::Zero) {
                 let words: Vec<String> = allowed.iter().map(ToString::to_string).collect();
                 let at = sector as u64 * SECTOR;
                 wrong.push(format!(

@@ -63,7 +63,7 @@ fn tamper(lab: &Lab, change: impl FnOnce(&Header, &mut dyn FnMut(u64, u64))) -> 
     content.read(0, &mut head);
     let header = Header::parse(&head)?;
     change(&header, &mut |at, value| {
-        content.write(at, &value.to_le_bytes())
+        content.write(at, &value.to_le_bytes());
     });
     disk.restore(content);
     Ok(())
@@ -135,7 +135,7 @@ fn a_cluster_with_two_links_is_never_repaired_by_guessing() -> Result<()> {
     lab.env.run(async {
         make(&lab).await?;
         tamper(&lab, |header, set| {
-            set(header.map_at() + 8, header.first_data().0)
+            set(header.map_at() + 8, header.first_data().0);
         })?;
         assert!(open(&lab, false).await.is_err());
         let image = open(&lab, true).await?;

@@ -13,7 +13,7 @@ use std::{ops::Range, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 
-use crate::{simulate, suite::Suite};
+use crate::{explore, simulate, suite::Suite};
 
 /// The exit status for wrong usage.
 const USAGE: u8 = 3;
@@ -41,6 +41,7 @@ enum Command {
     Simulate(simulate::cli::Simulate),
     Minimise(simulate::cli::Minimise),
     Replay(simulate::cli::Replay),
+    Explore(explore::cli::Explore),
     #[cfg(feature = "mutants")]
     Mutants(crate::hunt::Hunt),
     /// Cuts the power after every n-th write of the storage, opens what is left, and judges it
@@ -72,6 +73,7 @@ pub fn main(suite: &Suite) -> ExitCode {
         #[cfg(feature = "mutants")]
         Command::Mutants(args) => args.run(suite),
         Command::Crash(args) => crash::crash(suite, &args),
+        Command::Explore(args) => args.run(suite),
         Command::StormCommands(args) => race::storm_commands(&args),
     };
     match status {

@@ -9,6 +9,7 @@
 
 mod cancel;
 mod schedule;
+mod steering;
 mod waits;
 
 use std::{
@@ -40,6 +41,7 @@ use self::{
 pub use self::{
     cancel::{CancelAt, Cancelled, DropWhen},
     schedule::Schedule,
+    steering::{Point, Steering},
     waits::{Idle, Running, yield_now},
 };
 
@@ -197,7 +199,7 @@ impl Shared {
         let mut state = self.state.lock();
         let state = &mut *state;
         if !state.ready.is_empty() {
-            let at = state.chooser.choose(state.ready.len(), &mut state.rng);
+            let at = state.chooser.choose(&state.ready, &mut state.rng);
             return match state.ready.remove(at) {
                 Some(id) => {
                     state.hash = mix(state.hash, id);

@@ -1,9 +1,12 @@
-//! Which of the ready tasks is polled next: by seed, or as written down. A written schedule is what makes a failure
-//! small: wherever it says nothing, the task that became ready first is the one.
+//! Which of the ready tasks is polled next: by seed, as written down, or as somebody says who explores all of them
+//! ([`super::steering`]). A written schedule is what makes a failure small: wherever it says nothing, the task that became
+//! ready first is the one.
 
-use std::sync::Arc;
+use std::{collections::VecDeque, sync::Arc};
 
 use rand::{Rng, SeedableRng, rngs::SmallRng};
+
+use super::Steering;
 
 /// In which order tasks are polled.
 #[derive(Debug, Clone)]
@@ -13,6 +16,8 @@ pub enum Schedule {
     /// The n-th time that more than one task is ready, the one at this place in the order in which they became ready (modulo
     /// how many there are); the first one when the list has come to its end.
     Script(Arc<[u32]>),
+    /// As an explorer says.
+    Steered(Steering),
 }
 
 /// What makes the choice.
@@ -28,6 +33,7 @@ pub(super) enum Chooser {
         choices: Arc<[u32]>,
         at: usize,
     },
+    Steered(Steering),
 }
 
 impl Chooser {
@@ -41,12 +47,15 @@ impl Chooser {
                 choices: choices.clone(),
                 at: 0,
             },
+            Schedule::Steered(steering) => Self::Steered(steering.clone()),
         }
     }
 
-    /// One of `ready` tasks; there is at least one.
-    pub(super) fn choose(&mut self, ready: usize, values: &mut SmallRng) -> usize {
+    /// The place of one of the `tasks` that are ready; there is at least one.
+    pub(super) fn choose(&mut self, tasks: &VecDeque<u64>, values: &mut SmallRng) -> usize {
+        let ready = tasks.len();
         match self {
+            Self::Steered(steering) => steering.choose(tasks),
             Self::Fifo => 0,
             Self::Values => values.random_range(0..ready),
             Self::Own { .. } | Self::Script { .. } if ready == 1 => 0,
@@ -75,6 +84,7 @@ impl Chooser {
         match self {
             Self::Own { recorded, .. } => recorded.clone().unwrap_or_default(),
             Self::Script { choices, at } => choices[..choices.len().min(*at)].to_vec(),
+            Self::Steered(steering) => steering.choices(),
             Self::Fifo | Self::Values => Vec::new(),
         }
     }

@@ -99,17 +99,28 @@ impl Books {
         unit: u64,
         strict: bool,
     ) -> Option<Arc<Self>> {
+        let books = Self::unheard(recorder, node, image, unit, strict)?;
+        node.driver().watch_space(books.clone()).then_some(books)
+    }
+
+    /// The same, but somebody else listens to the driver and passes on what it tells.
+    pub(crate) fn unheard(
+        recorder: &Arc<Recorder>,
+        node: &Arc<Node>,
+        image: &str,
+        unit: u64,
+        strict: bool,
+    ) -> Option<Arc<Self>> {
         let edges = node.edges();
         let file = edges.child(ChildRole::File)?.node();
-        let books = Arc::new(Self {
+        Some(Arc::new(Self {
             recorder: recorder.clone(),
             image: image.to_owned(),
             unit,
             strict,
             file: Arc::downgrade(file),
             state: Mutex::default(),
-        });
-        node.driver().watch_space(books.clone()).then_some(books)
+        }))
     }
 
     fn violated(&self, text: String) {

@@ -26,7 +26,7 @@ struct Known {
 }
 
 /// After each poll, looks at what every node of `graph` tracks, and tells what is new and what is gone.
-pub(super) fn watch_gates(recorder: &Arc<Recorder>, graph: &Arc<Graph>) {
+pub(crate) fn watch_gates(recorder: &Arc<Recorder>, graph: &Arc<Graph>) {
     let graph: Weak<Graph> = Arc::downgrade(graph);
     let weak = Arc::downgrade(recorder);
     let mut known: BTreeMap<Key, Known> = BTreeMap::new();

@@ -68,7 +68,9 @@ impl WorldWatch {
     /// Everything has come to rest.
     pub fn check_books(&self) {
         let books: Vec<Arc<Books>> = self.books.lock().values().cloned().collect();
-        books.iter().for_each(|books| books.check());
+        for books in &books {
+            books.check();
+        }
     }
 }
 
