@@ -45,3 +45,14 @@ iotests *args:
 # Licences, bans, advisories (needs cargo-deny)
 deny:
     cargo deny check
+
+# The long suites, which `cargo test` leaves out: conformance of all formats and of the examples, simulator, exploration
+suite:
+    cargo test -p iotests --test conformance --test cases_a --test cases_b --test simulate --test explore --test program --test reports --test duties_formats --test fault_watchers
+    cargo test -p format-ledger --test conformance
+    cargo test -p forgotten-duties --test named
+    cargo test -p writing-a-driver --test steps
+
+# Hunts every seeded bug with the whole suite: what finds it, and how fast
+mutants *args:
+    cargo run --release -p iotests --features mutants -- mutants {{args}}

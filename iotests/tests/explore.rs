@@ -93,7 +93,7 @@ fn without_the_gate_one_deviation_finds_the_race_and_its_schedule_fails_again() 
         println!("{}: {} at {:?}", format.name, found.failure, found.schedule);
         let deviations = found.schedule.iter().filter(|choice| **choice != 0).count();
         assert!(deviations <= 1, "{found:?}");
-        let Ok(Start::Ready(prepared)) = Prepared::new(&bare(), &format, &small, false) else {
+        let Ok(Start::Ready(prepared)) = Prepared::make(&bare(), &format, &small, false) else {
             panic!("{} can't be prepared", format.name);
         };
         let again = Arc::new(*prepared).execute(&found.schedule, true);
@@ -139,7 +139,7 @@ fn a_budget_that_runs_out_is_inconclusive_and_says_which_bound_was_reached() {
 #[test]
 fn a_schedule_of_another_scenario_is_not_taken_for_a_run_of_this_one() {
     let small = scenario("two-writes-new-cluster");
-    let Ok(Start::Ready(prepared)) = Prepared::new(&registry(), &qcow2(), &small, true) else {
+    let Ok(Start::Ready(prepared)) = Prepared::make(&registry(), &qcow2(), &small, true) else {
         panic!("can't be prepared");
     };
     assert_eq!(Arc::new(*prepared).execute(&[9], false).misfit, Some(0));
