@@ -2,7 +2,7 @@
 //! producer's request counts as that producer's as well, down to the storage, whose queues are fair between producers.
 //!
 //! How it gets down: an edge is shared by all requests, so a child can't know who asks. The future of a driver call is
-//! polled by the core alone ([`crate::path::Driven`]), and while it is being polled its producer is noted for the thread.
+//! polled by the core alone (`path::Driven`), and while it is being polled its producer is noted for the thread.
 //! Nothing waits or is ordered by it, and nothing is ever looked up by it: it is a label.
 
 use std::{cell::Cell, fmt, pin::pin};

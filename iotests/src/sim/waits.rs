@@ -56,7 +56,7 @@ impl Drop for Sleep {
     }
 }
 
-/// See [`SimEnv::idle`].
+/// See [`super::SimEnv::idle`].
 pub struct Idle {
     pub(super) shared: Weak<Shared>,
     pub(super) asked: bool,

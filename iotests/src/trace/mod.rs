@@ -5,7 +5,7 @@
 //! | [`format`](mod@format) | the records of a trace, to bytes and back |
 //! | [`recorder`] | an observer of nodes that writes a trace |
 //! | [`cli`] | what `iotests replay` does with a trace |
-//! | [`replay`] | runs a trace again under the simulator, with the content oracle |
+//! | [`mod@replay`] | runs a trace again under the simulator, with the content oracle |
 //!
 //! A trace holds no data of the guest: at most a hash of what was written.
 
