@@ -12,7 +12,7 @@
 //! | file | what it is |
 //! | --- | --- |
 //! | [`scenario`] | a small scenario as plain data |
-//! | [`catalogue`] | those that there are |
+//! | [`mod@catalogue`] | those that there are |
 //! | `world`, `guest`, `judge` | one execution: its world, who does what in it, and what has to be right afterwards |
 //! | [`search`] | all schedules of one scenario |
 //! | [`cli`] | the command |
