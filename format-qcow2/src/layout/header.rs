@@ -472,7 +472,9 @@ impl Header {
     /// If fields were set to what no valid header holds.
     pub fn geometry(&self) -> Geometry {
         match Geometry::new(self.cluster_bits, self.refcount_order, self.version) {
-            Some(geometry) => geometry,
+            Some(geometry) => {
+                geometry.with_data_file(self.incompatible.contains(Incompatible::DATA_FILE))
+            }
             None => panic!("cluster_bits and refcount_order were checked when the header was read"),
         }
     }

@@ -40,6 +40,8 @@ pub struct Geometry {
     refcount_order: u32,
     /// Version 3 or later: the zero flag exists.
     zero_flag: bool,
+    /// Guest data is in a file of its own.
+    data_file: bool,
 }
 
 impl Geometry {
@@ -64,7 +66,20 @@ impl Geometry {
             cluster_bits,
             refcount_order,
             zero_flag: version >= 3,
+            data_file: false,
         })
+    }
+
+    /// The same for an image whose guest data is (or isn't) in an external data file.
+    #[must_use]
+    pub const fn with_data_file(self, data_file: bool) -> Self {
+        Self { data_file, ..self }
+    }
+
+    /// Whether guest data is in an external data file: a host offset in a standard L2 entry is then an offset in that file and
+    /// equal to the guest's, and data clusters have no refcounts.
+    pub const fn has_data_file(self) -> bool {
+        self.data_file
     }
 
     /// log2 of the cluster size.
