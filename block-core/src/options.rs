@@ -272,17 +272,18 @@ fn split_commas(text: &str) -> Vec<String> {
     parts
 }
 
+/// The option that may be given as a value and as an object at once; the value is put into the object under an empty name.
+const MIXED: &str = "overlap-check";
+
 /// Turns dotted keys into nested objects, and objects with the keys 0..n into lists.
 fn expand(flat: Map<String, Value>) -> Result<Map<String, Value>> {
-    /// Keys that contain dots but are no paths.
-    const WHOLE: [&str; 0] = [];
     let mut root = Map::new();
     for (key, value) in flat {
         let value = match value {
             Value::Object(map) => Value::Object(expand(map)?),
             other => other,
         };
-        if WHOLE.contains(&key.as_str()) || !key.contains('.') {
+        if !key.contains('.') {
             insert_merged(&mut root, &key, value)?;
             continue;
         }
@@ -301,6 +302,10 @@ fn expand(flat: Map<String, Value>) -> Result<Map<String, Value>> {
             let slot = at
                 .entry(part.to_owned())
                 .or_insert_with(|| Value::Object(Map::new()));
+            if part == MIXED && !slot.is_object() {
+                let plain = std::mem::take(slot);
+                *slot = Value::Object(Map::from_iter([(String::new(), plain)]));
+            }
             at = match slot {
                 Value::Object(map) => map,
                 _ => {
@@ -328,6 +333,10 @@ fn insert_merged(map: &mut Map<String, Value>, key: &str, value: Value) -> Resul
             for (k, v) in new {
                 insert_merged(old, &k, v)?;
             }
+            Ok(())
+        }
+        (Some(Value::Object(map)), value) if key == MIXED && !value.is_object() => {
+            map.insert(String::new(), value);
             Ok(())
         }
         (Some(slot @ (Value::String(_) | Value::Bool(_) | Value::Number(_))), value)

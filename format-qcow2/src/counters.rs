@@ -17,6 +17,8 @@ pub(crate) struct Counters {
     pub slice_loads: AtomicU64,
     /// Write-back batches.
     pub batches: AtomicU64,
+    /// Batches that left refcounts behind, as the dirty bit allows.
+    pub lazy_batches: AtomicU64,
     /// Flushes of the file that order writes.
     pub barriers: AtomicU64,
     /// Host clusters allocated.
@@ -31,6 +33,8 @@ pub(crate) struct Counters {
     pub claim_waits: AtomicU64,
     /// Times that the quarantine was drained because the storage was full.
     pub reclaims: AtomicU64,
+    /// Slices and refcount blocks dropped because they weren't used for some time.
+    pub cleaned: AtomicU64,
     /// L2 tables that a shrink dropped.
     pub tables_dropped: AtomicU64,
     /// Refcount blocks that a shrink dropped.
@@ -58,6 +62,7 @@ impl Counters {
             ("evictions", get(&self.evictions)),
             ("slice-loads", get(&self.slice_loads)),
             ("batches", get(&self.batches)),
+            ("lazy-batches", get(&self.lazy_batches)),
             ("barriers", get(&self.barriers)),
             ("clusters-allocated", get(&self.allocated)),
             ("clusters-freed", get(&self.freed)),
@@ -65,6 +70,7 @@ impl Counters {
             ("punches", get(&self.punches)),
             ("claim-waits", get(&self.claim_waits)),
             ("reclaims", get(&self.reclaims)),
+            ("cleaned-cache-entries", get(&self.cleaned)),
             ("tables-dropped", get(&self.tables_dropped)),
             ("refcount-blocks-dropped", get(&self.refblocks_dropped)),
         ]

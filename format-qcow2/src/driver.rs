@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use block_core::{
     buffer::{IoBuf, IoBufMut},
     driver::{BlockDriver, Capabilities, DriverKind, MapIntent, Mapping, Reopen, Truncate},
-    error::{Error, ErrorKind, Result},
+    error::{Error, Result},
     flags::RequestFlags,
     image::{CheckMode, CheckReport, ImageInfo, Progress},
     limits::Limits,
@@ -94,6 +94,49 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// Makes other options hold, while no request is under way.
+    async fn change_settings(
+        self: &Arc<Self>,
+        request: &Request,
+        changes: &serde_json::Map<String, serde_json::Value>,
+    ) -> Result<()> {
+        let writable = !self.is_read_only() && !self.shut.load(Ordering::Acquire);
+        if writable {
+            self.settle(request).await?;
+        }
+        let mut clear = false;
+        {
+            let _turn = self.hold_batches().await;
+            let mut meta = self.meta.lock().await;
+            let change = self.settings.changed(changes, &meta.header)?;
+            let other_slices = change.slice_bits() != self.settings.slice_bits();
+            let (kinds, interval) = (change.overlap_check(), self.settings.clean_interval());
+            if other_slices {
+                // Slices of another size: none of the old ones may be left.
+                self.slices.change_tables(|table| {
+                    table.clear();
+                    self.settings.apply(change);
+                });
+                meta.dirty_slices.clear();
+            } else {
+                self.settings.apply(change);
+            }
+            if kinds != self.metadata.wanted() {
+                self.metadata.want(kinds);
+            }
+            if interval != self.settings.clean_interval() {
+                self.start_cleaning(request.env());
+            }
+            if writable && !self.settings.lazy_refcounts() {
+                clear = meta.header.is_dirty();
+            }
+        }
+        if clear {
+            self.clear_dirty(request).await?;
+        }
+        Ok(())
+    }
+
     /// After a failed flush: what is on disk counts.
     async fn recover(&self, request: &Request) -> Result<()> {
         if self.writeback.failure.check().is_ok() {
@@ -101,6 +144,12 @@ impl Qcow2 {
         }
         let _turn = self.hold_batches().await;
         let mut meta: futures::lock::MutexGuard<'_, Meta> = self.meta.lock().await;
+        let file = request.file()?;
+        let mut header = header_update::read_header(file).await?;
+        if !self.is_read_only() && header.is_dirty() {
+            // Refcounts that were left behind are lost with what was in memory.
+            prepare_for_writing(file, &mut header).await?;
+        }
         self.reload(&mut meta, request).await
     }
 }
@@ -233,7 +282,7 @@ impl BlockDriver for Qcow2 {
             return Ok(());
         }
         self.check_usable()?;
-        let result = self.write_back(&request).await;
+        let result = self.write_back_for_guest(&request).await;
         self.judged(&request, result).await
     }
 
@@ -292,17 +341,19 @@ impl BlockDriver for Qcow2 {
     }
 
     async fn reopen(self: Arc<Self>, request: Request, changes: Reopen) -> Result<()> {
-        if let Some(key) = changes.options.keys().next() {
-            return Err(Error::new(
-                ErrorKind::NotSupported,
-                format!("Cannot change the option '{key}'"),
-            ));
+        // An option that is wrong changes nothing at all.
+        if !changes.options.is_empty() {
+            let meta = self.meta.lock().await;
+            self.settings.changed(&changes.options, &meta.header)?;
         }
         self.recover(&request).await?;
-        match changes.read_only {
-            Some(read_only) => self.switch_access(&request, read_only).await,
-            None => Ok(()),
+        if let Some(read_only) = changes.read_only {
+            self.switch_access(&request, read_only).await?;
         }
+        if changes.options.is_empty() {
+            return Ok(());
+        }
+        self.change_settings(&request, &changes.options).await
     }
 
     async fn close(self: Arc<Self>, request: Request) -> Result<()> {

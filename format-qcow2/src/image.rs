@@ -23,6 +23,7 @@ use crate::{
     layout::{ClusterIndex, Geometry, GuestOffset, HostOffset, Incompatible, L1Entry},
     meta::Meta,
     overlap::MetadataMap,
+    settings::Settings,
     writeback::Writeback,
 };
 
@@ -50,25 +51,6 @@ impl L1Table {
     }
 }
 
-/// What the options say.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Settings {
-    /// L2 slices kept in memory.
-    pub l2_slices: usize,
-    /// log2 of the entries in a slice.
-    pub slice_bits: u32,
-    /// Refcount blocks kept in memory.
-    pub refcount_blocks: usize,
-    /// Discards are passed down to the file.
-    pub pass_discard: bool,
-    /// Freed space of other kinds is, too.
-    pub pass_discard_other: bool,
-    /// The dirty bit is set before the first allocation.
-    pub lazy_refcounts: bool,
-    /// Off in tests only.
-    pub safeguards: bool,
-}
-
 /// An open image.
 pub(crate) struct Qcow2 {
     pub geometry: Geometry,
@@ -81,6 +63,8 @@ pub(crate) struct Qcow2 {
     pub names_backing: AtomicBool,
     /// Found corrupt while it was writable: no request is served any more.
     pub shut: AtomicBool,
+    /// Found corrupt while it was read-only, and said so.
+    pub warned_corrupt: AtomicBool,
     pub l1: ArcSwap<L1Table>,
     /// Shared with [`Meta`].
     pub metadata: Arc<MetadataMap>,
@@ -95,31 +79,33 @@ pub(crate) struct Qcow2 {
     /// What [`Meta`] last said about its sizes, for decisions made without the lock.
     pub quarantined: AtomicU64,
     pub cached_refcount_blocks: AtomicUsize,
+    /// Counts the tasks that clean the caches: only the last one goes on.
+    pub cleaner: AtomicU64,
 }
 
 impl Qcow2 {
     /// Entries in a slice.
-    pub const fn slice_entries(&self) -> u64 {
-        1 << self.settings.slice_bits
+    pub fn slice_entries(&self) -> u64 {
+        1 << self.settings.slice_bits()
     }
 
     /// The slice that maps a guest cluster.
-    pub const fn slice_of(&self, cluster: ClusterIndex) -> SliceIndex {
-        SliceIndex(cluster.0 >> self.settings.slice_bits)
+    pub fn slice_of(&self, cluster: ClusterIndex) -> SliceIndex {
+        SliceIndex(cluster.0 >> self.settings.slice_bits())
     }
 
     /// A guest cluster's entry in its slice.
-    pub const fn slice_entry(&self, cluster: ClusterIndex) -> usize {
+    pub fn slice_entry(&self, cluster: ClusterIndex) -> usize {
         (cluster.0 & (self.slice_entries() - 1)) as usize
     }
 
     /// The first guest cluster of a slice.
-    pub const fn slice_start(&self, index: SliceIndex) -> ClusterIndex {
-        ClusterIndex(index.0 << self.settings.slice_bits)
+    pub fn slice_start(&self, index: SliceIndex) -> ClusterIndex {
+        ClusterIndex(index.0 << self.settings.slice_bits())
     }
 
     /// Bytes of the disk up to the end of the slice that maps `offset`.
-    pub const fn left_in_slice(&self, offset: u64) -> u64 {
+    pub fn left_in_slice(&self, offset: u64) -> u64 {
         let coverage = self.slice_entries() << self.geometry.cluster_bits();
         coverage - offset % coverage
     }
@@ -131,12 +117,12 @@ impl Qcow2 {
     }
 
     /// The L1 entry above a slice.
-    pub const fn l1_of(&self, index: SliceIndex) -> u64 {
+    pub fn l1_of(&self, index: SliceIndex) -> u64 {
         self.geometry.l1_index(self.slice_start(index))
     }
 
     /// Where a slice is in the file, given its L2 table.
-    pub const fn slice_host(&self, index: SliceIndex, table: HostOffset) -> HostOffset {
+    pub fn slice_host(&self, index: SliceIndex, table: HostOffset) -> HostOffset {
         let first = self.geometry.l2_index(self.slice_start(index));
         HostOffset(table.0 + first * 8)
     }
@@ -227,7 +213,7 @@ impl Qcow2 {
 
     /// Before the first allocation: with lazy refcounts the dirty bit says, durably, that refcounts aren't to be trusted.
     pub async fn mark_in_use(&self, meta: &mut Meta, file: &Child) -> Result<()> {
-        if !self.settings.lazy_refcounts || meta.header.is_dirty() {
+        if !self.settings.lazy_refcounts() || meta.header.is_dirty() {
             return Ok(());
         }
         let before = meta.header.incompatible;
@@ -253,6 +239,9 @@ impl Qcow2 {
 
     async fn mark_corrupt(&self, request: &Request, error: &Error) {
         if self.is_read_only() {
+            if self.warned_corrupt.swap(true, Ordering::AcqRel) {
+                return;
+            }
             tracing::warn!(
                 "qcow2: Image is corrupt: {}; further non-fatal corruption events will be suppressed",
                 error.reason()

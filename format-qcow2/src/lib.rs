@@ -45,6 +45,8 @@ pub mod check;
 #[cfg(not(loom))]
 mod claims;
 #[cfg(not(loom))]
+mod clean;
+#[cfg(not(loom))]
 pub mod compress;
 #[cfg(not(loom))]
 mod counters;
@@ -74,6 +76,8 @@ mod overlap;
 mod preallocate;
 #[cfg(not(loom))]
 mod resize;
+#[cfg(not(loom))]
+mod settings;
 #[cfg(not(loom))]
 mod trim;
 #[cfg(not(loom))]

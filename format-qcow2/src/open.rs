@@ -11,13 +11,12 @@ use block_core::{
     driver::{ChildRole, DriverKind},
     error::{Error, Operation, Result},
     node::Node,
-    options::{Number, Options, Size, Switch},
+    options::Options,
     pins::Pins,
     registry::{CreateContext, CreateOption, DriverFactory, Measure, OpenContext, Opened},
     request::Child,
     space::SpaceTap,
 };
-use serde::Deserialize;
 
 use crate::{
     alloc::allocator::Orphans,
@@ -27,27 +26,28 @@ use crate::{
     create,
     driver::prepare_for_writing,
     header_update,
-    image::{Qcow2, Settings},
-    layout::{Geometry, Header, header},
+    image::Qcow2,
+    layout::{Header, header},
     measure,
     meta::Meta,
     overlap::MetadataMap,
+    settings::Settings,
     writeback::Writeback,
 };
 
-/// The L2 cache covers the whole disk, unless that takes more than this.
-const DEFAULT_L2_CACHE: u64 = 32 << 20;
-/// Bytes of a slice, unless the cluster is smaller or an option says otherwise.
-const DEFAULT_SLICE: u64 = 4096;
-/// The fewest refcount blocks and slices that are kept.
-const MIN_CACHED: u64 = 4;
-
 /// Opens, creates and measures qcow2 images.
 ///
-/// Options of a node besides `file` and `backing`: `lazy-refcounts`, `pass-discard-request`, `pass-discard-snapshot`,
-/// `pass-discard-other`, `cache-size`, `l2-cache-size`, `l2-cache-entry-size`, `refcount-cache-size` (bytes),
-/// `cache-clean-interval` and `overlap-check` (accepted, without effect). Options of creation: see
-/// [`create::OPTIONS`].
+/// Options of a node besides `file` and `backing`, all of which [`block_core::BlockHandle::reopen`] can change:
+///
+/// - `lazy-refcounts`: refcounts may be stale on disk while the dirty bit says so; as the header has it by default;
+/// - `pass-discard-request` (as `discard`), `pass-discard-snapshot` (on), `pass-discard-other` (off): which freed space is
+///   given back to the storage; `discard-no-unref` (off): a discarded cluster keeps its place in the file;
+/// - `cache-size`, `l2-cache-size`, `l2-cache-entry-size`, `refcount-cache-size`: bytes;
+/// - `cache-clean-interval`: seconds after which what wasn't used leaves the caches, 0 (the default) for never;
+/// - `overlap-check`: `none`, `constant`, `cached` (the default) or `all`, also as `overlap-check.template`, and switches for
+///   single kinds of metadata, such as `overlap-check.active-l2`.
+///
+/// Options of creation: see [`create::OPTIONS`].
 #[derive(Debug, Clone, Copy)]
 pub struct Qcow2Factory {
     safeguards: bool,
@@ -74,95 +74,6 @@ impl Qcow2Factory {
     }
 }
 
-/// The driver's own options.
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
-struct Qcow2Options {
-    lazy_refcounts: Option<Switch>,
-    pass_discard_request: Option<Switch>,
-    pass_discard_snapshot: Option<Switch>,
-    pass_discard_other: Option<Switch>,
-    discard_no_unref: Option<Switch>,
-    overlap_check: Option<serde_json::Value>,
-    cache_size: Option<Size>,
-    l2_cache_size: Option<Size>,
-    l2_cache_entry_size: Option<Size>,
-    refcount_cache_size: Option<Size>,
-    cache_clean_interval: Option<Number>,
-}
-
-impl Qcow2Options {
-    fn settings(&self, header: &Header, safeguards: bool) -> Result<Settings> {
-        if self.discard_no_unref.is_some_and(|on| on.0) {
-            return Err(Error::unsupported("discard-no-unref=on is not supported"));
-        }
-        let lazy = self.lazy_refcounts.map(|on| on.0);
-        if lazy == Some(true) && header.version < 3 {
-            return Err(Error::invalid(
-                "Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level",
-            ));
-        }
-        let geometry = header.geometry();
-        let (l2_bytes, refcount_bytes) = self.cache_sizes(header, geometry)?;
-        let slice = self.slice_size(geometry)?;
-        let slices = l2_bytes.div_ceil(slice).max(MIN_CACHED);
-        let blocks = (refcount_bytes / geometry.cluster_size()).max(MIN_CACHED);
-        Ok(Settings {
-            l2_slices: usize::try_from(slices).unwrap_or(usize::MAX),
-            slice_bits: slice.trailing_zeros() - 3,
-            refcount_blocks: usize::try_from(blocks).unwrap_or(usize::MAX),
-            pass_discard: self.pass_discard_request.is_none_or(|on| on.0),
-            pass_discard_other: self.pass_discard_other.is_some_and(|on| on.0),
-            lazy_refcounts: lazy.unwrap_or(header.lazy_refcounts()) && header.version >= 3,
-            safeguards,
-        })
-    }
-
-    fn slice_size(&self, geometry: Geometry) -> Result<u64> {
-        let size = geometry.cluster_size();
-        let slice = self
-            .l2_cache_entry_size
-            .map_or(DEFAULT_SLICE.min(size), |size| size.0);
-        if !slice.is_power_of_two() || !(512..=size).contains(&slice) {
-            return Err(Error::invalid(format!(
-                "L2 cache entry size must be a power of two between 512 and the cluster size ({size})"
-            ))
-            .with_field("l2-cache-entry-size", slice, format!("a power of two, 512..={size}")));
-        }
-        Ok(slice)
-    }
-
-    /// Bytes of the L2 cache and of the refcount cache.
-    fn cache_sizes(&self, header: &Header, geometry: Geometry) -> Result<(u64, u64)> {
-        let wanted = |size: Option<Size>| size.map(|size| size.0);
-        let total = wanted(self.cache_size);
-        let (l2, refcount) = (wanted(self.l2_cache_size), wanted(self.refcount_cache_size));
-        // What it takes to hold all L2 tables.
-        let all = geometry.clusters_for(header.size).saturating_mul(8);
-        let least_refcount = MIN_CACHED * geometry.cluster_size();
-        if let Some(total) = total {
-            for (name, part) in [("l2-cache-size", l2), ("refcount-cache-size", refcount)] {
-                if part.is_some_and(|part| part > total) {
-                    return Err(Error::invalid(format!("{name} may not exceed cache-size")));
-                }
-            }
-            return match (l2, refcount) {
-                (Some(_), Some(_)) => Err(Error::invalid(
-                    "cache-size, l2-cache-size and refcount-cache-size may not be set at the same time",
-                )),
-                (Some(l2), None) => Ok((l2, total - l2)),
-                (None, Some(refcount)) => Ok((total - refcount, refcount)),
-                (None, None) => {
-                    let l2 = total.saturating_sub(least_refcount).min(all);
-                    Ok((l2, total - l2))
-                }
-            };
-        }
-        let l2 = l2.unwrap_or(all.min(DEFAULT_L2_CACHE));
-        Ok((l2, refcount.unwrap_or(least_refcount)))
-    }
-}
-
 async fn open_image(
     context: &OpenContext,
     options: &mut Options,
@@ -178,17 +89,17 @@ async fn open_image(
     }
     let backing = options.take("backing");
     refuse_foreign(options)?;
-    let parsed: Qcow2Options = std::mem::take(options).parse()?;
+    let own = std::mem::take(options);
     if let Some(backing) = backing {
         options.set("backing", backing);
     }
-    let settings = parsed.settings(&header, safeguards)?;
+    let (settings, kinds) = Settings::parse(own, &header, context.node.discard, safeguards)?;
     if !read_only && !context.how.for_check {
         prepare_for_writing(&child, &mut header).await?;
     }
-    let refcounts = load_refcounts(&child, &header, settings.refcount_blocks).await?;
+    let refcounts = load_refcounts(&child, &header, settings.refcount_blocks()).await?;
     let l1 = Qcow2::read_l1(&child, &header).await?;
-    let metadata = Arc::new(MetadataMap::new(safeguards));
+    let metadata = Arc::new(MetadataMap::new(safeguards, kinds));
     metadata.rebuild(&header, &l1, &refcounts);
     let writeback = Writeback::default();
     let tap = Arc::<SpaceTap>::default();
@@ -200,6 +111,7 @@ async fn open_image(
         read_only: AtomicBool::new(read_only),
         names_backing: AtomicBool::new(header.backing_file.is_some()),
         shut: AtomicBool::new(false),
+        warned_corrupt: AtomicBool::new(false),
         l1: ArcSwap::from_pointee(l1),
         metadata: metadata.clone(),
         slices: SliceCache::new(),
@@ -223,6 +135,7 @@ async fn open_image(
         counters: Counters::default(),
         quarantined: AtomicU64::new(0),
         cached_refcount_blocks: AtomicUsize::new(0),
+        cleaner: AtomicU64::new(0),
     };
     Ok((image, header))
 }
@@ -281,8 +194,10 @@ impl DriverFactory for Qcow2Factory {
         if let Some(backing) = backing {
             edges.push((ChildRole::Backing, "backing".to_owned(), backing));
         }
+        let image = Arc::new(image);
+        image.start_cleaning(context.graph().env());
         Ok(Opened {
-            driver: Arc::new(image),
+            driver: image,
             edges,
         })
     }

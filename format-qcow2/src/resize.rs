@@ -24,6 +24,7 @@ use crate::{
     io::zero::Change,
     layout::{ClusterIndex, HostCluster, entry, header::MAX_L1_BYTES},
     meta::Meta,
+    overlap::Kinds,
 };
 
 /// Zeroes written at once where there is no better way.
@@ -136,7 +137,7 @@ impl Qcow2 {
         // it is unknown which table counts, both stay allocated.
         for cluster in allocation.clusters() {
             meta.unlinked.remove(&cluster.0);
-            self.metadata.add([cluster.0]);
+            self.metadata.add(Kinds::ACTIVE_L1, [cluster.0]);
         }
         allocation.linked();
         let failure = &self.writeback.failure;
@@ -153,7 +154,7 @@ impl Qcow2 {
         // leaks.
         let first = self.geometry.host_cluster_of(old.offset).0;
         for cluster in first..first + self.geometry.clusters_for(old_bytes) {
-            self.metadata.remove([cluster]);
+            self.metadata.remove(Kinds::ACTIVE_L1, [cluster]);
             if let Err(error) = meta.drop_reference(file, HostCluster(cluster)).await {
                 tracing::warn!("qcow2: a cluster of the old L1 table leaks: {error}");
             }
@@ -260,7 +261,7 @@ impl Qcow2 {
         let file = request.file()?;
         let header = header_update::read_header(file).await?;
         let refcounts =
-            slices::load_refcounts(file, &header, self.settings.refcount_blocks).await?;
+            slices::load_refcounts(file, &header, self.settings.refcount_blocks()).await?;
         let l1 = Self::read_l1(file, &header).await?;
         let durable = meta.durable;
         let batch = meta.batch;

@@ -20,6 +20,7 @@ use crate::{
     image::Qcow2,
     layout::{HostCluster, L1Entry},
     meta::Meta,
+    overlap::Kinds,
 };
 
 impl Qcow2 {
@@ -58,7 +59,7 @@ impl Qcow2 {
         let file = request.file()?;
         let mut meta = self.lock_meta(file).await?;
         let l1 = self.l1.load_full();
-        let per_table = self.geometry.l2_entries() >> self.settings.slice_bits;
+        let per_table = self.geometry.l2_entries() >> self.settings.slice_bits();
         let mut freed = Freed::default();
         let mut result = Ok(());
         let first = self.geometry.l1_entries_for(size);
@@ -97,7 +98,7 @@ impl Qcow2 {
             });
             meta.dirty_l1.insert(at);
             if !still_used {
-                self.metadata.remove([old.0]);
+                self.metadata.remove(Kinds::ACTIVE_L2, [old.0]);
             }
             Counters::add(&self.counters.tables_dropped, 1);
         }
@@ -134,7 +135,7 @@ impl Qcow2 {
             // The table has no entry for them, durably: all that they counted is free, themselves included.
             for (index, cluster) in gone {
                 meta.refcounts.remove_block(index);
-                self.metadata.remove([cluster.0]);
+                self.metadata.remove(Kinds::REFCOUNT_BLOCK, [cluster.0]);
                 if self.geometry.refcount_table_index(cluster) != index {
                     meta.drop_reference(file, cluster).await?;
                 } else {

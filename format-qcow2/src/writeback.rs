@@ -8,6 +8,9 @@
 //! 3. references whose unlink is durable by now leave the quarantine: their clusters are punched if that was asked for,
 //!    then their refcounts are lowered in memory, which reaches the disk with the next batch at the earliest.
 //!
+//! With lazy refcounts, and once the dirty bit is durable, a guest's flush leaves step 1 out: the bit says that refcounts on
+//! disk aren't to be trusted. Everything else (closing, making room, getting space back) writes them.
+//!
 //! So no entry on disk ever refers to a cluster whose refcount on disk says that it is free, and no cluster is used again
 //! while an entry on disk still refers to it. One batch runs at a time; those who ask while one runs share the next.
 //! Requests go on meanwhile: what they change stays dirty.
@@ -61,8 +64,25 @@ pub(crate) struct Writeback {
 
 #[derive(Default)]
 struct Turn {
-    last: u64,
+    /// The last batch.
+    any: Ended,
+    /// The last one that wrote refcounts as well.
+    whole: Ended,
+}
+
+/// A batch that ended.
+#[derive(Default)]
+struct Ended {
+    number: u64,
     error: Option<Error>,
+}
+
+/// What a batch is to write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Extent {
+    Everything,
+    /// Refcounts may stay behind if the dirty bit says so.
+    Lazily,
 }
 
 /// What one batch writes.
@@ -95,18 +115,43 @@ impl Qcow2 {
     /// # Errors
     /// Whatever the storage reports: all that wasn't written stays dirty. After a failed barrier every later call fails.
     pub async fn write_back(self: &Arc<Self>, request: &Request) -> Result<()> {
+        self.take_turn(request, Extent::Everything).await
+    }
+
+    /// The same for a guest's flush: with lazy refcounts it is enough that the dirty bit is durable.
+    pub async fn write_back_for_guest(self: &Arc<Self>, request: &Request) -> Result<()> {
+        let extent = if self.settings.lazy_refcounts() {
+            Extent::Lazily
+        } else {
+            Extent::Everything
+        };
+        self.take_turn(request, extent).await
+    }
+
+    async fn take_turn(self: &Arc<Self>, request: &Request, extent: Extent) -> Result<()> {
         let seen = self.writeback.begun.load(Ordering::SeqCst);
         let mut turn = self.writeback.turn.lock().await;
-        if turn.last > seen {
+        let ended = match extent {
+            Extent::Everything => &turn.whole,
+            Extent::Lazily => &turn.any,
+        };
+        if ended.number > seen {
             // A batch that began after this call did has ended meanwhile.
-            return match &turn.error {
+            return match &ended.error {
                 Some(error) => Err(error.duplicate()),
                 None => Ok(()),
             };
         }
-        turn.last = self.writeback.begun.fetch_add(1, Ordering::SeqCst) + 1;
-        let result = self.run_batch(request).await;
-        turn.error = result.as_ref().err().map(Error::duplicate);
+        let number = self.writeback.begun.fetch_add(1, Ordering::SeqCst) + 1;
+        let result = self.run_batch(request, extent).await;
+        let ended = || Ended {
+            number,
+            error: result.as_ref().err().map(Error::duplicate),
+        };
+        turn.any = ended();
+        if extent == Extent::Everything {
+            turn.whole = ended();
+        }
         result
     }
 
@@ -119,13 +164,13 @@ impl Qcow2 {
         Held(self.writeback.turn.lock().await)
     }
 
-    async fn run_batch(self: &Arc<Self>, request: &Request) -> Result<()> {
+    async fn run_batch(self: &Arc<Self>, request: &Request, extent: Extent) -> Result<()> {
         self.writeback.failure.check()?;
         let file = request.file()?;
         Counters::add(&self.counters.batches, 1);
         let snapshot = {
             let mut meta = self.lock_meta(file).await?;
-            self.snapshot(&mut meta)?
+            self.snapshot(&mut meta, extent)?
         };
         if self.geometry.has_data_file() {
             // What the snapshot links was written before it was taken. Guests flush for their data's sake, so
@@ -156,7 +201,7 @@ impl Qcow2 {
         }
     }
 
-    fn snapshot(&self, meta: &mut Meta) -> Result<Snapshot> {
+    fn snapshot(&self, meta: &mut Meta, extent: Extent) -> Result<Snapshot> {
         let batch = meta.batch;
         meta.batch += 1;
         let l1 = self.l1.load_full();
@@ -187,7 +232,13 @@ impl Qcow2 {
         let entries = meta.dirty_l1.iter().map(|at| (*at, l1.load(*at))).collect();
         Ok(Snapshot {
             batch,
-            blocks: meta.refcounts.dirty_copies(),
+            // The bit in memory is the one on disk: whoever sets it takes it back when that fails.
+            blocks: if extent == Extent::Lazily && meta.header.is_dirty() {
+                Counters::add(&self.counters.lazy_batches, 1);
+                Vec::new()
+            } else {
+                meta.refcounts.dirty_copies()
+            },
             slices,
             l1: entries,
             l1_offset: l1.offset.0,
@@ -213,7 +264,7 @@ impl Qcow2 {
             .iter()
             .map(|copy| (copy.host.0, copy.bytes.clone()));
         write_all(file, blocks).await?;
-        let publishes = {
+        let publishes = !snapshot.blocks.is_empty() && {
             let meta = self.meta.lock().await;
             meta.refcounts.has_unpublished()
         };
@@ -436,7 +487,7 @@ impl Qcow2 {
                 self.reclaim(request).await?;
             }
         }
-        let blocks = self.settings.refcount_blocks;
+        let blocks = self.settings.refcount_blocks();
         if self.cached_refcount_blocks.load(Ordering::Relaxed) > blocks {
             for attempt in 0..2 {
                 {

@@ -21,6 +21,7 @@ use super::quarantine::Freed;
 use crate::{
     layout::{CompressedRun, HostCluster, HostOffset, entry, header::field},
     meta::Meta,
+    overlap::Kinds,
 };
 
 /// Consecutive host clusters: the first, and how many.
@@ -223,7 +224,7 @@ impl Meta {
                 self.metadata.check(place, 1, self.geometry)?;
                 self.reserve(file, HostCluster(place), 1).await?;
                 self.refcounts.add_block(table_index)?;
-                self.metadata.add([place]);
+                self.metadata.add(Kinds::REFCOUNT_BLOCK, [place]);
                 continue;
             }
             if first.0 == 0 {
@@ -277,7 +278,7 @@ impl Meta {
         self.metadata.check(start, blocks + want, self.geometry)?;
         self.reserve(file, HostCluster(start), blocks).await?;
         self.refcounts.add_blocks(first_index, blocks)?;
-        self.metadata.add(start..start + blocks);
+        self.metadata.add(Kinds::REFCOUNT_BLOCK, start..start + blocks);
         for cluster in start..start + blocks {
             self.refcounts.increment(file, HostCluster(cluster)).await?;
         }
@@ -368,7 +369,9 @@ impl Meta {
         // From here on the header may point to the new table, which stays allocated whatever happens. When it is
         // unknown which table counts, the old one does, too.
         let end = self.geometry.host_cluster_of(place.offset).0 + u64::from(place.clusters);
-        self.metadata.add(start..end);
+        let table = self.geometry.host_cluster_of(place.offset).0;
+        self.metadata.add(Kinds::REFCOUNT_BLOCK, start..table);
+        self.metadata.add(Kinds::REFCOUNT_TABLE, table..end);
         file.debug_event(DebugEvent::RefblockAllocSwitchTable).await;
         let mut bytes = place.offset.0.to_be_bytes().to_vec();
         bytes.extend_from_slice(&place.clusters.to_be_bytes());
@@ -379,7 +382,7 @@ impl Meta {
         // The header on disk no longer refers to the old table.
         let first = self.geometry.host_cluster_of(old.offset).0;
         for cluster in first..first + u64::from(old.clusters) {
-            self.metadata.remove([cluster]);
+            self.metadata.remove(Kinds::REFCOUNT_TABLE, [cluster]);
             self.drop_reference(file, HostCluster(cluster)).await?;
         }
         Ok(())

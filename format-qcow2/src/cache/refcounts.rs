@@ -62,6 +62,8 @@ pub(crate) struct RefcountStore {
     unpublished: BTreeSet<u64>,
     blocks: NumberMap<Block>,
     clock: u64,
+    /// The clock when unused blocks were last dropped.
+    cleaned: u64,
     /// More clean blocks than this aren't kept.
     capacity: usize,
     /// Who is told when a refcount leaves 0 or comes back to it.
@@ -96,6 +98,7 @@ impl RefcountStore {
             unpublished: BTreeSet::new(),
             blocks: NumberMap::default(),
             clock: 0,
+            cleaned: 0,
             capacity,
             tap: Arc::default(),
         })
@@ -541,6 +544,15 @@ impl RefcountStore {
             self.unpublished.remove(index);
         }
         Ok(!ready.is_empty())
+    }
+
+    /// Drops clean blocks that weren't used since the last call. Gives back how many went.
+    pub fn evict_unused(&mut self) -> usize {
+        let (before, since) = (self.blocks.len(), self.cleaned);
+        self.blocks
+            .retain(|_, block| block.version != block.written || block.used > since);
+        self.cleaned = self.clock;
+        before - self.blocks.len()
     }
 
     /// Drops clean blocks, the longest unused first, until `target` are left.

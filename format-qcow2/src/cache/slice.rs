@@ -250,6 +250,23 @@ impl SliceTable {
         evicted
     }
 
+    /// Drops clean slices that nobody holds or has looked up since the last call. Gives back how many went.
+    pub fn evict_unused(&self) -> usize {
+        let mut evicted = 0;
+        for shard in &*self.shards {
+            let mut shard = shard.write();
+            let before = shard.len();
+            shard.retain(|_, slice| {
+                let used = slice.referenced.swap(false, Ordering::Relaxed);
+                used || Self::is_held_or_dirty(slice)
+            });
+            let gone = before - shard.len();
+            self.count.fetch_sub(gone, Ordering::Relaxed);
+            evicted += gone;
+        }
+        evicted
+    }
+
     /// To be asked with the shard locked for writing: nobody can begin to hold the slice meanwhile.
     fn is_held_or_dirty(slice: &Arc<Slice>) -> bool {
         if Arc::strong_count(slice) > 1 {

@@ -24,6 +24,7 @@ use crate::{
     image::Qcow2,
     layout::{ClusterIndex, L1Entry, L2Entry, entry},
     meta::link_of,
+    overlap::Kinds,
 };
 
 const SHARDS: usize = 64;
@@ -196,7 +197,7 @@ impl Qcow2 {
     ) {
         for cluster in allocation.clusters() {
             meta.unlinked.remove(&cluster.0);
-            self.metadata.add([cluster.0]);
+            self.metadata.add(Kinds::ACTIVE_L2, [cluster.0]);
         }
         Counters::add(&self.counters.allocated, allocation.count());
         allocation.linked();
@@ -214,7 +215,7 @@ impl Qcow2 {
     ) -> Result<()> {
         let Some(old) = old.l2 else { return Ok(()) };
         let at = self.l1_of(index);
-        let per_table = self.geometry.l2_entries() >> self.settings.slice_bits;
+        let per_table = self.geometry.l2_entries() >> self.settings.slice_bits();
         let first = index.0 - index.0 % per_table;
         let len = self.geometry.cluster_size() as usize;
         file.debug_event(DebugEvent::L2AllocCowRead).await;
@@ -256,7 +257,7 @@ impl Qcow2 {
             }
         });
         if !still_used {
-            self.metadata.remove([old.0]);
+            self.metadata.remove(Kinds::ACTIVE_L2, [old.0]);
         }
         self.link_table(meta, at, allocation);
         let batch = meta.batch;
@@ -275,7 +276,7 @@ impl Qcow2 {
     }
 
     async fn evict_slices(self: &Arc<Self>, request: &Request) -> Result<()> {
-        let limit = self.settings.l2_slices;
+        let limit = self.settings.l2_slices();
         if self.slices.table.count() <= limit {
             return Ok(());
         }

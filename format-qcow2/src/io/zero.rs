@@ -13,9 +13,9 @@ use block_core::{
 };
 
 use crate::{
-    alloc::quarantine::Freed,
+    alloc::quarantine::{Freed, merge_clusters},
     image::Qcow2,
-    layout::{ClusterIndex, L2Entry},
+    layout::{ClusterIndex, HostOffset, L2Entry},
     meta::Meta,
 };
 
@@ -53,6 +53,16 @@ fn changed(entry: L2Entry, change: Change, zero_flag: bool, backing: bool) -> Op
         (_, _) => Some(gone),
     }
     .filter(|new| *new != entry)
+}
+
+/// The place of a cluster that nothing else refers to.
+fn own_place(entry: L2Entry) -> Option<HostOffset> {
+    match entry {
+        L2Entry::Normal { host, copied: true } | L2Entry::ZeroAllocated { host, copied: true } => {
+            Some(host)
+        }
+        _ => None,
+    }
 }
 
 impl Qcow2 {
@@ -201,8 +211,8 @@ impl Qcow2 {
         self.make_room(request).await
     }
 
-    /// Changes clusters of one slice. Gives back what is to be punched right away, which only a driver without
-    /// safeguards does.
+    /// Changes clusters of one slice. Gives back what is to be punched right away: what keeps its place, and (without
+    /// safeguards) what doesn't.
     async fn change_slice(
         self: &Arc<Self>,
         meta: &mut Meta,
@@ -216,9 +226,13 @@ impl Qcow2 {
         let zero_flag = self.geometry.has_zero_flag();
         let index = self.slice_of(first);
         let punch = match change {
-            Change::Zero => self.settings.pass_discard_other,
-            Change::Unmap | Change::Discard | Change::Full => self.settings.pass_discard,
+            Change::Zero | Change::Unmap | Change::Discard => self.settings.pass_discard_request(),
+            Change::Full => self.settings.pass_discard_snapshot(),
         };
+        let keep = zero_flag
+            && self.settings.discard_no_unref()
+            && matches!(change, Change::Unmap | Change::Discard);
+        let mut emptied = Vec::new();
         self.mark_in_use(meta, file).await?;
         let slice = self.slice_for_update(meta, file, index).await?;
         let mut freed = Freed::default();
@@ -228,6 +242,14 @@ impl Qcow2 {
             let raw = slice.load(at);
             let changes = async {
                 let entry = self.decode(raw, cluster)?;
+                if keep && let Some(host) = own_place(entry) {
+                    // Punched before the request ends, and so before the place is written to again.
+                    if punch {
+                        emptied.push(self.geometry.host_cluster_of(host).0);
+                    }
+                    let kept = L2Entry::ZeroAllocated { host, copied: true };
+                    return Ok((kept != entry).then_some(kept));
+                }
                 let Some(new) = changed(entry, change, zero_flag, backing) else {
                     return Ok(None);
                 };
@@ -248,18 +270,14 @@ impl Qcow2 {
                 }
             }
         }
-        let late = if self.settings.safeguards {
+        let mut late = merge_clusters(emptied);
+        if self.settings.safeguards {
             let batch = meta.batch;
             meta.quarantine.close(freed, batch, &self.pins);
-            Vec::new()
         } else {
-            freed
-                .runs()
-                .iter()
-                .filter(|run| run.punch)
-                .map(|run| (run.first, run.count))
-                .collect()
-        };
+            let freed = freed.runs().iter().filter(|run| run.punch);
+            late.extend(freed.map(|run| (run.first, run.count)));
+        }
         result.map(|()| late)
     }
 }
