@@ -59,6 +59,10 @@ pub(crate) struct Meta {
 
 /// What a raw entry of a guest cluster links to, as those who watch the driver are told.
 pub(crate) fn link_of(raw: RawEntry, cluster: ClusterIndex, geometry: Geometry) -> Option<Link> {
+    if geometry.has_data_file() {
+        // What is in the data file takes no space in the image.
+        return None;
+    }
     let guest = geometry.cluster_start(cluster).0;
     match L2Entry::decode(raw, geometry).ok()? {
         L2Entry::Unallocated | L2Entry::ZeroPlain => None,

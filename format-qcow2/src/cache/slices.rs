@@ -124,6 +124,9 @@ impl Qcow2 {
     /// Whether any entry of a slice says, or has said, that data is where metadata is known to be. A look at all
     /// entries is only taken again after metadata was added somewhere.
     pub fn is_suspect(&self, slice: &Slice) -> bool {
+        if self.geometry.has_data_file() {
+            return false;
+        }
         slice.is_suspect(self.metadata.generation(), || {
             let hosts = (0..slice.len()).filter_map(|at| {
                 match L2Entry::decode(slice.load(at), self.geometry) {

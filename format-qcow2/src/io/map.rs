@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use block_core::{
-    driver::{ChildRole, MapIntent, Mapping},
+    driver::{MapIntent, Mapping},
     error::{Error, Result},
     mutant,
     node::Edges,
@@ -167,7 +167,7 @@ impl Qcow2 {
         };
         match (run, intent) {
             (Run::Data { host, len, copied }, intent) => {
-                let Some(edge) = edges.index(ChildRole::File) else {
+                let Some(edge) = edges.index(self.data_role()) else {
                     return Mapping::NotCached;
                 };
                 if intent == MapIntent::Overwrite {

@@ -478,7 +478,9 @@ impl Header {
             ordinary
         };
         match geometry {
-            Some(geometry) => geometry,
+            Some(geometry) => {
+                geometry.with_data_file(self.incompatible.contains(Incompatible::DATA_FILE))
+            }
             None => panic!("cluster_bits and refcount_order were checked when the header was read"),
         }
     }

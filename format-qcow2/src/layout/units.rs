@@ -42,6 +42,8 @@ pub struct Geometry {
     zero_flag: bool,
     /// L2 entries take two words and tell of subclusters.
     extended_l2: bool,
+    /// Guest data is in a file of its own.
+    data_file: bool,
 }
 
 impl Geometry {
@@ -71,6 +73,7 @@ impl Geometry {
             refcount_order,
             zero_flag: version >= 3,
             extended_l2: false,
+            data_file: false,
         })
     }
 
@@ -84,6 +87,18 @@ impl Geometry {
             extended_l2: true,
             ..self
         })
+    }
+
+    /// The same for an image whose guest data is (or isn't) in an external data file.
+    #[must_use]
+    pub const fn with_data_file(self, data_file: bool) -> Self {
+        Self { data_file, ..self }
+    }
+
+    /// Whether guest data is in an external data file: a host offset in a standard L2 entry is then an offset in that file and
+    /// equal to the guest's, and data clusters have no refcounts.
+    pub const fn has_data_file(self) -> bool {
+        self.data_file
     }
 
     /// log2 of the cluster size.
