@@ -169,7 +169,8 @@ impl MetadataMap {
         }
         overlapping |= twice;
         *self.clusters.write() = clusters;
-        self.overlapping.store(overlapping.bits(), Ordering::Release);
+        self.overlapping
+            .store(overlapping.bits(), Ordering::Release);
         self.generation.fetch_add(1, Ordering::Release);
     }
 
@@ -214,20 +215,6 @@ impl MetadataMap {
                     map.remove(&cluster);
                 }
             }
-        }
-    }
-
-    /// Forgets all clusters of these kinds, and notes others instead.
-    pub fn replace(&self, kinds: Kinds, clusters: impl IntoIterator<Item = (u64, Kinds)>) {
-        {
-            let mut map = self.clusters.write();
-            map.retain(|_, there| {
-                there.remove(kinds);
-                !there.is_empty()
-            });
-        }
-        for (cluster, kind) in clusters {
-            self.add(kind, [cluster]);
         }
     }
 

@@ -120,6 +120,11 @@ impl Settings {
         safeguards: bool,
     ) -> Result<(Self, Kinds)> {
         let given = options.0;
+        if let Some(key) = given.keys().find(|key| !NAMES.contains(&key.as_str())) {
+            return Err(Error::invalid(format!(
+                "Block format 'qcow2' does not support the option '{key}'"
+            )));
+        }
         let values = parse(&given, header, discard)?;
         let settings = Self {
             l2_slices: AtomicUsize::new(values.l2_slices),
@@ -142,11 +147,7 @@ impl Settings {
     ///
     /// # Errors
     /// As [`Self::parse`], and EINVAL for an option that isn't the driver's own.
-    pub fn changed(
-        &self,
-        changes: &Map<String, Value>,
-        header: &Header,
-    ) -> Result<SettingsChange> {
+    pub fn changed(&self, changes: &Map<String, Value>, header: &Header) -> Result<SettingsChange> {
         let mut given = self.given.lock().clone();
         for (key, value) in changes {
             let name = key.split('.').next().unwrap_or_default();
@@ -185,14 +186,6 @@ impl Settings {
         self.clean_interval
             .store(values.clean_interval, Ordering::Relaxed);
         *self.given.lock() = given;
-    }
-
-    /// The header says something else now: what it decides, where options don't, is decided anew.
-    ///
-    /// # Errors
-    /// As [`Self::parse`], when the options that were given don't fit the image any more.
-    pub fn follow(&self, header: &Header) -> Result<SettingsChange> {
-        self.changed(&Map::new(), header)
     }
 
     /// L2 slices kept in memory.
@@ -282,7 +275,7 @@ fn parse(given: &Map<String, Value>, header: &Header, discard: DiscardMode) -> R
     };
     Ok(Values {
         l2_slices: count(slices, "L2", "l2-cache-size")?,
-        slice_bits: slice.trailing_zeros() - 3,
+        slice_bits: slice.trailing_zeros() - geometry.l2_entry_bits(),
         refcount_blocks: count(blocks, "Refcount", "refcount-cache-size")?,
         pass_discard_request: options
             .pass_discard_request
@@ -385,7 +378,9 @@ fn overlap_check(option: Option<Value>) -> Result<Kinds> {
     for (name, value) in switches {
         let key = format!("overlap-check.{name}");
         let Some(kind) = Kinds::of_option(&name) else {
-            return Err(Error::invalid(format!("Invalid parameter '{key}'")));
+            return Err(Error::invalid(format!(
+                "Block format 'qcow2' does not support the option '{key}'"
+            )));
         };
         let mut one = Options::new().with(&key, value);
         if let Some(on) = one.take_switch(&key)? {

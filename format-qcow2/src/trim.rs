@@ -60,6 +60,7 @@ impl Qcow2 {
         let mut meta = self.lock_meta(file).await?;
         let l1 = self.l1.load_full();
         let per_table = self.geometry.l2_entries() >> self.settings.slice_bits();
+        let punch = self.settings.pass_discard_other();
         let mut freed = Freed::default();
         let mut result = Ok(());
         let first = self.geometry.l1_entries_for(size);
@@ -77,7 +78,7 @@ impl Qcow2 {
             };
             let dropped = async {
                 let references = meta.refcounts.get(file, old).await?;
-                meta.unreference(file, old.0, old.0, false, &mut freed)
+                meta.unreference(file, old.0, old.0, punch, &mut freed)
                     .await?;
                 Ok(references)
             };
@@ -136,7 +137,7 @@ impl Qcow2 {
             for (index, cluster) in gone {
                 meta.refcounts.remove_block(index);
                 self.metadata.remove(Kinds::REFCOUNT_BLOCK, [cluster.0]);
-                if self.geometry.refcount_table_index(cluster) != index {
+                if meta.geometry.refcount_table_index(cluster) != index {
                     meta.drop_reference(file, cluster).await?;
                 } else {
                     meta.hint = meta.hint.min(cluster.0);

@@ -225,7 +225,7 @@ impl Qcow2 {
                 slice: slice.clone(),
                 version,
                 host,
-                bytes: slice.to_bytes(),
+                bytes: slice.to_bytes(self.geometry),
             });
         }
         slices.sort_by_key(|copy| copy.host);
@@ -375,7 +375,7 @@ impl Qcow2 {
             .flat_map(|run| (run.first..run.first + run.count).map(|cluster| (cluster, run.punch)))
         {
             let host = HostCluster(cluster);
-            let block = self.geometry.refcount_table_index(host);
+            let block = meta.geometry.refcount_table_index(host);
             if unreadable == Some(block) {
                 kept.push(cluster, punch);
                 continue;

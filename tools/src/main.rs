@@ -23,10 +23,18 @@ fn main() -> ExitCode {
     let mut args = std::env::args_os().map(|arg| arg.to_string_lossy().into_owned());
     let argv0 = args.next().unwrap_or_default();
     let args: Vec<String> = args.collect();
-    tracing_subscriber::fmt()
+    let log = tracing_subscriber::fmt()
         .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
-        .with_writer(std::io::stderr)
-        .init();
+        .with_writer(std::io::stderr);
+    if std::env::var_os("RUST_LOG").is_some() {
+        log.init();
+    } else {
+        // Nobody asked for a log: what a library has to say (an image was found corrupt) is said as qemu does.
+        log.without_time()
+            .with_level(false)
+            .with_target(false)
+            .init();
+    }
     Program::set_argv0(&argv0);
     let program = Program::from_argv0(&argv0);
     if program.is_qemu() {

@@ -227,12 +227,12 @@ impl Meta {
                 self.metadata.add(Kinds::REFCOUNT_BLOCK, [place]);
                 continue;
             }
+            self.metadata.check(first.0, count, self.geometry)?;
             if first.0 == 0 {
                 return Err(Error::corrupt(
                     "Preventing invalid allocation of cluster at offset 0",
                 ));
             }
-            self.metadata.check(first.0, count, self.geometry)?;
             for cluster in first.0..first.0 + count {
                 self.refcounts.increment(file, HostCluster(cluster)).await?;
                 self.unlinked.insert(cluster);
@@ -278,7 +278,8 @@ impl Meta {
         self.metadata.check(start, blocks + want, self.geometry)?;
         self.reserve(file, HostCluster(start), blocks).await?;
         self.refcounts.add_blocks(first_index, blocks)?;
-        self.metadata.add(Kinds::REFCOUNT_BLOCK, start..start + blocks);
+        self.metadata
+            .add(Kinds::REFCOUNT_BLOCK, start..start + blocks);
         for cluster in start..start + blocks {
             self.refcounts.increment(file, HostCluster(cluster)).await?;
         }

@@ -229,7 +229,10 @@ async fn main(program: &str, args: &[String], graph: Arc<Graph>, registry: Arc<R
         }
         status
     };
-    if let Err(error) = session.close().await {
+    // An image that was found corrupt has said so when it was, and has nothing left that could be flushed.
+    if let Err(error) = session.close().await
+        && error.kind() != block_core::ErrorKind::NoMedium
+    {
         eprintln!("{program}: {error}");
         status = 1;
     }

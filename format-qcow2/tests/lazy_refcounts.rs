@@ -1,0 +1,165 @@
+//! Lazy refcounts: the dirty bit is durable before anything is linked, what it announces is repaired by the next writable open
+//! (ours and the installed tools'), and closing takes it back.
+
+mod common;
+
+use block_core::{RequestFlags, driver::Reopen};
+use common::{
+    cuts::{Look, prepared, record},
+    storage::Event,
+    *,
+};
+
+const SIZE: u64 = 1 << 20;
+
+fn is_dirty(image: &[u8]) -> bool {
+    be64(image, 72) & 1 != 0
+}
+
+async fn work(handle: &block_core::BlockHandle) -> block_core::Result<()> {
+    write(handle, 0, 200_000, 1).await?;
+    handle.flush().await?;
+    write(handle, 400_000, 100_000, 2).await?;
+    handle.discard(0, 65536).await?;
+    handle.flush().await?;
+    handle
+        .write_zeroes(100_000, 50_000, RequestFlags::empty())
+        .await?;
+    write(handle, 800_000, 70_000, 3).await?;
+    handle.flush().await?;
+    handle.truncate(SIZE / 2, Default::default()).await?;
+    write(handle, 0, 4096, 4).await
+}
+
+#[test]
+fn a_power_cut_with_lazy_refcounts_is_repaired_by_the_next_writable_open() {
+    for options in [
+        "lazy_refcounts=on,cluster_size=512,refcount_bits=64",
+        "lazy_refcounts=on,cluster_size=4096",
+    ] {
+        let done = record(image_bytes(options, SIZE), "", work);
+        let bit = done
+            .log
+            .iter()
+            .position(|event| matches!(event, Event::Write(72, _)))
+            .unwrap();
+        assert!(
+            matches!(done.log[bit + 1], Event::Flush),
+            "the bit is durable before anything else is written"
+        );
+        assert!(!is_dirty(&done.end), "closed properly");
+        let mut dirty = 0;
+        done.cut(options, Look::Reopened, 60, |disk, what| {
+            dirty += 1;
+            let old = disk.len() as u64 == SIZE;
+            assert!(old || disk.len() as u64 == SIZE / 2, "{what}");
+            for (at, byte) in disk.iter().enumerate() {
+                assert!([0, 1, 2, 3, 4].contains(byte), "{what}: {at:#x}");
+            }
+        });
+        assert!(dirty > 20);
+    }
+}
+
+#[test]
+fn flushes_leave_refcounts_behind_and_qemu_img_repairs_what_a_crash_leaves() {
+    let rig = Rig::new();
+    let scratch = tempfile::tempdir().unwrap();
+    let path = scratch.path().join("a.qcow2");
+    let name = path.to_str().unwrap();
+    qemu_img(&["create", "-q", "-f", "qcow2", name, "8M"]);
+    rig.block_on(async {
+        let handle = rig.open(&path, "lazy-refcounts=on").await.unwrap();
+        write(&handle, 0, 1 << 20, 7).await.unwrap();
+        handle.flush().await.unwrap();
+        write(&handle, 4 << 20, 1 << 20, 8).await.unwrap();
+        handle.flush().await.unwrap();
+        assert!(counter(&handle, "lazy-batches") >= 2);
+        let crashed = std::fs::read(&path).unwrap();
+        assert!(is_dirty(&crashed));
+        let copy = scratch.path().join("crashed.qcow2");
+        std::fs::write(&copy, &crashed).unwrap();
+        // The installed qemu-io opens it for writing, which repairs it.
+        tool(
+            "qemu-io",
+            &[
+                "-f",
+                "qcow2",
+                "-c",
+                "read -P 7 0 1M",
+                copy.to_str().unwrap(),
+            ],
+        );
+        assert_clean(&copy);
+        assert!(!is_dirty(&std::fs::read(&copy).unwrap()));
+        // And so do we; a read-only open leaves it as it is.
+        std::fs::write(&copy, &crashed).unwrap();
+        let other = rig.open(&copy, "read-only=on").await.unwrap();
+        other.close().await.unwrap();
+        assert_eq!(std::fs::read(&copy).unwrap(), crashed);
+        let other = rig.open(&copy, "").await.unwrap();
+        let read = other.read(4 << 20, 1 << 20).await.unwrap();
+        assert!(read.iter().all(|byte| *byte == 8));
+        other.close().await.unwrap();
+        assert_clean(&copy);
+        rig.close(handle).await.unwrap();
+    });
+    assert!(!is_dirty(&std::fs::read(&path).unwrap()));
+    assert_clean(&path);
+}
+
+#[test]
+fn becoming_read_only_or_not_lazy_any_more_takes_the_dirty_bit_back() {
+    let rig = Rig::new();
+    let storage = storage::Storage::new(image_bytes("lazy_refcounts=on", SIZE));
+    rig.block_on(async {
+        let handle = rig.open_storage(&storage, "").await.unwrap();
+        let dirty = || is_dirty(&storage.state.lock().data);
+        assert!(!dirty());
+        write(&handle, 0, 65536, 1).await.unwrap();
+        assert!(dirty());
+        let reopen = |text: &str, read_only| {
+            let options = block_core::Options::from_dotted(text).unwrap().0;
+            handle.reopen(Reopen { read_only, options })
+        };
+        reopen("lazy-refcounts=off", None).await.unwrap();
+        assert!(!dirty());
+        write(&handle, 65536, 65536, 1).await.unwrap();
+        assert!(!dirty());
+        reopen("lazy-refcounts=on", None).await.unwrap();
+        write(&handle, 131072, 65536, 1).await.unwrap();
+        assert!(dirty());
+        let mut set = handle.permissions();
+        set.used -= block_core::Permissions::WRITE | block_core::Permissions::RESIZE;
+        handle.set_permissions(set).unwrap();
+        reopen("", Some(true)).await.unwrap();
+        assert!(!dirty());
+        rig.close(handle).await.unwrap();
+    });
+    assert_eq!(check_bytes(&storage), (0, 0));
+}
+
+#[test]
+fn a_failed_flush_of_a_lazy_image_is_recovered_from_what_is_on_disk() {
+    let rig = Rig::new();
+    let storage = storage::Storage::new(prepared("lazy_refcounts=on", SIZE, async |handle| {
+        write(handle, 0, 65536, 1).await
+    }));
+    rig.block_on(async {
+        let handle = rig.open_storage(&storage, "").await.unwrap();
+        write(&handle, 0, 131072, 2).await.unwrap();
+        handle.flush().await.unwrap();
+        write(&handle, 262144, 131072, 3).await.unwrap();
+        storage.set_fault(storage::Fault::Flushes);
+        handle.flush().await.unwrap_err();
+        storage.set_fault(storage::Fault::None);
+        handle.flush().await.unwrap_err();
+        handle.reopen(Reopen::default()).await.unwrap();
+        let read = handle.read(0, 131072).await.unwrap();
+        assert!(read.iter().all(|byte| *byte == 2));
+        write(&handle, 524288, 131072, 4).await.unwrap();
+        handle.flush().await.unwrap();
+        rig.close(handle).await.unwrap();
+    });
+    assert_eq!(check_bytes(&storage), (0, 0));
+}
