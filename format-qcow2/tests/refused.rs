@@ -76,7 +76,7 @@ fn options_that_make_no_sense_are_refused_by_name() {
         "1M",
     ]);
     for (options, message) in [
-        ("bogus=1", "Invalid parameter 'bogus'"),
+        ("bogus=1", "does not support the option 'bogus'"),
         ("l2-cache-entry-size=1000", "power of two"),
         ("l2-cache-entry-size=128k", "power of two"),
         (
@@ -84,7 +84,7 @@ fn options_that_make_no_sense_are_refused_by_name() {
             "l2-cache-size may not exceed cache-size",
         ),
         ("lazy-refcounts=on", "Lazy refcounts require"),
-        ("discard-no-unref=on", "not supported"),
+        ("discard-no-unref=on", "only supported since"),
     ] {
         let error = rig.block_on(rig.open(&path, options)).unwrap_err();
         assert!(error.to_string().contains(message), "{options}: {error}");
