@@ -22,6 +22,7 @@ use crate::{
     image::{CheckMode, CheckReport, ImageInfo, Progress},
     limits::Limits,
     node::Edges,
+    options::Options,
     request::Request,
     status::{DriverStatus, StatusFlags},
 };
@@ -93,6 +94,8 @@ bitflags! {
         const COPY_ON_READ = 1 << 16;
         /// A write past the end grows the node.
         const GROW = 1 << 17;
+        /// `amend`.
+        const AMEND = 1 << 19;
         /// `debug_event` wants to be told what drivers above do (a fault injector). Set once and for all.
         const DEBUG_EVENTS = 1 << 18;
     }
@@ -353,6 +356,29 @@ pub trait BlockDriver: Send + Sync + 'static {
     ) -> Result<()> {
         let _ = (request, file, format);
         Err(Error::from_kind(ErrorKind::NotSupported))
+    }
+
+    /// Changes what an image was made with, such as its version or the width of its refcounts: the options are those of
+    /// [`crate::registry::DriverFactory::amend_options`]. `force` allows what may lose data on purpose (erasing the last
+    /// key). Runs under a serialising request over the whole node.
+    ///
+    /// What can't be is refused before anything is changed. Some changes end the use of the open image: everything but
+    /// closing it is refused then, and it has to be opened again.
+    async fn amend(
+        self: Arc<Self>,
+        request: Request,
+        options: Options,
+        force: bool,
+        progress: Progress,
+    ) -> Result<()> {
+        let _ = (request, options, force, progress);
+        Err(Error::new(
+            ErrorKind::NotSupported,
+            format!(
+                "Format driver '{}' does not support option amendment",
+                self.name()
+            ),
+        ))
     }
 
     /// Drops all data of this layer, so that the backing file shows everywhere.

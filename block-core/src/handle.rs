@@ -24,6 +24,7 @@ use crate::{
     limits::Limits,
     mutant,
     node::{Edges, Node},
+    options::Options,
     path::{self, Op, Origin},
     producer::{ProducerId, on_behalf_of},
     status::BlockStatus,
@@ -455,6 +456,29 @@ impl BlockHandle {
         let guard = self.root.enter().await;
         let node = self.root.node.load_full();
         change_backing(&node, Some(guard), file, format).await
+    }
+
+    /// Changes what the image was made with; see [`crate::driver::BlockDriver::amend`]. Other requests wait meanwhile.
+    ///
+    /// Cancellation: goes on in the background. [`Progress::cancel`] ends it at its next safe place.
+    ///
+    /// # Errors
+    /// EPERM without the permission to write (and, for another size, to resize); ENOTSUP when the format can't; EINVAL for
+    /// options that it doesn't take or that don't go together, with nothing changed.
+    pub async fn amend(&self, options: Options, force: bool, progress: Progress) -> Result<()> {
+        let mut need = Permissions::WRITE;
+        if options.get("size").is_some() {
+            need |= Permissions::RESIZE;
+        }
+        self.need(need, Operation::Write, 0, 0)?;
+        let guard = self.root.enter().await;
+        let node = self.root.node.load_full();
+        path::settle(&node).await;
+        let driver = node.driver().clone();
+        path::exclusive(&node, Some(guard), move |request| {
+            driver.amend(request, options, force, progress)
+        })
+        .await
     }
 
     /// Drops all data of this layer.

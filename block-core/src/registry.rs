@@ -78,6 +78,11 @@ pub trait DriverFactory: Send + Sync + 'static {
         &[]
     }
 
+    /// The options that [`crate::driver::BlockDriver::amend`] takes; none when images can't be amended.
+    fn amend_options(&self) -> &'static [CreateOption] {
+        &[]
+    }
+
     /// Makes a new image. For a format, `context.file` is fresh, empty storage; a protocol makes the storage.
     async fn create(&self, context: CreateContext, options: Options) -> Result<()> {
         let _ = (context, options);

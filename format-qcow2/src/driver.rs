@@ -11,6 +11,7 @@ use block_core::{
     image::{CheckMode, CheckReport, ImageInfo, Progress},
     limits::Limits,
     node::Edges,
+    options::Options,
     request::Request,
     status::DriverStatus,
 };
@@ -33,7 +34,7 @@ impl Qcow2 {
     }
 
     /// Says on disk that refcounts are right again.
-    async fn clear_dirty(&self, request: &Request) -> Result<()> {
+    pub(crate) async fn clear_dirty(&self, request: &Request) -> Result<()> {
         let file = request.file()?;
         let mut meta = self.lock_meta(file).await?;
         if meta.header.is_dirty() {
@@ -195,6 +196,7 @@ impl BlockDriver for Qcow2 {
                 | Capabilities::COMPRESSED
                 | Capabilities::REPAIR
                 | Capabilities::TRUNCATE
+                | Capabilities::AMEND
                 | Capabilities::CHANGE_BACKING
                 | Capabilities::MAKE_EMPTY;
         }
@@ -278,7 +280,8 @@ impl BlockDriver for Qcow2 {
     }
 
     async fn flush(self: Arc<Self>, request: Request) -> Result<()> {
-        if self.is_read_only() {
+        // What an amend that ended the image's use had to do was durable by then.
+        if self.is_read_only() || self.retired.load(Ordering::Acquire) {
             return Ok(());
         }
         self.check_usable()?;
@@ -328,6 +331,17 @@ impl BlockDriver for Qcow2 {
         self.names_backing
             .store(meta.header.backing_file.is_some(), Ordering::Release);
         Ok(())
+    }
+
+    async fn amend(
+        self: Arc<Self>,
+        request: Request,
+        options: Options,
+        _force: bool,
+        progress: Progress,
+    ) -> Result<()> {
+        let result = self.amend_image(&request, options, &progress).await;
+        self.judged(&request, result).await
     }
 
     async fn make_empty(self: Arc<Self>, request: Request) -> Result<()> {

@@ -63,6 +63,8 @@ pub(crate) struct Qcow2 {
     pub names_backing: AtomicBool,
     /// Found corrupt while it was writable: no request is served any more.
     pub shut: AtomicBool,
+    /// Amended to something that this can't go on with: it has to be opened again.
+    pub retired: AtomicBool,
     /// Found corrupt while it was read-only, and said so.
     pub warned_corrupt: AtomicBool,
     pub l1: ArcSwap<L1Table>,
@@ -180,8 +182,15 @@ impl Qcow2 {
         })
     }
 
-    /// ENOMEDIUM once the image was found corrupt.
+    /// ENOMEDIUM once the image was found corrupt, or was amended so that it has to be opened again.
     pub fn check_usable(&self) -> Result<()> {
+        if self.retired.load(Ordering::Acquire) {
+            return Err(Error::new(
+                ErrorKind::NoMedium,
+                "The image was amended and has to be opened again",
+            )
+            .with_file(self.filename.clone()));
+        }
         if self.shut.load(Ordering::Acquire) {
             return Err(
                 Error::new(ErrorKind::NoMedium, "No medium found").with_file(self.filename.clone())

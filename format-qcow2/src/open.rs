@@ -20,6 +20,7 @@ use block_core::{
 
 use crate::{
     alloc::allocator::Orphans,
+    amend,
     cache::slices::{SliceCache, load_refcounts},
     claims::Claims,
     counters::Counters,
@@ -111,6 +112,7 @@ async fn open_image(
         read_only: AtomicBool::new(read_only),
         names_backing: AtomicBool::new(header.backing_file.is_some()),
         shut: AtomicBool::new(false),
+        retired: AtomicBool::new(false),
         warned_corrupt: AtomicBool::new(false),
         l1: ArcSwap::from_pointee(l1),
         metadata: metadata.clone(),
@@ -204,6 +206,10 @@ impl DriverFactory for Qcow2Factory {
 
     fn create_options(&self) -> &'static [CreateOption] {
         create::OPTIONS
+    }
+
+    fn amend_options(&self) -> &'static [CreateOption] {
+        amend::OPTIONS
     }
 
     async fn create(&self, context: CreateContext, options: Options) -> Result<()> {

@@ -74,6 +74,9 @@ impl Completion {
                 node.flush.written.fetch_add(1, Ordering::SeqCst);
             }
             Counted::Exclusive => {
+                // An amend may have changed the length, also one that failed later on.
+                node.resize_bitmaps(node.length());
+                node.refresh_limits();
                 node.flush.written.fetch_add(1, Ordering::SeqCst);
             }
             Counted::Read | Counted::Other => {}

@@ -365,6 +365,34 @@ impl RefcountStore {
         self.unpublished.remove(&table_index);
     }
 
+    /// Calls `look` with every cluster from `start` up to `end` that is in use, and its refcount, in ascending order.
+    pub async fn for_each_used(
+        &mut self,
+        file: &Child,
+        start: u64,
+        end: u64,
+        look: &mut impl FnMut(u64, u64),
+    ) -> Result<()> {
+        let (codec, block_bits) = (self.codec, self.geometry.refcount_block_bits());
+        let end = end.min(self.table_covers());
+        let mut at = start;
+        while at < end {
+            let table_index = at >> block_bits;
+            let first = table_index << block_bits;
+            let stop = (first + (1 << block_bits)).min(end);
+            if let Some(block) = self.block(file, table_index).await? {
+                for cluster in at..stop {
+                    let count = codec.get(&block.bytes, (cluster - first) as usize);
+                    if count != 0 {
+                        look(cluster, count);
+                    }
+                }
+            }
+            at = stop;
+        }
+        Ok(())
+    }
+
     /// The last cluster that is in use; the header's if nothing else is.
     pub async fn last_used(&mut self, file: &Child) -> Result<u64> {
         let (codec, per_block) = (self.codec, self.geometry.refcounts_per_block());

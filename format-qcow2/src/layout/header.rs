@@ -44,6 +44,8 @@ pub mod field {
     pub const COMPATIBLE: u64 = 80;
     /// `autoclear_features`, 8 bytes.
     pub const AUTOCLEAR: u64 = 88;
+    /// `refcount_order`, 4 bytes.
+    pub const REFCOUNT_ORDER: u64 = 96;
 }
 
 bitflags! {

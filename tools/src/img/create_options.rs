@@ -50,6 +50,8 @@ pub struct CreateOptions {
     known: Vec<CreateOption>,
     /// The storage's own options, which the format doesn't know.
     storage: Vec<&'static str>,
+    /// Options of creation, where an image is amended.
+    creation_only: &'static [CreateOption],
     values: Options,
 }
 
@@ -72,8 +74,21 @@ impl CreateOptions {
             format: format.name().to_owned(),
             known,
             storage,
+            creation_only: &[],
             values: Options::new(),
         }
+    }
+
+    /// The options that images in `format` can be amended with; `None` when they can't be.
+    pub fn of_amend(format: &dyn DriverFactory) -> Option<Self> {
+        let known = format.amend_options().to_vec();
+        (!known.is_empty()).then(|| Self {
+            format: format.name().to_owned(),
+            known,
+            storage: Vec::new(),
+            creation_only: format.create_options(),
+            values: Options::new(),
+        })
     }
 
     /// For the image `filename` in the format called `format`, with what `-o` says.
@@ -128,7 +143,11 @@ impl CreateOptions {
     /// Sets one option, checked and normalised by its kind.
     pub fn set(&mut self, key: &str, text: &str) -> Result<(), Failure> {
         let Some(option) = self.known.iter().find(|option| option.name == key) else {
-            return Err(Failure::new(format!("Invalid parameter '{key}'")));
+            let mut message = format!("Invalid parameter '{key}'");
+            if self.creation_only.iter().any(|option| option.name == key) {
+                message += "\nThis option is only supported for image creation";
+            }
+            return Err(Failure::new(message));
         };
         let value = if option.kind.starts_with("bool") {
             match text {
@@ -214,6 +233,12 @@ impl CreateOptions {
         line
     }
 
+    /// Prints what `-o help` asks for when an image is to be amended.
+    pub fn print_amend_help(&self) {
+        say!("Amend options for '{}':", self.format);
+        print_list(self.known.iter().collect());
+    }
+
     /// Prints what `-o help` asks for.
     pub fn print_help(&self, with_storage: bool) {
         if with_storage {
@@ -221,21 +246,26 @@ impl CreateOptions {
         } else {
             say!("Supported {} options:", self.format);
         }
-        let mut known: Vec<&CreateOption> = self.known.iter().collect();
-        known.sort_by_key(|option| option.name);
-        for option in known {
-            say!(
-                "  {:22} - {}",
-                format!("{}=<{}>", option.name, option.kind),
-                option.help
-            );
-        }
+        let known: Vec<&CreateOption> = self.known.iter().collect();
+        print_list(known);
         if !with_storage {
             say!(
                 "\nThe protocol level may support further options.\n\
                  Specify the target filename to include those options."
             );
         }
+    }
+}
+
+/// One line for each option, by name.
+fn print_list(mut known: Vec<&CreateOption>) {
+    known.sort_by_key(|option| option.name);
+    for option in known {
+        say!(
+            "  {:22} - {}",
+            format!("{}=<{}>", option.name, option.kind),
+            option.help
+        );
     }
 }
 

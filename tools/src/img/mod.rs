@@ -1,5 +1,6 @@
 //! `blk create`, `info`, `check`, …: the commands of `qemu-img`, one file each.
 
+mod amend;
 mod args;
 mod bench;
 mod check;
@@ -38,6 +39,7 @@ pub struct Command {
 
 /// All commands.
 pub const COMMANDS: &[Command] = &[
+    amend::COMMAND,
     bench::COMMAND,
     check::COMMAND,
     commit::COMMAND,
@@ -52,7 +54,7 @@ pub const COMMANDS: &[Command] = &[
 ];
 
 /// qemu-img's commands that have an issue of their own.
-const LATER: [&str; 4] = ["amend", "bitmap", "dd", "snapshot"];
+const LATER: [&str; 3] = ["bitmap", "dd", "snapshot"];
 
 /// Runs the command `name`. `None` when there is none of that name.
 pub fn run(program: Program, name: &str, args: &[String]) -> Option<u8> {
