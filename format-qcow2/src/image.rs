@@ -20,7 +20,7 @@ use crate::{
     claims::Claims,
     counters::Counters,
     header_update,
-    layout::{ClusterIndex, Geometry, GuestOffset, HostOffset, Incompatible, L1Entry},
+    layout::{ClusterIndex, Geometry, GuestOffset, HostOffset, Incompatible, L1Entry, units::hex},
     meta::Meta,
     overlap::MetadataMap,
     settings::Settings,
@@ -137,8 +137,9 @@ impl Qcow2 {
     /// The L2 table above a slice, now.
     pub fn table_of(&self, index: SliceIndex) -> Result<L1Entry> {
         let at = self.l1_of(index);
-        L1Entry::decode(self.l1.load().load(at), self.geometry)
-            .map_err(|problem| Error::corrupt(format!("L2 table {problem} (L1 index: {at:#x})")))
+        L1Entry::decode(self.l1.load().load(at), self.geometry).map_err(|problem| {
+            Error::corrupt(format!("L2 table {problem} (L1 index: {})", hex(at)))
+        })
     }
 
     pub fn length(&self) -> u64 {

@@ -18,7 +18,7 @@ use crate::{
     cache::slice::SliceIndex,
     counters::Counters,
     image::Qcow2,
-    layout::{HostCluster, L1Entry},
+    layout::{HostCluster, L1Entry, units::hex},
     meta::Meta,
     overlap::Kinds,
 };
@@ -71,7 +71,8 @@ impl Qcow2 {
                 Ok(L1Entry { l2: Some(old), .. }) => self.geometry.host_cluster_of(old),
                 Err(problem) => {
                     result = Err(Error::corrupt(format!(
-                        "L2 table {problem} (L1 index: {at:#x})"
+                        "L2 table {problem} (L1 index: {})",
+                        hex(at)
                     )));
                     break;
                 }

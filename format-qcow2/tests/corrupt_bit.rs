@@ -111,3 +111,82 @@ fn a_kind_that_is_switched_off_is_not_looked_for() {
         }
     }
 }
+
+/// A refcount table, L1 or L2 entry that points to the middle of a cluster; a zero cluster in version 2.
+#[test]
+fn impossible_references_are_named_as_qemu_io_names_them_and_mark_the_image() {
+    let scratch = tempfile::tempdir().unwrap();
+    let path = scratch.path().join("a.qcow2");
+    for (options, at, raw, command) in [
+        (
+            "cluster_size=64k",
+            4 * CLUSTER,
+            0x8000_0000_0005_0200u64,
+            "read 0 4k",
+        ),
+        (
+            "cluster_size=64k",
+            4 * CLUSTER + 8,
+            0x8000_0000_0006_0200,
+            "read 64k 4k",
+        ),
+        (
+            "cluster_size=64k",
+            3 * CLUSTER,
+            0x8000_0000_0004_0200,
+            "read 0 4k",
+        ),
+        ("cluster_size=64k", CLUSTER, 0x2_0200, "write 1M 4k"),
+        ("compat=0.10", 4 * CLUSTER, 1, "read 0 4k"),
+    ] {
+        let name = path.to_str().unwrap();
+        qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, name, "64M"]);
+        tool("qemu-io", &["-f", "qcow2", "-c", "write -P 7 0 128k", name]);
+        let mut data = std::fs::read(&path).unwrap();
+        data[at..at + 8].copy_from_slice(&raw.to_be_bytes());
+        std::fs::write(&path, &data).unwrap();
+        let output = run("qemu-io", &["-f", "qcow2", "-c", command, name]);
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        let reason = text
+            .split_once("Marking image as corrupt: ")
+            .and_then(|(_, rest)| rest.split_once("; further"))
+            .map(|(reason, _)| reason.to_owned())
+            .unwrap_or_else(|| panic!("{command}: {text}"));
+        let storage = storage::Storage::new(data);
+        let rig = Rig::new();
+        rig.block_on(async {
+            let handle = rig.open_storage(&storage, "").await.unwrap();
+            let words: Vec<&str> = command.split(' ').collect();
+            let offset = block_core::options::parse_size(words[1]).unwrap();
+            let error = if words[0] == "read" {
+                handle.read(offset, 4096).await.unwrap_err()
+            } else {
+                write(&handle, offset, 4096, 1).await.unwrap_err()
+            };
+            assert_eq!(error.reason(), reason);
+            let error = handle.read(1 << 20, 512).await.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::NoMedium);
+            let _ = rig.close(handle).await;
+        });
+        let bits = be64(&storage.state.lock().data, 72);
+        let marked = if options.contains("0.10") { 0 } else { 2 };
+        if marked == 2 {
+            assert_eq!(bits, 2, "{reason}");
+        }
+        // Somebody who only reads is told, and goes on.
+        if command.starts_with("read") {
+            let mut data = std::mem::take(&mut storage.state.lock().data);
+            if marked == 2 {
+                data[79] = 0;
+            }
+            let storage = storage::Storage::new(data);
+            rig.block_on(async {
+                let handle = rig.open_storage(&storage, "read-only=on").await.unwrap();
+                for _ in 0..2 {
+                    handle.read(0, 128 << 10).await.unwrap_err();
+                }
+                rig.close(handle).await.unwrap();
+            });
+        }
+    }
+}

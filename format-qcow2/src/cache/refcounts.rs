@@ -18,7 +18,7 @@ use block_core::{
 
 use super::slice::NumberMap;
 use crate::{
-    layout::{Geometry, HostCluster, HostOffset, Refcounts, entry},
+    layout::{Geometry, HostCluster, HostOffset, Refcounts, entry, units::hex},
     meta::Failure,
 };
 
@@ -150,7 +150,8 @@ impl RefcountStore {
         };
         if !self.geometry.is_aligned(host) {
             return Err(Error::corrupt(format!(
-                "Refblock offset {host} unaligned (reftable index: {table_index:#x})"
+                "Refblock offset {host} unaligned (reftable index: {})",
+                hex(table_index)
             )));
         }
         self.clock += 1;

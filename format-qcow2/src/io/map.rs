@@ -15,7 +15,9 @@ use block_core::{
 use crate::{
     cache::slice::Slice,
     image::Qcow2,
-    layout::{ClusterIndex, CompressedRun, EntryProblem, HostOffset, L2Entry, RawEntry},
+    layout::{
+        ClusterIndex, CompressedRun, EntryProblem, HostOffset, L2Entry, RawEntry, units::hex,
+    },
 };
 
 /// How the first bytes of a range are stored.
@@ -58,12 +60,14 @@ impl Qcow2 {
 
     fn bad_entry(&self, problem: EntryProblem, cluster: ClusterIndex) -> Error {
         let index = self.geometry.l2_index(cluster);
-        let guest = self.geometry.cluster_start(cluster);
+        let table = self.table_of(self.slice_of(cluster));
+        let table = table.ok().and_then(|entry| entry.l2).map_or(0, |l2| l2.0);
+        let place = format!("L2 offset: {}, L2 index: {}", hex(table), hex(index));
         Error::corrupt(match problem {
-            EntryProblem::Unaligned(offset) => format!(
-                "Cluster allocation offset {offset} unaligned (guest offset: {guest}, L2 index: {index:#x})"
-            ),
-            other => format!("{other} (guest offset: {guest}, L2 index: {index:#x})"),
+            EntryProblem::Unaligned(offset) => {
+                format!("Cluster allocation offset {offset} unaligned ({place})")
+            }
+            other => format!("{other} ({place})"),
         })
     }
 

@@ -31,6 +31,15 @@ impl fmt::Display for HostOffset {
     }
 }
 
+/// A number in messages, as C's `%#x` writes it.
+pub(crate) fn hex(value: u64) -> String {
+    if value == 0 {
+        "0".to_owned()
+    } else {
+        format!("{value:#x}")
+    }
+}
+
 /// The sizes that follow from `cluster_bits` and `refcount_order` of a header that was found valid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Geometry {
