@@ -115,6 +115,8 @@ impl Qcow2 {
         if header == meta.header {
             return Ok(());
         }
+        // The options that the node was opened with have to fit the new one, too.
+        let settings = self.settings.changed(&serde_json::Map::new(), &header)?;
         // Until it is flushed it is unknown which one is there.
         let written = header_update::replace(file, &header).await;
         if let Err(error) = &written
@@ -127,10 +129,7 @@ impl Qcow2 {
         self.writeback.failure.note(written)?;
         self.writeback.failure.flush(file).await?;
         meta.header = header;
-        let change = self
-            .settings
-            .changed(&serde_json::Map::new(), &meta.header)?;
-        self.settings.apply(change);
+        self.settings.apply(settings);
         Ok(())
     }
 
