@@ -56,6 +56,7 @@ pub mod producer;
 pub mod registry;
 mod reopen;
 pub mod request;
+pub mod snapshot;
 #[doc(hidden)]
 pub mod space;
 pub mod stats;
@@ -82,4 +83,5 @@ pub use crate::{
     producer::ProducerId,
     registry::{DriverFactory, OpenOptions, Registry},
     request::{Child, Request},
+    snapshot::{NewSnapshot, SnapshotInfo, SnapshotKey},
 };

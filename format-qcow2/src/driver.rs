@@ -12,6 +12,7 @@ use block_core::{
     limits::Limits,
     node::Edges,
     request::Request,
+    snapshot::SnapshotInfo,
     status::DriverStatus,
 };
 use std::sync::atomic::Ordering;
@@ -83,6 +84,12 @@ impl Qcow2 {
         }
         if !self.is_read_only() {
             return Ok(());
+        }
+        if self.is_view {
+            return Err(Error::new(
+                ErrorKind::NotPermitted,
+                "An internal snapshot can't be written to",
+            ));
         }
         let _turn = self.hold_batches().await;
         let mut meta = self.meta.lock().await;
@@ -286,9 +293,21 @@ impl BlockDriver for Qcow2 {
         self.judged(&request, result).await
     }
 
+    async fn snapshot_list(self: Arc<Self>, request: Request) -> Result<Vec<SnapshotInfo>> {
+        self.list_snapshots(&request).await
+    }
+
     async fn info(self: Arc<Self>, request: Request) -> Result<ImageInfo> {
         let meta = self.lock_meta(request.file()?).await?;
-        Ok(info::image_info(&meta.header))
+        let size = meta.header.disk_size();
+        Ok(ImageInfo {
+            snapshots: meta
+                .snapshots
+                .iter()
+                .map(|entry| entry.info(size))
+                .collect(),
+            ..info::image_info(&meta.header)
+        })
     }
 
     async fn reopen(self: Arc<Self>, request: Request, changes: Reopen) -> Result<()> {

@@ -78,6 +78,10 @@ pub(crate) struct Qcow2 {
     pub read_only: AtomicBool,
     /// The header names a backing file, whether or not one is open.
     pub names_backing: AtomicBool,
+    /// It shows an internal snapshot: read-only for good.
+    pub is_view: bool,
+    /// Internal snapshots may be made: the image holds its data itself.
+    pub snapshots_supported: bool,
     /// Found corrupt while it was writable: no request is served any more.
     pub shut: AtomicBool,
     pub l1: ArcSwap<L1Table>,

@@ -75,6 +75,8 @@ mod preallocate;
 #[cfg(not(loom))]
 mod resize;
 #[cfg(not(loom))]
+mod snapshots;
+#[cfg(not(loom))]
 mod writeback;
 
 #[cfg(not(loom))]
