@@ -12,7 +12,7 @@ use block_core::{
     limits::Limits,
     node::Edges,
     request::Request,
-    snapshot::SnapshotInfo,
+    snapshot::{NewSnapshot, SnapshotInfo, SnapshotKey},
     status::DriverStatus,
 };
 use std::sync::atomic::Ordering;
@@ -156,6 +156,9 @@ impl BlockDriver for Qcow2 {
                 | Capabilities::CHANGE_BACKING
                 | Capabilities::MAKE_EMPTY;
         }
+        if !self.is_read_only() && self.snapshots_supported {
+            can |= Capabilities::SNAPSHOTS;
+        }
         let backing = self.names_backing.load(Ordering::Acquire);
         if self.geometry.has_zero_flag() || !backing {
             can |= Capabilities::DISCARD_ZEROES;
@@ -295,6 +298,36 @@ impl BlockDriver for Qcow2 {
 
     async fn snapshot_list(self: Arc<Self>, request: Request) -> Result<Vec<SnapshotInfo>> {
         self.list_snapshots(&request).await
+    }
+
+    async fn snapshot_create(
+        self: Arc<Self>,
+        request: Request,
+        new: NewSnapshot,
+        progress: Progress,
+    ) -> Result<SnapshotInfo> {
+        let created = self.create_snapshot(&request, &new, &progress).await;
+        self.judged(&request, created).await
+    }
+
+    async fn snapshot_apply(
+        self: Arc<Self>,
+        request: Request,
+        which: SnapshotKey,
+        progress: Progress,
+    ) -> Result<()> {
+        let applied = self.apply_snapshot(&request, &which, &progress).await;
+        self.judged(&request, applied).await
+    }
+
+    async fn snapshot_delete(
+        self: Arc<Self>,
+        request: Request,
+        which: SnapshotKey,
+        progress: Progress,
+    ) -> Result<()> {
+        let deleted = self.delete_snapshot(&request, &which, &progress).await;
+        self.judged(&request, deleted).await
     }
 
     async fn info(self: Arc<Self>, request: Request) -> Result<ImageInfo> {

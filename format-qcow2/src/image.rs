@@ -64,6 +64,8 @@ pub(crate) struct Settings {
     pub pass_discard_other: bool,
     /// The dirty bit is set before the first allocation.
     pub lazy_refcounts: bool,
+    /// Space that snapshots gave up is passed down, too.
+    pub pass_discard_snapshot: bool,
     /// Off in tests only.
     pub safeguards: bool,
 }
@@ -82,6 +84,9 @@ pub(crate) struct Qcow2 {
     pub is_view: bool,
     /// Internal snapshots may be made: the image holds its data itself.
     pub snapshots_supported: bool,
+    /// A write of the header that switches to other tables failed: it is unknown which of them count, so nothing is
+    /// written any more until the image is reopened.
+    pub uncertain: AtomicBool,
     /// Found corrupt while it was writable: no request is served any more.
     pub shut: AtomicBool,
     pub l1: ArcSwap<L1Table>,
@@ -185,7 +190,18 @@ impl Qcow2 {
             return Err(Error::new(ErrorKind::NotPermitted, "Image is read-only")
                 .with_file(self.filename.clone()));
         }
+        if self.is_uncertain() {
+            return Err(Error::io(
+                "It is unknown which tables the header points to; the image has to be reopened",
+            )
+            .with_file(self.filename.clone()));
+        }
         Ok(())
+    }
+
+    /// Whether nothing may be written until the image is reopened.
+    pub fn is_uncertain(&self) -> bool {
+        self.uncertain.load(Ordering::Acquire)
     }
 
     /// Takes the metadata lock, and sees to what dropped allocations left behind.

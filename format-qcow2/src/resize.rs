@@ -255,7 +255,13 @@ impl Qcow2 {
         let refcounts =
             slices::load_refcounts(file, &header, self.settings.refcount_blocks).await?;
         let l1 = Self::read_l1(file, &header).await?;
-        let snapshots = snapshots::load(file, &header).await?;
+        // Without it there are no operations on snapshots, but all others.
+        let snapshots = snapshots::load(file, &header)
+            .await
+            .unwrap_or_else(|error| {
+                tracing::warn!("qcow2: the snapshot table can't be read: {error}");
+                Vec::new()
+            });
         let durable = meta.durable;
         let batch = meta.batch;
         meta.orphans.lock().clear();
@@ -282,6 +288,7 @@ impl Qcow2 {
         self.names_backing
             .store(meta.header.backing_file.is_some(), Ordering::Release);
         self.writeback.failure.forget();
+        self.uncertain.store(false, Ordering::Release);
         self.note_sizes(meta);
         Ok(())
     }

@@ -89,3 +89,53 @@ fn a_snapshot_is_converted_and_measured_as_by_qemu_img() {
     );
     both.finish();
 }
+
+#[test]
+fn snapshots_are_taken_applied_and_deleted_as_by_qemu_img() {
+    if !qemu_is_installed() {
+        return;
+    }
+    let mut both = SideBySide::new(&format!(
+        "{IMAGES}
+qemu-img create -q -f qcow2 -o refcount_bits=1 narrow.qcow2 1M
+qemu-io -f qcow2 -c 'write 0 64k' narrow.qcow2
+qemu-img create -q -f qcow2 -o compat=0.10,cluster_size=4k v2.qcow2 2M
+qemu-io -f qcow2 -c 'write -P 5 0 1M' v2.qcow2
+qemu-img create -q -f vmdk v.vmdk 1M
+"
+    ));
+    both.compare_all(
+        "snapshot -a 1 a.qcow2
+        snapshot -d 1 a.qcow2
+        snapshot -a nope a.qcow2
+        snapshot -d nope a.qcow2
+        snapshot -c x narrow.qcow2
+        snapshot -f raw -c x r.raw
+        snapshot -f raw -a x r.raw
+        snapshot -f raw -d x r.raw
+        snapshot -c x v.vmdk
+        snapshot -a x v.vmdk
+        snapshot -d x v.vmdk
+        snapshot -U -c x a.qcow2
+        snapshot -q -c new a.qcow2
+        snapshot --create=newer --format=qcow2 a.qcow2
+        snapshot -c '' a.qcow2
+        snapshot -c v2 v2.qcow2
+        snapshot -d v2 v2.qcow2
+        snapshot -c v2 v2.qcow2
+        snapshot -a v2 v2.qcow2
+        snapshot -a 3 a.qcow2
+        snapshot -d one a.qcow2
+        ",
+    );
+    for name in ["a.qcow2", "v2.qcow2", "narrow.qcow2"] {
+        both.same_content("qcow2", name);
+    }
+    // The dates differ: other than that, the lists are the same.
+    both.silently("snapshot -l a.qcow2");
+    both.compare("convert -l new -O raw a.qcow2 new.raw");
+    both.same_content("raw", "new.raw");
+    both.compare("convert -l v2 -O raw v2.qcow2 v2.raw");
+    both.same_content("raw", "v2.raw");
+    both.finish();
+}

@@ -125,11 +125,24 @@ impl SnapshotEntry {
         (FIXED + KNOWN_EXTRA + self.unknown_extra.len() + strings).next_multiple_of(8)
     }
 
-    /// Appends the entry to a table. `disk_size` is the image's, for an entry that doesn't know its own.
+    /// Bytes of the entry as it was read, with the padding to the next.
+    pub fn stored_len(&self) -> usize {
+        let strings = self.id.len() + self.name.len();
+        (FIXED + self.extra_size as usize + strings).next_multiple_of(8)
+    }
+
+    /// Makes it say all that an entry says that is written now. `disk_size` is the image's, for one that doesn't know its
+    /// own.
+    pub fn complete(&mut self, disk_size: u64) {
+        self.disk_size.get_or_insert(disk_size);
+        self.extra_size = (KNOWN_EXTRA + self.unknown_extra.len()) as u32;
+    }
+
+    /// Appends the entry, which is [`Self::complete`], to a table.
     ///
     /// # Errors
     /// EINVAL for an identifier or name that doesn't fit.
-    pub fn encode(&self, table: &mut Vec<u8>, disk_size: u64) -> Result<()> {
+    pub fn encode(&self, table: &mut Vec<u8>) -> Result<()> {
         let len = |what: &str, bytes: &[u8]| {
             u16::try_from(bytes.len()).map_err(|_| {
                 Error::invalid(format!("Snapshot {what} too long")).with_field(
@@ -153,7 +166,7 @@ impl SnapshotEntry {
         let extra = (KNOWN_EXTRA + self.unknown_extra.len()) as u32;
         table.extend_from_slice(&extra.to_be_bytes());
         table.extend_from_slice(&self.vm_state_size.to_be_bytes());
-        table.extend_from_slice(&self.disk_size.unwrap_or(disk_size).to_be_bytes());
+        table.extend_from_slice(&self.disk_size.unwrap_or(0).to_be_bytes());
         table.extend_from_slice(&self.icount.unwrap_or(NO_ICOUNT).to_be_bytes());
         table.extend_from_slice(&self.unknown_extra);
         table.extend_from_slice(&self.id);
@@ -240,7 +253,7 @@ mod tests {
         entry.unknown_extra = vec![9; 13];
         entry.extra_size = 37;
         let mut table = vec![0xee; 8];
-        entry.encode(&mut table, 0).unwrap();
+        entry.encode(&mut table).unwrap();
         assert_eq!(table.len() % 8, 0);
         let (read, len) = SnapshotEntry::decode(&table[8..], 0).unwrap().unwrap();
         assert_eq!((read, len), (entry.clone(), table.len() - 8));
@@ -255,7 +268,7 @@ mod tests {
     #[test]
     fn an_entry_as_version_2_wrote_it_gets_the_sizes_from_elsewhere() {
         let mut table = Vec::new();
-        entry().encode(&mut table, 0).unwrap();
+        entry().encode(&mut table).unwrap();
         let mut old = table[..FIXED].to_vec();
         old[32..36].copy_from_slice(&77u32.to_be_bytes());
         old[36..40].fill(0);
@@ -267,8 +280,11 @@ mod tests {
         );
         assert_eq!(read.info(1 << 30).disk_size, 1 << 30);
         assert_eq!(read.name, b"before the update");
-        let mut again = Vec::new();
-        read.encode(&mut again, 1 << 30).unwrap();
+        assert_eq!(read.stored_len(), old.len().next_multiple_of(8));
+        let (mut read, mut again) = (read, Vec::new());
+        read.complete(1 << 30);
+        read.encode(&mut again).unwrap();
+        assert_eq!(read.stored_len(), again.len());
         let (read, _) = SnapshotEntry::decode(&again, 0).unwrap().unwrap();
         assert_eq!(read.disk_size, Some(1 << 30));
     }
@@ -276,7 +292,7 @@ mod tests {
     #[test]
     fn too_much_extra_data_is_refused_and_a_cut_entry_asks_for_more() {
         let mut table = Vec::new();
-        entry().encode(&mut table, 0).unwrap();
+        entry().encode(&mut table).unwrap();
         for len in [0, FIXED - 1, FIXED, table.len() - 8] {
             assert_eq!(SnapshotEntry::decode(&table[..len], 0).unwrap(), None);
         }

@@ -1,6 +1,10 @@
-//! Internal snapshots (digest, section 7): reading their table, and finding one. What changes them is in the other files.
+//! Internal snapshots (digest, section 7): reading their table, and finding one. Changing them is `change`'s, with the new
+//! refcounts in `shadow` and what a snapshot reaches in `tree`.
 
+mod change;
+mod shadow;
 mod table;
+mod tree;
 
 use block_core::{
     error::{Error, ErrorKind, Result},

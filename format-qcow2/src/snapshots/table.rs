@@ -1,4 +1,4 @@
-//! Reading the snapshot table as a whole.
+//! Reading and encoding the snapshot table as a whole.
 
 use block_core::{
     error::{Error, ErrorKind, Result},
@@ -7,6 +7,7 @@ use block_core::{
 
 use crate::layout::{
     Header, SnapshotEntry,
+    header::MAX_SNAPSHOTS,
     snapshot::{MAX_ENTRY, MAX_TABLE_BYTES},
 };
 
@@ -54,4 +55,26 @@ fn check_size(bytes: u64) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// The bytes of a table.
+///
+/// # Errors
+/// EFBIG beyond the limits; EINVAL for names that are too long.
+pub(super) fn encode(snapshots: &[SnapshotEntry]) -> Result<Vec<u8>> {
+    if snapshots.len() > MAX_SNAPSHOTS as usize {
+        return Err(
+            Error::new(ErrorKind::TooBig, "Snapshot table too large").with_field(
+                "nb_snapshots",
+                snapshots.len(),
+                format!("at most {MAX_SNAPSHOTS}"),
+            ),
+        );
+    }
+    let mut bytes = Vec::new();
+    for entry in snapshots {
+        entry.encode(&mut bytes)?;
+        check_size(bytes.len() as u64)?;
+    }
+    Ok(bytes)
 }
