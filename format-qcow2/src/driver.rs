@@ -156,7 +156,7 @@ impl BlockDriver for Qcow2 {
                 | Capabilities::CHANGE_BACKING
                 | Capabilities::MAKE_EMPTY;
         }
-        if !self.is_read_only() && self.snapshots_supported {
+        if !self.is_read_only() && !self.geometry.has_data_file() {
             can |= Capabilities::SNAPSHOTS;
         }
         let backing = self.names_backing.load(Ordering::Acquire);

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use arc_swap::ArcSwap;
 use block_core::{
+    driver::ChildRole,
     error::{Error, ErrorKind, Result},
     pins::Pins,
     request::{Child, Request},
@@ -82,8 +83,6 @@ pub(crate) struct Qcow2 {
     pub names_backing: AtomicBool,
     /// It shows an internal snapshot: read-only for good.
     pub is_view: bool,
-    /// Internal snapshots may be made: the image holds its data itself.
-    pub snapshots_supported: bool,
     /// A write of the header that switches to other tables failed: it is unknown which of them count, so nothing is
     /// written any more until the image is reopened.
     pub uncertain: AtomicBool,
@@ -109,6 +108,11 @@ impl Qcow2 {
     /// Entries in a slice.
     pub const fn slice_entries(&self) -> u64 {
         1 << self.settings.slice_bits
+    }
+
+    /// Bytes of a slice.
+    pub const fn slice_bytes(&self) -> u64 {
+        self.slice_entries() << self.geometry.l2_entry_bits()
     }
 
     /// The slice that maps a guest cluster.
@@ -146,7 +150,7 @@ impl Qcow2 {
     /// Where a slice is in the file, given its L2 table.
     pub const fn slice_host(&self, index: SliceIndex, table: HostOffset) -> HostOffset {
         let first = self.geometry.l2_index(self.slice_start(index));
-        HostOffset(table.0 + first * 8)
+        HostOffset(table.0 + (first << self.geometry.l2_entry_bits()))
     }
 
     /// The L2 table above a slice, now.
@@ -171,6 +175,30 @@ impl Qcow2 {
     /// Whether what isn't allocated may read as something other than zeroes.
     pub fn has_backing(&self, request: &Request) -> bool {
         request.backing().is_some() || self.names_backing.load(Ordering::Acquire)
+    }
+
+    /// The role of the child that holds guest data.
+    pub const fn data_role(&self) -> ChildRole {
+        if self.geometry.has_data_file() {
+            ChildRole::DataFile
+        } else {
+            ChildRole::File
+        }
+    }
+
+    /// The child that holds guest data: the external data file of an image that has one, else the image file. Host offsets
+    /// of standard clusters are offsets in it. All else (tables, refcounts, compressed clusters) is in the image file.
+    ///
+    /// # Errors
+    /// ENOMEDIUM when the data file isn't open.
+    pub fn data<'a>(&self, request: &'a Request) -> Result<&'a Child> {
+        if !self.geometry.has_data_file() {
+            return request.file();
+        }
+        request.child(ChildRole::DataFile).ok_or_else(|| {
+            Error::new(ErrorKind::NoMedium, "The external data file is not open")
+                .with_file(self.filename.clone())
+        })
     }
 
     /// ENOMEDIUM once the image was found corrupt.

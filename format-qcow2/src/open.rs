@@ -29,7 +29,7 @@ use crate::{
     driver::prepare_for_writing,
     header_update,
     image::{Qcow2, Settings},
-    layout::{Geometry, Header, Incompatible, header},
+    layout::{Geometry, Header, header},
     measure,
     meta::Meta,
     overlap::MetadataMap,
@@ -115,7 +115,7 @@ impl Qcow2Options {
         let blocks = (refcount_bytes / geometry.cluster_size()).max(MIN_CACHED);
         Ok(Settings {
             l2_slices: usize::try_from(slices).unwrap_or(usize::MAX),
-            slice_bits: slice.trailing_zeros() - 3,
+            slice_bits: slice.trailing_zeros() - geometry.l2_entry_bits(),
             refcount_blocks: usize::try_from(blocks).unwrap_or(usize::MAX),
             pass_discard: self.pass_discard_request.is_none_or(|on| on.0),
             pass_discard_snapshot: self.pass_discard_snapshot.is_none_or(|on| on.0),
@@ -169,7 +169,9 @@ impl Qcow2Options {
         let total = wanted(self.cache_size);
         let (l2, refcount) = (wanted(self.l2_cache_size), wanted(self.refcount_cache_size));
         // What it takes to hold all L2 tables.
-        let all = geometry.clusters_for(header.size).saturating_mul(8);
+        let all = geometry
+            .clusters_for(header.size)
+            .saturating_mul(geometry.l2_entry_size());
         let least_refcount = MIN_CACHED * geometry.cluster_size();
         if let Some(total) = total {
             for (name, part) in [("l2-cache-size", l2), ("refcount-cache-size", refcount)] {
@@ -267,7 +269,6 @@ async fn open_image(
         size: AtomicU64::new(size),
         is_view,
         uncertain: AtomicBool::new(false),
-        snapshots_supported: !header.incompatible.contains(Incompatible::DATA_FILE),
         read_only: AtomicBool::new(read_only),
         names_backing: AtomicBool::new(header.backing_file.is_some()),
         shut: AtomicBool::new(false),

@@ -391,7 +391,7 @@ impl Qcow2 {
         progress: &Progress,
     ) -> Result<Vec<SnapshotEntry>> {
         self.check_writable()?;
-        if !self.snapshots_supported {
+        if self.geometry.has_data_file() {
             return Err(unsupported());
         }
         // What is on disk is what counts from here on: nothing dirty, nothing in quarantine.

@@ -29,7 +29,7 @@ pub(crate) fn find(snapshots: &[SnapshotEntry], which: &SnapshotKey) -> Result<u
 impl Qcow2 {
     /// The snapshots of the image.
     pub async fn list_snapshots(&self, request: &Request) -> Result<Vec<SnapshotInfo>> {
-        if !self.snapshots_supported {
+        if self.geometry.has_data_file() {
             return Err(unsupported());
         }
         let meta = self.lock_meta(request.file()?).await?;

@@ -8,10 +8,7 @@ use block_core::{
 };
 use futures::{Stream, StreamExt, stream};
 
-use crate::layout::{
-    Geometry, HostOffset, L1Entry, L2Entry,
-    entry::{COPIED, be64s},
-};
+use crate::layout::{Geometry, HostOffset, L1Entry, L2Entry, RawEntry, entry::COPIED};
 
 /// L2 tables that are read ahead, and the bytes that they may take.
 const WINDOW: u64 = 8;
@@ -79,13 +76,12 @@ pub(super) fn read<'a>(
         .buffered(window as usize)
 }
 
-/// The entries of a table: where each begins, and its first word, which is all that matters here.
-fn entries(bytes: &[u8], geometry: Geometry) -> impl Iterator<Item = (usize, u64)> + '_ {
-    let words = (geometry.cluster_size() / geometry.l2_entries() / 8) as usize;
-    be64s(bytes)
+/// The entries of a table, and where each begins.
+fn entries(bytes: &[u8], geometry: Geometry) -> impl Iterator<Item = (usize, RawEntry)> + '_ {
+    let size = geometry.l2_entry_size() as usize;
+    RawEntry::parse(bytes, geometry)
         .enumerate()
-        .step_by(words)
-        .map(|(word, raw)| (word * 8, raw))
+        .map(move |(index, raw)| (index * size, raw))
 }
 
 /// What the entries of a table refer to: data, reservations, and the clusters that compressed runs touch.
@@ -132,7 +128,7 @@ pub(super) fn references(
 }
 
 /// The host cluster that the COPIED flag of an entry is about, if the entry has one.
-fn flagged_cluster(raw: u64, geometry: Geometry) -> Option<u64> {
+fn flagged_cluster(raw: RawEntry, geometry: Geometry) -> Option<u64> {
     match L2Entry::decode(raw, geometry) {
         Ok(L2Entry::Normal { host, .. } | L2Entry::ZeroAllocated { host, .. }) => {
             Some(geometry.host_cluster_of(host).0)
@@ -163,7 +159,7 @@ pub(super) fn set_flag(bytes: &mut [u8], at: usize, copied: bool) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::layout::CompressedRun;
+    use crate::layout::{CompressedRun, entry::be64s};
 
     fn geometry() -> Geometry {
         Geometry::new(16, 4, 3).unwrap()
@@ -172,7 +168,7 @@ mod tests {
     fn table(entries: &[L2Entry]) -> Vec<u8> {
         let mut bytes: Vec<u8> = entries
             .iter()
-            .flat_map(|entry| entry.encode(geometry()).to_be_bytes())
+            .flat_map(|entry| entry.encode(geometry()).descriptor.to_be_bytes())
             .collect();
         bytes.resize(65536, 0);
         bytes
