@@ -118,7 +118,7 @@ qemu-img create -q -f vmdk v.vmdk 1M
         snapshot -d x v.vmdk
         snapshot -U -c x a.qcow2
         snapshot -q -c new a.qcow2
-        snapshot --create=newer --format=qcow2 a.qcow2
+        snapshot -f qcow2 -c newer a.qcow2
         snapshot -c '' a.qcow2
         snapshot -c v2 v2.qcow2
         snapshot -d v2 v2.qcow2
