@@ -296,16 +296,17 @@ async fn guest(
             _ => handle.discard(at64, len64).await,
         }
         .unwrap();
-        let mut history = history.lock();
-        let ended = history.tick();
-        for block in at / BLOCK..(at + len) / BLOCK {
-            history.blocks[block].push(Version {
-                value,
-                begun,
-                ended,
-            });
+        {
+            let mut history = history.lock();
+            let ended = history.tick();
+            for block in at / BLOCK..(at + len) / BLOCK {
+                history.blocks[block].push(Version {
+                    value,
+                    begun,
+                    ended,
+                });
+            }
         }
-        drop(history);
         if rng.random_bool(0.05) {
             handle.flush().await.unwrap();
         }
