@@ -5,7 +5,10 @@ mod common;
 
 use std::path::Path;
 
-use block_core::{BlockHandle, RequestFlags, SnapshotKey, image::Progress};
+use block_core::{
+    BlockHandle, RequestFlags, SnapshotKey,
+    image::{CheckMode, Progress},
+};
 use common::{
     cuts::after_cut,
     storage::{Event, Storage},
@@ -41,6 +44,9 @@ fn read_state(data: &[u8]) -> State {
         let handle = rig.open_storage(&storage, "read-only=on").await.unwrap();
         let disk = read_all(&handle).await;
         let listed = handle.snapshot_list().await.unwrap();
+        let report = handle.check(CheckMode::ReadOnly, Progress::new()).await;
+        let report = report.unwrap();
+        assert!(report.is_clean(), "{:?}", report.findings);
         rig.close(handle).await.unwrap();
         let mut snapshots = Vec::new();
         for info in listed {

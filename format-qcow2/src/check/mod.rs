@@ -137,32 +137,20 @@ struct Pass {
 
 /// Refuses an image whose references can't all be counted.
 fn refuse(header: &Header) -> Result<()> {
-    let snapshots = if header.nb_snapshots == 0 {
-        Ok(())
-    } else {
-        Err(Error::unsupported("internal snapshots").with_field(
-            "nb_snapshots",
-            header.nb_snapshots,
-            "0 for a check in this version of the driver",
-        ))
-    };
-    header
-        .check_open(false, true)
-        .and(snapshots)
-        .map_err(|error| {
-            let kind = error.kind();
-            let reason = error.reason();
-            let refused = Error::new(kind, format!("The image can't be checked: {reason}"))
-                .with_operation(Operation::Check, 0, 0);
-            match error.field() {
-                Some(field) => refused.with_field(
-                    field.name.clone(),
-                    field.value.clone(),
-                    field.allowed.clone(),
-                ),
-                None => refused,
-            }
-        })
+    header.check_open(false, true).map_err(|error| {
+        let kind = error.kind();
+        let reason = error.reason();
+        let refused = Error::new(kind, format!("The image can't be checked: {reason}"))
+            .with_operation(Operation::Check, 0, 0);
+        match error.field() {
+            Some(field) => refused.with_field(
+                field.name.clone(),
+                field.value.clone(),
+                field.allowed.clone(),
+            ),
+            None => refused,
+        }
+    })
 }
 
 /// One pass over the image, repairing as `mode` says.
