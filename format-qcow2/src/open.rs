@@ -21,6 +21,7 @@ use serde::Deserialize;
 
 use crate::{
     alloc::allocator::Orphans,
+    bitmaps::Stored,
     cache::slices::{SliceCache, load_refcounts},
     claims::Claims,
     counters::Counters,
@@ -218,6 +219,7 @@ async fn open_image(
             safeguards,
             tap.clone(),
         )),
+        bitmaps: Stored::new(header.extensions.bitmaps.is_some()),
         tap,
         writeback,
         counters: Counters::default(),

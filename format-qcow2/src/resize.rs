@@ -148,7 +148,7 @@ impl Qcow2 {
     }
 
     /// Makes all refcounts durable. With the metadata lock and the write-back's turn held.
-    async fn write_refcounts(&self, meta: &mut Meta, request: &Request) -> Result<()> {
+    pub(crate) async fn write_refcounts(&self, meta: &mut Meta, request: &Request) -> Result<()> {
         let file = request.file()?;
         let copies = meta.refcounts.dirty_copies();
         file.debug_event(DebugEvent::RefblockUpdate).await;
@@ -252,6 +252,7 @@ impl Qcow2 {
         meta.orphans.lock().clear();
         let orphans = meta.orphans.clone();
         self.metadata.rebuild(&header, &l1, &refcounts);
+        self.reload_directory(file, &header).await;
         let metadata = self.metadata.clone();
         *meta = Meta::new(
             header,

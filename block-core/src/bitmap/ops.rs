@@ -168,13 +168,9 @@ impl Bitmaps {
         check_free(&node, &new.name)?;
         if new.persistent {
             let (name, driver) = (new.name.clone(), node.driver().clone());
-            if !driver
+            let able = driver
                 .capabilities()
-                .contains(Capabilities::PERSISTENT_BITMAPS)
-            {
-                return Err(Error::from_kind(ErrorKind::NotSupported)
-                    .context(format!("Can't store persistent bitmaps to {}", node.name())));
-            }
+                .contains(Capabilities::PERSISTENT_BITMAPS);
             let to = node.clone();
             // In the same exclusive step, so that nobody comes in between.
             path::exclusive(&node, guard, move |request| {
@@ -183,10 +179,13 @@ impl Bitmaps {
                         .check_new_bitmap(request, name.clone(), granularity)
                         .await;
                     made.map_err(|error| {
-                        error.context(format!(
-                            "Can't make bitmap '{name}' persistent in '{}'",
-                            to.name()
-                        ))
+                        // An image of this kind can't, or the format can't at all.
+                        let never = !able && error.reason() == ErrorKind::NotSupported.strerror();
+                        error.context(if never {
+                            format!("Can't store persistent bitmaps to {}", to.name())
+                        } else {
+                            format!("Can't make bitmap '{name}' persistent in '{}'", to.name())
+                        })
                     })?;
                     attach(&to, &new, granularity)
                 })

@@ -47,8 +47,8 @@ impl Header {
         self.refuse_unsupported(read_only)
     }
 
-    /// Refuses what this driver can't handle yet, by name. Internal snapshots and persistent bitmaps do no harm to
-    /// readers; writing beside them would.
+    /// Refuses what this driver can't handle yet, by name. Internal snapshots do no harm to readers; writing beside them
+    /// would.
     pub fn refuse_unsupported(&self, read_only: bool) -> Result<()> {
         let refuse = |feature: &str, field: &str, value: String, allowed: &str| {
             Err(
@@ -91,14 +91,6 @@ impl Header {
                 "nb_snapshots",
                 self.nb_snapshots.to_string(),
                 "0 for writing in this version of the driver",
-            );
-        }
-        if !read_only && let Some(bitmaps) = &self.extensions.bitmaps {
-            return refuse(
-                "persistent bitmaps (the image can only be opened read-only)",
-                "nb_bitmaps",
-                bitmaps.count.to_string(),
-                "none for writing in this version of the driver",
             );
         }
         Ok(())

@@ -2,6 +2,7 @@
 
 mod args;
 mod bench;
+mod bitmap;
 mod check;
 mod commit;
 mod compare;
@@ -39,6 +40,7 @@ pub struct Command {
 /// All commands.
 pub const COMMANDS: &[Command] = &[
     bench::COMMAND,
+    bitmap::COMMAND,
     check::COMMAND,
     commit::COMMAND,
     compare::COMMAND,
@@ -52,7 +54,7 @@ pub const COMMANDS: &[Command] = &[
 ];
 
 /// qemu-img's commands that have an issue of their own.
-const LATER: [&str; 4] = ["amend", "bitmap", "dd", "snapshot"];
+const LATER: [&str; 3] = ["amend", "dd", "snapshot"];
 
 /// Runs the command `name`. `None` when there is none of that name.
 pub fn run(program: Program, name: &str, args: &[String]) -> Option<u8> {

@@ -2,6 +2,7 @@
 //!
 //! This file reads the arguments and prepares both ends; [`plan`] finds out what is where, [`copy`] moves the bytes.
 
+mod bitmaps;
 mod copy;
 mod pace;
 mod plan;
@@ -11,6 +12,7 @@ mod target;
 use std::sync::Arc;
 
 use self::{
+    bitmaps::ToCopy,
     copy::{Engine, Settings},
     plan::{Plan, Source},
     target::Target,
@@ -35,7 +37,7 @@ pub const COMMAND: Command = Command {
     about: "Copy one or more images into another, converting the format",
     usage: "[-q] [-p] [-f FMT | --image-opts] [-T CACHE] [-U] [-O FMT] [-o OPTIONS] [-t CACHE] [-c] \
             [-B FILE -F FMT] [-n [--target-is-zero]] [-S SIZE] [-m N] [-W] [-C] [-r RATE] \
-            [--salvage] FILE... TARGET",
+            [--salvage] [--bitmaps [--skip-broken-bitmaps]] FILE... TARGET",
     options: &[
         QUIET,
         PROGRESS,
@@ -117,11 +119,15 @@ pub const COMMAND: Command = Command {
         ),
         Opt::value('r', "rate", "RATE", "bytes per second, at most"),
         Opt::flag(' ', "salvage", "write zeroes where FILE can't be read"),
-        Opt::flag(' ', "bitmaps", "(persistent bitmaps; not supported yet)"),
+        Opt::flag(
+            ' ',
+            "bitmaps",
+            "copy the persistent bitmaps of the one FILE, too",
+        ),
         Opt::flag(
             ' ',
             "skip-broken-bitmaps",
-            "(persistent bitmaps; not supported yet)",
+            "with --bitmaps: leave out those that can't be trusted",
         ),
         OBJECT,
     ],
@@ -160,6 +166,18 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
         };
         opened.push(Arc::new(open::open(session, image, access).await?));
     }
+    let bitmaps = match opened.as_slice() {
+        _ if !parsed.has("bitmaps") => None,
+        [source] => {
+            let skip = parsed.has("skip-broken-bitmaps");
+            Some(ToCopy::of(source, skip, session.program)?)
+        }
+        _ => {
+            return Err(Failure::new(
+                "Copying bitmaps only possible with single source",
+            ));
+        }
+    };
     let request = target::Request {
         name: target,
         format: target_format,
@@ -170,6 +188,7 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
         backing: parsed.get("backing"),
         backing_format: parsed.get("backing-format"),
         compress: parsed.has("compress"),
+        bitmaps: parsed.has("bitmaps"),
         cache: arguments.target_cache,
     };
     let length = opened.iter().map(|source| source.length()).sum();
@@ -199,6 +218,9 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     Engine::new(plan, target.clone(), settings, meter.clone())
         .run(session)
         .await?;
+    if let Some(bitmaps) = bitmaps {
+        bitmaps.copy(&target.handle).await?;
+    }
     for source in opened {
         if let Ok(source) = Arc::try_unwrap(source) {
             source.close().await?;
@@ -236,11 +258,6 @@ impl Arguments {
         if parsed.has("skip-broken-bitmaps") && !parsed.has("bitmaps") {
             return Err(Failure::new(
                 "Use of --skip-broken-bitmaps requires --bitmaps",
-            ));
-        }
-        if parsed.has("bitmaps") {
-            return Err(Failure::new(
-                "Copying persistent bitmaps (--bitmaps) is not supported yet",
             ));
         }
         let sparse = match parsed.get("sparse-size") {
