@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use arc_swap::ArcSwap;
 use block_core::{
+    driver::ChildRole,
     error::{Error, ErrorKind, Result},
     pins::Pins,
     request::{Child, Request},
@@ -105,6 +106,11 @@ impl Qcow2 {
         1 << self.settings.slice_bits
     }
 
+    /// Bytes of a slice.
+    pub const fn slice_bytes(&self) -> u64 {
+        self.slice_entries() << self.geometry.l2_entry_bits()
+    }
+
     /// The slice that maps a guest cluster.
     pub const fn slice_of(&self, cluster: ClusterIndex) -> SliceIndex {
         SliceIndex(cluster.0 >> self.settings.slice_bits)
@@ -140,7 +146,7 @@ impl Qcow2 {
     /// Where a slice is in the file, given its L2 table.
     pub const fn slice_host(&self, index: SliceIndex, table: HostOffset) -> HostOffset {
         let first = self.geometry.l2_index(self.slice_start(index));
-        HostOffset(table.0 + first * 8)
+        HostOffset(table.0 + (first << self.geometry.l2_entry_bits()))
     }
 
     /// The L2 table above a slice, now.
@@ -165,6 +171,30 @@ impl Qcow2 {
     /// Whether what isn't allocated may read as something other than zeroes.
     pub fn has_backing(&self, request: &Request) -> bool {
         request.backing().is_some() || self.names_backing.load(Ordering::Acquire)
+    }
+
+    /// The role of the child that holds guest data.
+    pub const fn data_role(&self) -> ChildRole {
+        if self.geometry.has_data_file() {
+            ChildRole::DataFile
+        } else {
+            ChildRole::File
+        }
+    }
+
+    /// The child that holds guest data: the external data file of an image that has one, else the image file. Host offsets
+    /// of standard clusters are offsets in it. All else (tables, refcounts, compressed clusters) is in the image file.
+    ///
+    /// # Errors
+    /// ENOMEDIUM when the data file isn't open.
+    pub fn data<'a>(&self, request: &'a Request) -> Result<&'a Child> {
+        if !self.geometry.has_data_file() {
+            return request.file();
+        }
+        request.child(ChildRole::DataFile).ok_or_else(|| {
+            Error::new(ErrorKind::NoMedium, "The external data file is not open")
+                .with_file(self.filename.clone())
+        })
     }
 
     /// ENOMEDIUM once the image was found corrupt.

@@ -62,7 +62,6 @@ mod image;
 pub mod info;
 #[cfg(not(loom))]
 mod io;
-#[cfg(not(loom))]
 pub mod layout;
 #[cfg(not(loom))]
 pub mod measure;

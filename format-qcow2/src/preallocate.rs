@@ -81,7 +81,13 @@ impl Qcow2 {
             (start, allocation?)
         };
         for (host, count) in allocation.runs() {
-            zero_host(file, self.geometry.host_start(*host), count << bits, how).await?;
+            zero_host(
+                self.data(request)?,
+                self.geometry.host_start(*host),
+                count << bits,
+                how,
+            )
+            .await?;
         }
         let mut meta = self.lock_meta(file).await?;
         let slice = self.slice_for_update(&mut meta, file, index).await?;

@@ -28,7 +28,7 @@ use crate::{
     cache::slice::Slice,
     counters::Counters,
     image::Qcow2,
-    layout::{ClusterIndex, HostCluster, HostOffset, L2Entry},
+    layout::{ClusterIndex, HostCluster, HostOffset, L2Entry, RawEntry},
     meta::Meta,
 };
 
@@ -53,7 +53,7 @@ enum Plan {
 struct Place {
     first: ClusterIndex,
     /// The raw entries that the plan was made with, one for each guest cluster.
-    old: SmallVec<[u64; 8]>,
+    old: SmallVec<[RawEntry; 4]>,
     /// Where the clusters go, one piece after the other.
     target: Target,
     /// Bytes of the write that it takes.
@@ -79,6 +79,7 @@ impl Qcow2 {
     ) -> Result<()> {
         self.check_writable()?;
         let file = request.file()?;
+        let data = self.data(request)?;
         let mut window = Window::new(WINDOW);
         while !buf.is_empty() {
             window.room().await;
@@ -127,8 +128,8 @@ impl Qcow2 {
                     let allowed = self.check_target(host, step);
                     let write = async move {
                         allowed?;
-                        file.debug_event(DebugEvent::WriteAio).await;
-                        let result = file.write(host.0, piece, RequestFlags::empty()).await;
+                        data.debug_event(DebugEvent::WriteAio).await;
+                        let result = data.write(host.0, piece, RequestFlags::empty()).await;
                         drop(pin);
                         result
                     };
@@ -227,8 +228,9 @@ impl Qcow2 {
         match plan {
             Plan::InPlace { host, len, pin } => {
                 let pin = (!mutant::is_active("qcow2-pin-dropped-before-write")).then_some(pin);
-                file.debug_event(DebugEvent::WriteAio).await;
-                file.write(host.0, buf.slice(..len as usize), RequestFlags::empty())
+                let data = self.data(request)?;
+                data.debug_event(DebugEvent::WriteAio).await;
+                data.write(host.0, buf.slice(..len as usize), RequestFlags::empty())
                     .await?;
                 drop(pin);
                 Ok(len)
@@ -304,7 +306,7 @@ impl Qcow2 {
         }
         let at = self.slice_entry(first);
         let wanted = (self.geometry.within(offset) + len).div_ceil(size) as usize;
-        let mut old: SmallVec<[u64; 8]> = SmallVec::new();
+        let mut old: SmallVec<[RawEntry; 4]> = SmallVec::new();
         let mut reserved = None;
         for n in 0..wanted.min(slice.len() - at) {
             let raw = slice.load(at + n);
@@ -349,8 +351,11 @@ impl Qcow2 {
         }))
     }
 
-    /// Refuses to write guest data to where metadata is.
+    /// Refuses to write guest data to where metadata is. There is none in a data file.
     fn check_target(&self, host: HostOffset, len: u64) -> Result<()> {
+        if self.geometry.has_data_file() {
+            return Ok(());
+        }
         let bits = self.geometry.cluster_bits();
         let first = host.0 >> bits;
         let last = (host.0 + len - 1) >> bits;
@@ -365,7 +370,8 @@ impl Qcow2 {
         offset: u64,
         data: IoBuf,
     ) -> Result<()> {
-        let file = request.file()?;
+        // The child that the clusters are in.
+        let file = self.data(request)?;
         let size = self.geometry.cluster_size();
         let start = self.geometry.cluster_start(place.first).0;
         let stop = start + place.old.len() as u64 * size;
@@ -455,7 +461,7 @@ impl Qcow2 {
         }
     }
 
-    fn is_compressed(&self, raw: u64) -> bool {
+    fn is_compressed(&self, raw: RawEntry) -> bool {
         matches!(
             L2Entry::decode(raw, self.geometry),
             Ok(L2Entry::Compressed(_))
@@ -488,7 +494,7 @@ impl Qcow2 {
             }
             L2Entry::Normal { host, .. } => {
                 let (lent, buf) = Buffer::try_new(len as usize)?.lend();
-                read_host(request.file()?, HostOffset(host.0 + within), buf).await?;
+                read_host(self.data(request)?, HostOffset(host.0 + within), buf).await?;
                 Ok(lent.reclaim().map_err(|_| kept())?.into())
             }
             L2Entry::Compressed(run) => {
@@ -592,7 +598,7 @@ impl Qcow2 {
         &self,
         meta: &mut Meta,
         request: &Request,
-        raw: u64,
+        raw: RawEntry,
         cluster: ClusterIndex,
         punch: bool,
         freed: &mut Freed,
@@ -624,7 +630,7 @@ impl Qcow2 {
 }
 
 /// Whether a slice's entries from `at` on are still the ones that a plan was made with.
-fn still_planned(slice: &Slice, at: usize, old: &[u64]) -> bool {
+fn still_planned(slice: &Slice, at: usize, old: &[RawEntry]) -> bool {
     old.iter()
         .enumerate()
         .all(|(n, raw)| slice.load(at + n) == *raw)
