@@ -40,6 +40,7 @@ impl Qcow2 {
         if length % 512 != 0 {
             return Err(Error::invalid("The new size must be a multiple of 512"));
         }
+        self.check_bitmaps_follow(request, length)?;
         let old = self.length();
         match length.cmp(&old) {
             std::cmp::Ordering::Less if how.preallocation != Preallocation::Off => Err(

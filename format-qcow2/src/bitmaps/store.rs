@@ -82,6 +82,33 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// Whether the disk may get another length: all bitmaps must be loaded and consistent, and still fit into the image.
+    /// Their bits follow when the request has ended; on disk they are in use.
+    ///
+    /// # Errors
+    /// Those of [`NamedBitmap::check`], EINVAL for a length with which a bitmap can't be stored.
+    pub(crate) fn check_bitmaps_follow(&self, request: &Request, length: u64) -> Result<()> {
+        if self.bitmaps.is_pending() {
+            return Err(Error::invalid(
+                "Cannot resize an image whose bitmaps aren't loaded",
+            ));
+        }
+        request.node().check_bitmaps_resizable()?;
+        for bitmap in persistent(request) {
+            let bits = bitmap.bits().granularity().trailing_zeros() as u8;
+            let clusters = layout::table_entries_for(self.geometry, length, bits);
+            let most = layout::MAX_DATA / self.geometry.cluster_size();
+            if !(1..=most).contains(&clusters) {
+                return Err(Error::invalid(format!(
+                    "Bitmap '{}' can't follow the new size",
+                    bitmap.name()
+                ))
+                .with_field("bitmap_table_size", clusters, format!("1..={most}")));
+            }
+        }
+        Ok(())
+    }
+
     /// Stores the node's persistent bitmaps. With `in_use` they stay marked so.
     pub(crate) async fn write_bitmaps(
         self: &Arc<Self>,

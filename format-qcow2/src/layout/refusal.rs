@@ -44,6 +44,12 @@ impl Header {
                 "bit 1 only with incompatible feature bit 2",
             ));
         }
+        if for_check && let Some(bitmaps) = &self.extensions.bitmaps {
+            return Err(Error::unsupported(
+                "Unsupported qcow2 feature(s): persistent bitmaps (a check doesn't count their clusters)",
+            )
+            .with_field("nb_bitmaps", bitmaps.count, "none"));
+        }
         self.refuse_unsupported(read_only)
     }
 
