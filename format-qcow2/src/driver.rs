@@ -18,7 +18,7 @@ use block_core::{
 use std::sync::atomic::Ordering;
 
 use crate::{
-    check, header_update,
+    bitmaps, check, header_update,
     image::Qcow2,
     info,
     layout::{Header, Incompatible},
@@ -90,7 +90,7 @@ impl Qcow2 {
                 }
             }
             self.read_only.store(true, Ordering::Release);
-            self.mark_bitmaps_read_only(request, true);
+            bitmaps::mark_read_only(request, true);
             return Ok(());
         }
         if !self.is_read_only() {
@@ -104,7 +104,7 @@ impl Qcow2 {
         self.reload(&mut meta, request).await?;
         self.take_over_bitmaps(file, &mut meta).await?;
         self.read_only.store(false, Ordering::Release);
-        self.mark_bitmaps_read_only(request, false);
+        bitmaps::mark_read_only(request, false);
         Ok(())
     }
 

@@ -50,7 +50,9 @@ impl Qcow2 {
             self.protect_directory(&meta.header);
         }
         let entries = if self.is_read_only() {
-            loaded.iter().for_each(|bitmap| bitmap.set_read_only(true));
+            for bitmap in &loaded {
+                bitmap.set_read_only(true);
+            }
             entries
         } else {
             self.take_over(file, &mut meta, entries).await?

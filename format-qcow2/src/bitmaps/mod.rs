@@ -17,6 +17,7 @@ use parking_lot::Mutex;
 use serde_json::{Value, json};
 
 use self::layout::{BitmapFlags, DirectoryEntry};
+pub(crate) use self::store::mark_read_only;
 
 /// The directory as it is on disk.
 #[derive(Debug, Default)]

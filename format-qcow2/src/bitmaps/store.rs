@@ -413,12 +413,10 @@ impl Qcow2 {
     }
 }
 
-impl Qcow2 {
-    /// Tells the node's bitmaps what has become of the image.
-    pub(crate) fn mark_bitmaps_read_only(&self, request: &Request, read_only: bool) {
-        for bitmap in persistent(request) {
-            bitmap.set_read_only(read_only);
-        }
+/// Tells the node's bitmaps what has become of the image.
+pub(crate) fn mark_read_only(request: &Request, read_only: bool) {
+    for bitmap in persistent(request) {
+        bitmap.set_read_only(read_only);
     }
 }
 
