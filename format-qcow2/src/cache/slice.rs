@@ -264,6 +264,13 @@ impl SliceTable {
         slice
     }
 
+    /// Forgets one slice, whose table is gone.
+    pub fn remove(&self, index: SliceIndex) {
+        if self.shard(index).write().remove(&index.0).is_some() {
+            self.count.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
     /// Forgets everything.
     pub fn clear(&self) {
         for shard in &*self.shards {
