@@ -356,6 +356,48 @@ fn bitmaps_of_an_image_that_another_program_wrote_to_are_dropped_by_the_first_wr
 }
 
 #[test]
+fn a_reader_that_becomes_a_writer_drops_stale_bitmaps_too() {
+    let mut image = image_with_bitmaps("cluster_size=64k", 10 * MIB, &[("a", "65536")]);
+    image[95] &= !1;
+    let storage = Storage::new(image);
+    let rig = Rig::new();
+    rig.block_on(async {
+        let handle = rig.open_storage(&storage, "read-only=on").await.unwrap();
+        let writable = Reopen {
+            read_only: Some(false),
+            ..Reopen::default()
+        };
+        handle.reopen(writable).await.unwrap();
+        assert!(extension(&storage.state.lock().data).is_none());
+        rig.close(handle).await.unwrap();
+    });
+}
+
+#[test]
+fn bitmaps_that_were_taken_along_to_version_2_are_dropped_by_the_first_writer() {
+    let scratch = tempfile::tempdir().unwrap();
+    let path = scratch.path().join("a.qcow2");
+    let name = path.to_str().unwrap();
+    std::fs::write(
+        &path,
+        image_with_bitmaps("cluster_size=64k", 10 * MIB, &[("a", "65536")]),
+    )
+    .unwrap();
+    qemu_img(&["amend", "-f", "qcow2", "-o", "compat=0.10", name]);
+    let rig = Rig::new();
+    rig.block_on(async {
+        let handle = rig.open(&path, "").await.unwrap();
+        assert!(handle.named_bitmaps().list().is_empty());
+        write(&handle, 0, 65536, 1).await.unwrap();
+        rig.close(handle).await.unwrap();
+    });
+    let checked = qemu_img(&["info", name]);
+    assert!(!checked.contains("contains bitmaps"), "{checked}");
+    let checked = run("qemu-img", &["check", name]);
+    assert_eq!(checked.status.code(), Some(3), "leaks are all that is left");
+}
+
+#[test]
 fn info_lists_what_is_stored_as_qemu_img_does() {
     let scratch = tempfile::tempdir().unwrap();
     let path = scratch.path().join("a.qcow2");

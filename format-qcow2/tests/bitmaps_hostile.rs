@@ -267,6 +267,27 @@ fn every_damage_is_refused_with_qemus_words_and_nothing_is_written() {
 }
 
 #[test]
+fn a_directory_that_lies_in_other_metadata_is_never_written_to() {
+    let mut data = image(10 * MIB);
+    let at = extension(&data).unwrap();
+    let (len, directory) = (be64(&data, at + 8) as usize, be64(&data, at + 16) as usize);
+    // The end of the refcount table's cluster would do for a directory, were it not for the table.
+    let table = be64(&data, 48) as usize;
+    data.copy_within(directory..directory + len, table);
+    data[at + 16..at + 24].copy_from_slice(&(table as u64).to_be_bytes());
+    let storage = Storage::new(data.clone());
+    let rig = Rig::new();
+    let error = rig.block_on(rig.open_storage(&storage, "")).unwrap_err();
+    assert!(
+        error
+            .reason()
+            .contains("Preventing invalid write on metadata"),
+        "{error}"
+    );
+    assert!(storage.state.lock().data == data, "nothing was written");
+}
+
+#[test]
 fn a_cluster_that_two_bitmaps_claim_is_refused() {
     let mut data = image(10 * MIB);
     let found = stored(&data);

@@ -3,7 +3,7 @@
 
 mod support;
 
-use support::{SideBySide, qemu_is_installed};
+use support::{Alone, SideBySide, qemu_is_installed};
 
 const IMAGES: &str = r"
 qemu-img create -q -f qcow2 a.qcow2 10M
@@ -145,4 +145,56 @@ fn convert_copies_bitmaps_as_qemu_img_does() {
         both.same_bitmaps(name);
     }
     both.finish();
+}
+
+#[test]
+fn a_program_that_is_killed_leaves_bitmaps_in_use() {
+    if !qemu_is_installed() {
+        return;
+    }
+    let blk = Alone::new();
+    blk.blk(&["create", "-q", "-f", "qcow2", "a.qcow2", "10M"]);
+    let (code, _, err) = blk.blk(&["bitmap", "--add", "a.qcow2", "b"]);
+    assert_eq!(code, 0, "{err}");
+    let info = || {
+        let output = std::process::Command::new("qemu-img")
+            .args(["info", "-U", "--output=json"])
+            .arg(blk.path("a.qcow2"))
+            .output()
+            .unwrap();
+        serde_json::from_slice::<serde_json::Value>(&output.stdout).unwrap()
+    };
+    let flags = || info()["format-specific"]["data"]["bitmaps"][0]["flags"].clone();
+    assert_eq!(flags(), serde_json::json!(["auto"]));
+    let mut program = blk
+        .command(&[
+            "io",
+            "-f",
+            "qcow2",
+            "-c",
+            "write 0 64k",
+            "-c",
+            "sleep 600000",
+            "a.qcow2",
+        ])
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let in_use = serde_json::json!(["in-use", "auto"]);
+    let since = std::time::Instant::now();
+    while flags() != in_use && since.elapsed().as_secs() < 60 {
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    program.kill().unwrap();
+    program.wait().unwrap();
+    assert_eq!(flags(), in_use);
+    let (code, _, err) = blk.blk(&["bitmap", "--clear", "a.qcow2", "b"]);
+    assert_eq!(code, 1);
+    assert!(
+        err.contains("Bitmap 'b' is inconsistent and cannot be used"),
+        "{err}"
+    );
+    let (code, _, err) = blk.blk(&["bitmap", "--remove", "a.qcow2", "b"]);
+    assert_eq!(code, 0, "{err}");
+    assert!(info()["format-specific"]["data"]["bitmaps"].is_null());
 }

@@ -22,8 +22,12 @@ use crate::{
 const MAX_READ: u64 = 1 << 20;
 
 /// What is said of an image whose autoclear bit is gone.
-const STALE: &str = "a program lacking bitmap support modified this file, so all bitmaps are now considered \
-                     inconsistent. Some clusters may be leaked, run 'qemu-img check -r' on the image file to fix.";
+const STALE: &str = "a program lacking bitmap support modified this file, so all bitmaps are now considered inconsistent";
+/// The same for version 2, which has no such bit.
+const STALE_V2: &str = "This qcow2 v2 image contains bitmaps, but they may have been modified by a program without \
+                        persistent bitmap support; so now they must all be considered inconsistent";
+const STALE_SPACE: &str =
+    "Some clusters may be leaked, run 'qemu-img check -r' on the image file to fix.";
 
 impl Qcow2 {
     /// Loads what is stored; in a writable image everything is marked as in use, durably.
@@ -31,31 +35,22 @@ impl Qcow2 {
         let file = request.file()?;
         let mut meta = self.lock_meta(file).await?;
         self.writeback.failure.check()?;
-        if meta.header.extensions.bitmaps.is_some()
-            && !meta.header.autoclear.contains(Autoclear::BITMAPS)
-        {
-            tracing::warn!(file = self.filename, "{STALE}");
-            if !self.is_read_only() {
-                let failure = &self.writeback.failure;
-                publish::publish(file, failure, &mut meta.header, None).await?;
-            }
-        }
+        let writable = !self.is_read_only();
+        self.drop_stale(file, &mut meta, writable).await?;
         let entries = read_directory(file, &meta.header).await?;
         let mut seen = NumberSet::default();
         let mut loaded = Vec::with_capacity(entries.len());
         for entry in &entries {
             loaded.push(self.load(file, entry, &mut seen).await?);
         }
-        if !self.is_read_only() {
-            self.protect_directory(&meta.header);
-        }
-        let entries = if self.is_read_only() {
+        let entries = if writable {
+            self.claim_directory(&meta.header)?;
+            self.take_over(file, &mut meta, entries).await?
+        } else {
             for bitmap in &loaded {
                 bitmap.set_read_only(true);
             }
             entries
-        } else {
-            self.take_over(file, &mut meta, entries).await?
         };
         self.bitmaps.set(entries);
         Ok(loaded)
@@ -66,11 +61,28 @@ impl Qcow2 {
         if !self.bitmaps.is_loaded() {
             return Ok(());
         }
+        self.drop_stale(file, meta, true).await?;
         let entries = read_directory(file, &meta.header).await?;
-        self.protect_directory(&meta.header);
+        if self.is_read_only() {
+            self.claim_directory(&meta.header)?;
+        }
         let entries = self.take_over(file, meta, entries).await?;
         self.bitmaps.set(entries);
         Ok(())
+    }
+
+    /// Bitmaps that another program made stale are none; the first writer drops the extension.
+    async fn drop_stale(&self, file: &Child, meta: &mut Meta, writable: bool) -> Result<()> {
+        let header = &mut meta.header;
+        if header.extensions.bitmaps.is_none() || header.autoclear.contains(Autoclear::BITMAPS) {
+            return Ok(());
+        }
+        let why = if header.version < 3 { STALE_V2 } else { STALE };
+        tracing::warn!(file = self.filename, "{why}. {STALE_SPACE}");
+        if !writable {
+            return Ok(());
+        }
+        publish::publish(file, &self.writeback.failure, header, None).await
     }
 
     /// Sets in_use in the directory, in place: while that is being written, the autoclear bit is clear.
@@ -155,6 +167,19 @@ impl Qcow2 {
                 }
             }
         }
+        Ok(())
+    }
+
+    /// Before the first write to the directory: it must not lie where other metadata is.
+    ///
+    /// # Errors
+    /// `Corrupt`.
+    fn claim_directory(&self, header: &Header) -> Result<()> {
+        if let Some(range) = self.directory_clusters(header) {
+            let count = range.end - range.start;
+            self.metadata.check(range.start, count, self.geometry)?;
+        }
+        self.protect_directory(header);
         Ok(())
     }
 

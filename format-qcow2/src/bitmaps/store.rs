@@ -408,7 +408,9 @@ impl Qcow2 {
                 Vec::new()
             }
         };
-        self.protect_directory(header);
+        if !self.is_read_only() {
+            self.protect_directory(header);
+        }
         self.bitmaps.replace(entries);
     }
 }

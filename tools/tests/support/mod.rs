@@ -144,9 +144,9 @@ impl SideBySide {
             let image = fs::read(dir.path().join(name)).unwrap();
             let mut found = bitmap_files::stored(&image);
             // Where they are is nobody's business.
-            found
-                .iter_mut()
-                .for_each(|bitmap| (bitmap.entry, bitmap.table) = (0, 0));
+            for bitmap in &mut found {
+                (bitmap.entry, bitmap.table) = (0, 0);
+            }
             found
         };
         let (theirs, ours) = (read(&self.theirs), read(&self.ours));
