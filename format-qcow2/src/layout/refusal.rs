@@ -13,7 +13,7 @@ use super::{
 
 impl Header {
     /// What depends on how the image is opened: refuses a corrupt image for writing and one without refcounts, except
-    /// for a check, and everything that [`Self::refuse_unsupported`] refuses.
+    /// for a check, and everything that [`Self::refuse_unsupported`] refuses, except for a check.
     pub fn check_open(&self, read_only: bool, for_check: bool) -> Result<()> {
         if !read_only && !for_check && self.incompatible.contains(Incompatible::CORRUPT) {
             return Err(Error::new(
@@ -44,11 +44,9 @@ impl Header {
                 "bit 1 only with incompatible feature bit 2",
             ));
         }
-        if for_check && let Some(bitmaps) = &self.extensions.bitmaps {
-            return Err(Error::unsupported(
-                "Unsupported qcow2 feature(s): persistent bitmaps (a check doesn't count their clusters)",
-            )
-            .with_field("nb_bitmaps", bitmaps.count, "none"));
+        if for_check {
+            // A check follows the metadata of every feature, whether or not the driver can serve it.
+            return Ok(());
         }
         self.refuse_unsupported(read_only)
     }
