@@ -48,12 +48,11 @@ impl Header {
             // A check follows the metadata of every feature, whether or not the driver can serve it.
             return Ok(());
         }
-        self.refuse_unsupported(read_only)
+        self.refuse_unsupported()
     }
 
-    /// Refuses what this driver can't handle yet, by name. Internal snapshots do no harm to readers; writing beside them
-    /// would.
-    pub fn refuse_unsupported(&self, read_only: bool) -> Result<()> {
+    /// Refuses what this driver can't handle yet, by name.
+    pub fn refuse_unsupported(&self) -> Result<()> {
         let refuse = |feature: &str, field: &str, value: String, allowed: &str| {
             Err(
                 Error::unsupported(format!("Unsupported qcow2 feature(s): {feature}"))
@@ -88,14 +87,6 @@ impl Header {
                     "0 in this version of the driver",
                 );
             }
-        }
-        if !read_only && self.nb_snapshots > 0 {
-            return refuse(
-                "internal snapshots (the image can only be opened read-only)",
-                "nb_snapshots",
-                self.nb_snapshots.to_string(),
-                "0 for writing in this version of the driver",
-            );
         }
         Ok(())
     }

@@ -14,6 +14,7 @@ mod map;
 mod measure;
 mod rebase;
 mod resize;
+mod snapshot;
 
 use crate::common::{
     failure::Failure,
@@ -51,10 +52,11 @@ pub const COMMANDS: &[Command] = &[
     measure::COMMAND,
     rebase::COMMAND,
     resize::COMMAND,
+    snapshot::COMMAND,
 ];
 
 /// qemu-img's commands that have an issue of their own.
-const LATER: [&str; 3] = ["amend", "dd", "snapshot"];
+const LATER: [&str; 2] = ["amend", "dd"];
 
 /// Runs the command `name`. `None` when there is none of that name.
 pub fn run(program: Program, name: &str, args: &[String]) -> Option<u8> {
