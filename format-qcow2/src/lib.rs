@@ -39,6 +39,8 @@
 mod alloc;
 #[cfg(not(loom))]
 mod amend;
+#[cfg(not(loom))]
+pub mod bitmaps;
 // The model checker only looks at the slice table: nothing else here is free of locks.
 #[cfg_attr(loom, allow(dead_code))]
 mod cache;
@@ -79,6 +81,8 @@ mod preallocate;
 mod resize;
 #[cfg(not(loom))]
 mod settings;
+#[cfg(not(loom))]
+mod snapshots;
 #[cfg(not(loom))]
 mod trim;
 #[cfg(not(loom))]

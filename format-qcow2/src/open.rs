@@ -15,12 +15,14 @@ use block_core::{
     pins::Pins,
     registry::{CreateContext, CreateOption, DriverFactory, Measure, OpenContext, Opened},
     request::Child,
+    snapshot::SnapshotKey,
     space::SpaceTap,
 };
 
 use crate::{
     alloc::allocator::Orphans,
     amend,
+    bitmaps::Stored,
     cache::slices::{SliceCache, load_refcounts},
     claims::Claims,
     counters::Counters,
@@ -33,12 +35,13 @@ use crate::{
     meta::Meta,
     overlap::MetadataMap,
     settings::Settings,
+    snapshots,
     writeback::Writeback,
 };
 
 /// Opens, creates and measures qcow2 images.
 ///
-/// Options of a node besides `file` and `backing`, all of which [`block_core::BlockHandle::reopen`] can change:
+/// Options of a node besides `file` and `backing`, which [`block_core::BlockHandle::reopen`] can change:
 ///
 /// - `lazy-refcounts`: refcounts may be stale on disk while the dirty bit says so; as the header has it by default;
 /// - `pass-discard-request` (as `discard`), `pass-discard-snapshot` (on), `pass-discard-other` (off): which freed space is
@@ -47,6 +50,9 @@ use crate::{
 /// - `cache-clean-interval`: seconds after which what wasn't used leaves the caches, 0 (the default) for never;
 /// - `overlap-check`: `none`, `constant`, `cached` (the default) or `all`, also as `overlap-check.template`, and switches for
 ///   single kinds of metadata, such as `overlap-check.active-l2`.
+///
+/// And, not to be changed: `snapshot` (an identifier, or a name), `snapshot-id`, `snapshot-name`: the disk is what it was when
+/// that internal snapshot was taken, read-only.
 ///
 /// Options of creation: see [`create::OPTIONS`].
 #[derive(Debug, Clone, Copy)]
@@ -75,6 +81,30 @@ impl Qcow2Factory {
     }
 }
 
+/// Takes the internal snapshot that is to be read out of the options.
+fn wanted_snapshot(options: &mut Options) -> Result<Option<SnapshotKey>> {
+    let mut text = |key: &str| match options.take(key) {
+        None | Some(serde_json::Value::Null) => Ok(None),
+        Some(serde_json::Value::String(text)) => Ok(Some(text)),
+        Some(serde_json::Value::Number(number)) => Ok(Some(number.to_string())),
+        Some(other) => Err(
+            Error::invalid("A snapshot is named by its identifier or its name")
+                .with_field(key, other, "a text"),
+        ),
+    };
+    let any = text("snapshot")?;
+    match (any, text("snapshot-id")?, text("snapshot-name")?) {
+        (None, None, None) => Ok(None),
+        (Some(any), None, None) => Ok(Some(SnapshotKey::IdOrName(any))),
+        (None, Some(id), None) => Ok(Some(SnapshotKey::Id(id))),
+        (None, None, Some(name)) => Ok(Some(SnapshotKey::Name(name))),
+        (None, Some(id), Some(name)) => Ok(Some(SnapshotKey::IdAndName(id, name))),
+        (Some(_), _, _) => Err(Error::invalid(
+            "'snapshot' can't be combined with 'snapshot-id' and 'snapshot-name'",
+        )),
+    }
+}
+
 async fn open_image(
     context: &OpenContext,
     options: &mut Options,
@@ -90,29 +120,68 @@ async fn open_image(
     }
     let backing = options.take("backing");
     refuse_foreign(options)?;
-    let own = std::mem::take(options);
+    let mut own = std::mem::take(options);
     if let Some(backing) = backing {
         options.set("backing", backing);
     }
+    let wanted = wanted_snapshot(&mut own)?;
     let (settings, kinds) = Settings::parse(own, &header, context.node.discard, safeguards)?;
+    if wanted.is_some() && !read_only {
+        return Err(Error::invalid(
+            "An internal snapshot can only be opened read-only",
+        ));
+    }
     if !read_only && !context.how.for_check {
         prepare_for_writing(&child, &mut header).await?;
     }
     let refcounts = load_refcounts(&child, &header, settings.refcount_blocks()).await?;
-    let l1 = Qcow2::read_l1(&child, &header).await?;
+    let snapshots = match snapshots::load(&child, &header).await {
+        // A check looks for itself, and repairs.
+        Err(_) if context.how.for_check => Vec::new(),
+        loaded => loaded?,
+    };
+    let view = match wanted {
+        Some(key) => {
+            let index = snapshots::find(&snapshots, &key)
+                .map_err(|error| error.context("Failed to load snapshot"))?;
+            snapshots.get(index)
+        }
+        None => None,
+    };
+    let (l1, size) = match view {
+        Some(entry) => {
+            entry.check_l1(header.geometry())?;
+            let l1 = Qcow2::read_l1_at(&child, entry.l1_table_offset, entry.l1_bytes()).await?;
+            (l1, entry.disk_size.unwrap_or(header.size) & !511)
+        }
+        None => (Qcow2::read_l1(&child, &header).await?, header.disk_size()),
+    };
+    let is_view = view.is_some();
     let metadata = Arc::new(MetadataMap::new(safeguards, kinds));
     metadata.rebuild(&header, &l1, &refcounts);
     let writeback = Writeback::default();
     let tap = Arc::<SpaceTap>::default();
+    let mut meta = Meta::new(
+        header.clone(),
+        refcounts,
+        Orphans::default(),
+        metadata.clone(),
+        writeback.failure.clone(),
+        safeguards,
+        tap.clone(),
+    );
+    meta.snapshots = snapshots;
     let image = Qcow2 {
         geometry: header.geometry(),
         settings,
         filename: child.filename().unwrap_or_else(|| file.name().to_owned()),
-        size: AtomicU64::new(header.disk_size()),
+        size: AtomicU64::new(size),
+        is_view,
+        uncertain: AtomicBool::new(false),
         read_only: AtomicBool::new(read_only),
         names_backing: AtomicBool::new(header.backing_file.is_some()),
         // What is opened for a check alone may need more than this driver can do: it serves no requests then.
-        shut: AtomicBool::new(header.refuse_unsupported(read_only).is_err()),
+        shut: AtomicBool::new(header.refuse_unsupported().is_err()),
         retired: AtomicBool::new(false),
         warned_corrupt: AtomicBool::new(false),
         l1: ArcSwap::from_pointee(l1),
@@ -124,15 +193,8 @@ async fn open_image(
         } else {
             Pins::new_disabled_for_tests()
         },
-        meta: futures::lock::Mutex::new(Meta::new(
-            header.clone(),
-            refcounts,
-            Orphans::default(),
-            metadata.clone(),
-            writeback.failure.clone(),
-            safeguards,
-            tap.clone(),
-        )),
+        meta: futures::lock::Mutex::new(meta),
+        bitmaps: Stored::new(header.extensions.bitmaps.is_some()),
         tap,
         writeback,
         counters: Counters::default(),

@@ -57,13 +57,14 @@ impl Qcow2 {
             check_width(&mut meta, file, new, progress).await?;
             let space = find_space(&mut meta, file, new, progress).await?;
             write_blocks(&mut meta, file, new, &space, progress).await?;
-            self.switch(&mut meta, request, space, order).await?;
+            self.switch_refcounts(&mut meta, request, space, order)
+                .await?;
         }
         self.write_back(request).await
     }
 
     /// Has the header point to the new structures, and gives the old ones back.
-    async fn switch(
+    async fn switch_refcounts(
         self: &Arc<Self>,
         meta: &mut Meta,
         request: &Request,

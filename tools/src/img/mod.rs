@@ -3,6 +3,7 @@
 mod amend;
 mod args;
 mod bench;
+mod bitmap;
 mod check;
 mod commit;
 mod compare;
@@ -14,6 +15,7 @@ mod map;
 mod measure;
 mod rebase;
 mod resize;
+mod snapshot;
 
 use crate::common::{
     failure::Failure,
@@ -41,6 +43,7 @@ pub struct Command {
 pub const COMMANDS: &[Command] = &[
     amend::COMMAND,
     bench::COMMAND,
+    bitmap::COMMAND,
     check::COMMAND,
     commit::COMMAND,
     compare::COMMAND,
@@ -51,10 +54,11 @@ pub const COMMANDS: &[Command] = &[
     measure::COMMAND,
     rebase::COMMAND,
     resize::COMMAND,
+    snapshot::COMMAND,
 ];
 
 /// qemu-img's commands that have an issue of their own.
-const LATER: [&str; 3] = ["bitmap", "dd", "snapshot"];
+const LATER: [&str; 1] = ["dd"];
 
 /// Runs the command `name`. `None` when there is none of that name.
 pub fn run(program: Program, name: &str, args: &[String]) -> Option<u8> {
