@@ -37,11 +37,12 @@ fn contents(lab: &Lab, image: &Image) -> Vec<Option<Vec<u8>>> {
         let _ = std::fs::remove_file(lab.path("cut.raw"));
         (lab.status(&args) == 0).then(|| std::fs::read(lab.path("cut.raw")).unwrap())
     };
-    vec![
-        read(&[]),
-        read(&["-l", "snapshot.name=one"]),
-        read(&["-l", "snapshot.name=two"]),
-    ]
+    let mut all = vec![read(&[])];
+    if image.header().unwrap().nb_snapshots > 0 {
+        all.push(read(&["-l", "snapshot.name=one"]));
+        all.push(read(&["-l", "snapshot.name=two"]));
+    }
+    all
 }
 
 /// What is wrong, leaks aside.
@@ -95,8 +96,9 @@ fn a_repair_that_moves_things_may_be_cut_off_at_any_write() {
         );
         let log = image.log();
         let repaired = contents(&lab, &image);
-        let states = states(start, &log);
+        let states = states(start.clone(), &log);
         assert!(!states.is_empty(), "{name}");
+        let mut compared = HashSet::from([image.data()]);
         for state in states {
             cuts += 1;
             let cut = Image::new(state);
@@ -106,18 +108,23 @@ fn a_repair_that_moves_things_may_be_cut_off_at_any_write() {
                 damage(&report) <= damage(&before),
                 "{name}: {before:?} became {report:?}"
             );
-            for ((now, before), repaired) in
-                contents(&lab, &cut).iter().zip(&readable).zip(&repaired)
-            {
-                assert!(now.is_none() || now == repaired, "{name}: content changed");
-                assert!(
-                    before.is_none() || now == before,
-                    "{name}: content got lost"
-                );
+            // What was only written behind the end changes nothing that anybody reads.
+            if cut.data()[..start.len()] != start {
+                for ((now, before), repaired) in
+                    contents(&lab, &cut).iter().zip(&readable).zip(&repaired)
+                {
+                    assert!(now.is_none() || now == repaired, "{name}: content changed");
+                    assert!(
+                        before.is_none() || now == before,
+                        "{name}: content got lost"
+                    );
+                }
             }
             let report = cut.check(CheckMode::RepairAll).unwrap();
             assert_eq!(exit_status(&report), 0, "{name}: {report:?}");
-            assert!(contents(&lab, &cut) == repaired, "{name}");
+            if compared.insert(cut.data()) {
+                assert!(contents(&lab, &cut) == repaired, "{name}");
+            }
         }
     }
     println!("{cuts} power cuts");
@@ -130,10 +137,13 @@ fn a_cancelled_repair_leaves_what_a_second_one_completes() {
     let Some(lab) = Lab::new() else { return };
     let (name, base, apply, ..) = ALIASES[0];
     let mut cancelled = 0;
-    for polls in 0..60 {
-        let image = BASES[base](&lab);
+    let good = BASES[base](&lab).data();
+    let mut compared = HashSet::new();
+    let mut before = None;
+    for requests in 0..40 {
+        let image = Image::new(good.clone());
         apply(&image);
-        let before = contents(&lab, &image);
+        let before = before.get_or_insert_with(|| contents(&lab, &image)).clone();
         let progress = Progress::new();
         let mut header = image.header().unwrap();
         let run =
@@ -143,7 +153,7 @@ fn a_cancelled_repair_leaves_what_a_second_one_completes() {
         let writes = image.log().len();
         let mut result = None;
         // The storage answers at once: the number of its events is how far the repair is.
-        image.cancel_after(polls, progress.clone());
+        image.cancel_after(requests, progress.clone());
         while result.is_none() {
             match run.as_mut().poll(&mut context) {
                 std::task::Poll::Ready(done) => result = Some(done),
@@ -159,7 +169,9 @@ fn a_cancelled_repair_leaves_what_a_second_one_completes() {
             Ok(report) => assert_eq!(exit_status(&report), 0),
         }
         assert_eq!(exit_status(&image.check(CheckMode::RepairAll).unwrap()), 0);
-        assert!(contents(&lab, &image) == before, "{name}");
+        if compared.insert(image.data()) {
+            assert!(contents(&lab, &image) == before, "{name}");
+        }
     }
     assert!(cancelled > 2, "{cancelled}");
 }
