@@ -15,6 +15,7 @@ use async_trait::async_trait;
 use bitflags::bitflags;
 
 use crate::{
+    bitmap::NamedBitmap,
     buffer::{IoBuf, IoBufMut},
     debug::DebugEvent,
     error::{Error, ErrorKind, Result},
@@ -23,6 +24,7 @@ use crate::{
     limits::Limits,
     node::Edges,
     request::Request,
+    snapshot::{NewSnapshot, SnapshotInfo, SnapshotKey},
     status::{DriverStatus, StatusFlags},
 };
 
@@ -95,6 +97,10 @@ bitflags! {
         const GROW = 1 << 17;
         /// `debug_event` wants to be told what drivers above do (a fault injector). Set once and for all.
         const DEBUG_EVENTS = 1 << 18;
+        /// Internal snapshots: `snapshot_create`, `snapshot_apply` and `snapshot_delete`.
+        const SNAPSHOTS = 1 << 19;
+        /// `load_bitmaps`, `check_new_bitmap`, `store_bitmaps` and `remove_bitmap`.
+        const PERSISTENT_BITMAPS = 1 << 21;
     }
 }
 
@@ -358,6 +364,82 @@ pub trait BlockDriver: Send + Sync + 'static {
     /// Drops all data of this layer, so that the backing file shows everywhere.
     async fn make_empty(self: Arc<Self>, request: Request) -> Result<()> {
         let _ = request;
+        Err(Error::from_kind(ErrorKind::NotSupported))
+    }
+
+    /// The internal snapshots of the image, oldest first.
+    async fn snapshot_list(self: Arc<Self>, request: Request) -> Result<Vec<SnapshotInfo>> {
+        let _ = request;
+        Err(Error::from_kind(ErrorKind::NotSupported))
+    }
+
+    /// Keeps the present state of the disk as an internal snapshot. Runs, like the two that follow, under a serialising
+    /// request over the whole node: no guest request is under way. [`Progress::cancel`] stops it with ECANCELED as long
+    /// as nothing has changed for the user.
+    async fn snapshot_create(
+        self: Arc<Self>,
+        request: Request,
+        new: NewSnapshot,
+        progress: Progress,
+    ) -> Result<SnapshotInfo> {
+        let _ = (request, new, progress);
+        Err(Error::from_kind(ErrorKind::NotSupported))
+    }
+
+    /// Makes the disk what it was when a snapshot was taken, its size included. The snapshot stays.
+    async fn snapshot_apply(
+        self: Arc<Self>,
+        request: Request,
+        which: SnapshotKey,
+        progress: Progress,
+    ) -> Result<()> {
+        let _ = (request, which, progress);
+        Err(Error::new(
+            ErrorKind::NotSupported,
+            "Block driver does not support snapshots",
+        ))
+    }
+
+    /// Removes a snapshot, and gives back the space that only it used.
+    async fn snapshot_delete(
+        self: Arc<Self>,
+        request: Request,
+        which: SnapshotKey,
+        progress: Progress,
+    ) -> Result<()> {
+        let _ = (request, which, progress);
+        Err(Error::from_kind(ErrorKind::NotSupported))
+    }
+
+    /// The bitmaps that the image stores, in its order: asked for once, when the node has been opened and before anybody can
+    /// write to it, but not for a check. The driver marks them on disk as in use, durably, if the image is
+    /// writable; from then on nobody trusts what is stored until the driver, in `close` and when it is reopened
+    /// read-only, has stored the node's persistent bitmaps (`request.node().named()`) anew.
+    async fn load_bitmaps(self: Arc<Self>, request: Request) -> Result<Vec<NamedBitmap>> {
+        let _ = request;
+        Err(Error::from_kind(ErrorKind::NotSupported))
+    }
+
+    /// Whether the image can store one more bitmap of that name with so many bytes per bit. Changes nothing.
+    async fn check_new_bitmap(
+        self: Arc<Self>,
+        request: Request,
+        name: String,
+        granularity: u64,
+    ) -> Result<()> {
+        let _ = (request, name, granularity);
+        Err(Error::from_kind(ErrorKind::NotSupported))
+    }
+
+    /// Stores the node's persistent bitmaps as they are, durably. In a writable image they stay marked as in use.
+    async fn store_bitmaps(self: Arc<Self>, request: Request) -> Result<()> {
+        let _ = request;
+        Err(Error::from_kind(ErrorKind::NotSupported))
+    }
+
+    /// Removes a bitmap from what the image stores, durably. One that isn't stored yet is no error.
+    async fn remove_bitmap(self: Arc<Self>, request: Request, name: String) -> Result<()> {
+        let _ = (request, name);
         Err(Error::from_kind(ErrorKind::NotSupported))
     }
 

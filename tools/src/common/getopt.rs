@@ -58,12 +58,24 @@ impl Parsed {
         self.values.iter().any(|(name, _)| *name == long)
     }
 
+    /// How often the option was given.
+    pub fn count(&self, long: &str) -> usize {
+        self.values.iter().filter(|(name, _)| *name == long).count()
+    }
+
     /// Its last argument.
     pub fn get(&self, long: &str) -> Option<&str> {
         let mut given = self.values.iter().rev();
         given
             .find(|(name, _)| *name == long)
             .and_then(|(_, value)| value.as_deref())
+    }
+
+    /// All options in the order in which they were given, with their arguments.
+    pub fn in_order(&self) -> impl Iterator<Item = (&str, Option<&str>)> {
+        self.values
+            .iter()
+            .map(|(name, value)| (*name, value.as_deref()))
     }
 
     /// All its arguments, in order.

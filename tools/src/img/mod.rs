@@ -2,6 +2,7 @@
 
 mod args;
 mod bench;
+mod bitmap;
 mod check;
 mod commit;
 mod compare;
@@ -13,6 +14,7 @@ mod map;
 mod measure;
 mod rebase;
 mod resize;
+mod snapshot;
 
 use crate::common::{
     failure::Failure,
@@ -39,6 +41,7 @@ pub struct Command {
 /// All commands.
 pub const COMMANDS: &[Command] = &[
     bench::COMMAND,
+    bitmap::COMMAND,
     check::COMMAND,
     commit::COMMAND,
     compare::COMMAND,
@@ -49,10 +52,11 @@ pub const COMMANDS: &[Command] = &[
     measure::COMMAND,
     rebase::COMMAND,
     resize::COMMAND,
+    snapshot::COMMAND,
 ];
 
 /// qemu-img's commands that have an issue of their own.
-const LATER: [&str; 4] = ["amend", "bitmap", "dd", "snapshot"];
+const LATER: [&str; 2] = ["amend", "dd"];
 
 /// Runs the command `name`. `None` when there is none of that name.
 pub fn run(program: Program, name: &str, args: &[String]) -> Option<u8> {
