@@ -173,8 +173,8 @@ fn ranges_that_shared_their_place_are_named_with_what_they_shared_it() {
 #[test]
 fn legitimate_sharing_is_not_called_aliasing() {
     let Some(lab) = Lab::new() else { return };
-    for base in 0..3 {
-        let image = BASES[base](&lab);
+    for (base, make) in BASES.iter().enumerate().take(3) {
+        let image = make(&lab);
         let header = image.header().unwrap();
         let table = header.refcount_table_offset.0;
         image.put(table, &vec![0; header.refcount_table_bytes() as usize]);
