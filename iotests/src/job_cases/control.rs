@@ -4,7 +4,7 @@
 use std::{sync::Arc, time::Duration};
 
 use block_core::{ErrorKind, env::Environment};
-use jobs::{Job, JobManager, JobOptions, JobStatus, OnError};
+use jobs::{CommitOptions, Job, JobManager, JobOptions, JobStatus, OnError, StreamOptions};
 
 use super::work::{Work, close_target, expect_chain, named};
 use crate::{
@@ -113,6 +113,17 @@ pub(super) fn cases() -> Vec<Case> {
             format!("jobs-{name}-waits-in-drained-section"),
             format!("a {name} does no I/O while the graph is drained, and goes on afterwards"),
             move |scene| drained(scene, work),
+        ));
+    }
+    for (first, stream_first) in [("before", true), ("after", false)] {
+        cases.push(Case::new(
+            Group::Jobs,
+            format!("jobs-stream-ends-{first}-commit-of-its-base"),
+            format!(
+                "a stream that ends {first} a commit merges its base into the layer below leaves the guest's image on what \
+                 is there then, and the commit succeeds too"
+            ),
+            move |scene| stream_onto_commit(scene, stream_first),
         ));
     }
     cases
@@ -353,6 +364,45 @@ async fn finalize(scene: Arc<Scene>, work: Work) -> CaseResult {
     }
     load.stop().await?;
     finish(&scene, stack, work, target).await
+}
+
+/// A stream's base belongs to nobody else while the stream is at work: a commit may merge it into the layer below.
+async fn stream_onto_commit(scene: Arc<Scene>, stream_first: bool) -> CaseResult {
+    let stack = match Work::StreamTo.stack(&scene).await? {
+        Ok(stack) => stack,
+        Err(verdict) => return Ok(verdict),
+    };
+    let manager = JobManager::new(stack.graph());
+    let manual = |id| JobOptions {
+        auto_finalize: false,
+        ..named(id)
+    };
+    let (base, merged) = (&stack.nodes[0], &stack.nodes[1]);
+    let load = Load::start(&stack, 2);
+    let mut options = StreamOptions::new(stack.top()).base(merged);
+    options.job = manual("stream");
+    let stream = manager.stream(options).await?;
+    let mut options = CommitOptions::new(stack.top()).top(merged).base(base);
+    options.job = manual("commit");
+    let commit = manager.commit(options).await?;
+    for job in [&stream, &commit] {
+        if !job.wait_status(JobStatus::Pending).await {
+            job.wait().await?;
+            return Err("a job ended without being finalized".into());
+        }
+    }
+    let order = if stream_first {
+        [stream, commit]
+    } else {
+        [commit, stream]
+    };
+    for job in order {
+        job.finalize()?;
+        job.wait().await?;
+        load.more(10).await?;
+    }
+    load.stop().await?;
+    finish(&scene, stack, Work::StreamTo, None).await
 }
 
 async fn speed(scene: Arc<Scene>, work: Work) -> CaseResult {
