@@ -138,6 +138,12 @@ pub struct Graph {
     on_new_node: Mutex<Option<NodeHook>>,
 }
 
+impl Drop for Graph {
+    fn drop(&mut self) {
+        self.deferred.graph_is_gone();
+    }
+}
+
 type NodeHook = Arc<dyn Fn(&Arc<Node>) + Send + Sync>;
 
 impl Graph {
