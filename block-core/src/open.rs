@@ -127,6 +127,11 @@ impl FreshChildren<'_> {
         self.list.lock().clear();
     }
 
+    /// The file that the node was to be opened on: whoever reads an error of its driver wants to know which it was.
+    fn filename(&self) -> Option<String> {
+        self.list.lock().first()?.filename()
+    }
+
     /// Closes them, the last first.
     async fn release(&self) {
         loop {
@@ -405,8 +410,15 @@ async fn open_driver(
             Ok(node)
         }
         Err(error) => {
+            let file = match error.file() {
+                None => children.filename(),
+                Some(_) => None,
+            };
             children.release().await;
-            Err(error)
+            Err(match file {
+                Some(file) => error.with_file(file),
+                None => error,
+            })
         }
     }
 }
