@@ -81,11 +81,7 @@ pub(crate) struct Stream {
     graph: Arc<Graph>,
     top: Arc<Node>,
     top_was_read_only: bool,
-    /// Down to where data is copied.
     base: Option<Arc<Node>>,
-    /// The lowest of the layers that are dropped, or the image itself. What is below it when the job ends is what the image
-    /// is put on: another job may have put a filter there meanwhile, or have merged the base into the layer below.
-    above_base: Arc<Node>,
     backing_file: Option<String>,
     on_error: OnError,
     handle: Option<Arc<BlockHandle>>,
@@ -139,7 +135,6 @@ impl Stream {
             Some(base) => chain::layers(&top, base).unwrap_or_default(),
             None => std::iter::once(top.clone()).chain(top.chain()).collect(),
         };
-        let above_base = claimed.last().unwrap_or(&top).clone();
         claimed.insert(0, options.device.clone());
         let claims = chain::claim(graph, claimed, JobKind::Stream)?;
         let freeze = graph.freeze_chain(&top, base.as_ref(), JobKind::Stream.name());
@@ -158,7 +153,6 @@ impl Stream {
             top,
             top_was_read_only,
             base,
-            above_base,
             backing_file: options.backing_file,
             on_error: options.on_error,
             handle: Some(Arc::new(handle)),
@@ -174,7 +168,11 @@ impl JobDriver for Stream {
         let Some(below) = self.top.backing() else {
             return Ok(());
         };
-        if self.base.is_some() && self.above_base.id() == self.top.id() {
+        if self
+            .base
+            .as_ref()
+            .is_some_and(|base| base.id() == below.id())
+        {
             return Ok(());
         }
         let handle = self
@@ -209,17 +207,14 @@ impl JobDriver for Stream {
             return Ok(());
         };
         self.handle = None;
-        self.freeze = None;
-        let graph = &self.graph;
-        let base = match &self.base {
-            Some(_) => self.above_base.chain().first().cloned(),
-            None => None,
-        };
-        let base = base.as_ref();
+        let (graph, base) = (&self.graph, self.base.as_ref());
         // Both ways show the same content: the header may go first, and a crash in between does no harm.
         let name = self.backing_file.as_deref();
         chain::rewrite_backing(graph, &self.top, base, name).await?;
-        graph.set_backing(&self.top, base).await?;
+        // Frozen until that very change: a job that put a filter over the base meanwhile would be bypassed.
+        graph
+            .set_frozen_backing(&self.top, base, self.freeze.take())
+            .await?;
         if base.is_none_or(|base| base.id() != below.id())
             && let Err(error) = graph.collect(&below).await
         {
