@@ -4,7 +4,7 @@
 //! the whole graph, every driver concerned agrees, and only then anything changes. Data never passes through here.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     fmt,
     sync::{
         Arc,
@@ -26,6 +26,7 @@ use crate::{
     options::{NodeOptions, check_name},
     path, permissions,
     request::Child,
+    secret::Secrets,
     tracked::Tracker,
 };
 
@@ -136,6 +137,7 @@ pub struct Graph {
     /// Nodes whose opening was given up.
     orphans: Mutex<Vec<Arc<Node>>>,
     on_new_node: Mutex<Option<NodeHook>>,
+    secrets: Arc<Secrets>,
 }
 
 impl Drop for Graph {
@@ -171,6 +173,7 @@ impl Graph {
             claims: Mutex::default(),
             orphans: Mutex::default(),
             on_new_node: Mutex::default(),
+            secrets: Arc::default(),
         })
     }
 
@@ -183,6 +186,11 @@ impl Graph {
     /// The environment.
     pub fn env(&self) -> &Arc<dyn Environment> {
         &self.env
+    }
+
+    /// The passwords and keys that the options of images in this graph may name.
+    pub fn secrets(&self) -> &Arc<Secrets> {
+        &self.secrets
     }
 
     pub(crate) fn deferred(&self) -> &Arc<DeferredWork> {
@@ -347,11 +355,6 @@ impl Graph {
                     node.set_edges(edges.clone());
                 }
             }
-            if !change.edges.is_empty() {
-                for node in topology.nodes.values() {
-                    node.refresh_debugged();
-                }
-            }
             for (id, node) in &change.root_nodes {
                 if let Some(root) = topology.roots.get(id) {
                     root.node.store(node.clone());
@@ -373,8 +376,21 @@ impl Graph {
                 }
             }
             if !change.edges.is_empty() {
+                // The nodes whose edges changed, and all above them.
+                let mut concerned: HashSet<u64> = change.edges.keys().copied().collect();
                 for id in permissions::bottom_up(&topology) {
-                    if let Some(node) = topology.nodes.get(&id) {
+                    let Some(node) = topology.nodes.get(&id) else {
+                        continue;
+                    };
+                    let is_above = || {
+                        let edges = node.edges();
+                        edges
+                            .iter()
+                            .any(|edge| concerned.contains(&edge.child.node().id()))
+                    };
+                    if concerned.contains(&id) || is_above() {
+                        concerned.insert(id);
+                        node.refresh_debugged();
                         node.refresh_limits();
                     }
                 }

@@ -56,6 +56,8 @@ pub mod producer;
 pub mod registry;
 mod reopen;
 pub mod request;
+pub mod secret;
+pub mod snapshot;
 #[doc(hidden)]
 pub mod space;
 pub mod stats;
@@ -82,4 +84,5 @@ pub use crate::{
     producer::ProducerId,
     registry::{DriverFactory, OpenOptions, Registry},
     request::{Child, Request},
+    snapshot::{NewSnapshot, SnapshotInfo, SnapshotKey},
 };

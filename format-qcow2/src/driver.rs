@@ -12,6 +12,7 @@ use block_core::{
     limits::Limits,
     node::Edges,
     request::Request,
+    snapshot::{NewSnapshot, SnapshotInfo, SnapshotKey},
     status::DriverStatus,
 };
 use std::sync::atomic::Ordering;
@@ -64,7 +65,8 @@ impl Qcow2 {
         let report = check::run(file, &mut header, mode, progress).await;
         if mode != CheckMode::ReadOnly {
             self.reload(&mut meta, request).await?;
-            if !meta.header.is_corrupt() {
+            let served = meta.header.refuse_unsupported(self.is_read_only()).is_ok();
+            if !meta.header.is_corrupt() && served {
                 self.shut.store(false, Ordering::Release);
             }
         }
@@ -83,6 +85,12 @@ impl Qcow2 {
         }
         if !self.is_read_only() {
             return Ok(());
+        }
+        if self.is_view {
+            return Err(Error::new(
+                ErrorKind::NotPermitted,
+                "An internal snapshot can't be written to",
+            ));
         }
         let _turn = self.hold_batches().await;
         let mut meta = self.meta.lock().await;
@@ -149,6 +157,9 @@ impl BlockDriver for Qcow2 {
                 | Capabilities::CHANGE_BACKING
                 | Capabilities::MAKE_EMPTY;
         }
+        if !self.is_read_only() && !self.geometry.has_data_file() {
+            can |= Capabilities::SNAPSHOTS;
+        }
         let backing = self.names_backing.load(Ordering::Acquire);
         if self.geometry.has_zero_flag() || !backing {
             can |= Capabilities::DISCARD_ZEROES;
@@ -170,7 +181,7 @@ impl BlockDriver for Qcow2 {
             .map_or_else(Limits::default, block_core::request::Child::limits);
         Limits {
             request_alignment: 1,
-            zeroes_alignment: size,
+            zeroes_alignment: self.geometry.subcluster_size(),
             discard_alignment: size,
             serialising_granularity: size,
             opt_transfer: size,
@@ -286,9 +297,51 @@ impl BlockDriver for Qcow2 {
         self.judged(&request, result).await
     }
 
+    async fn snapshot_list(self: Arc<Self>, request: Request) -> Result<Vec<SnapshotInfo>> {
+        self.list_snapshots(&request).await
+    }
+
+    async fn snapshot_create(
+        self: Arc<Self>,
+        request: Request,
+        new: NewSnapshot,
+        progress: Progress,
+    ) -> Result<SnapshotInfo> {
+        let created = self.create_snapshot(&request, &new, &progress).await;
+        self.judged(&request, created).await
+    }
+
+    async fn snapshot_apply(
+        self: Arc<Self>,
+        request: Request,
+        which: SnapshotKey,
+        progress: Progress,
+    ) -> Result<()> {
+        let applied = self.apply_snapshot(&request, &which, &progress).await;
+        self.judged(&request, applied).await
+    }
+
+    async fn snapshot_delete(
+        self: Arc<Self>,
+        request: Request,
+        which: SnapshotKey,
+        progress: Progress,
+    ) -> Result<()> {
+        let deleted = self.delete_snapshot(&request, &which, &progress).await;
+        self.judged(&request, deleted).await
+    }
+
     async fn info(self: Arc<Self>, request: Request) -> Result<ImageInfo> {
         let meta = self.lock_meta(request.file()?).await?;
-        Ok(info::image_info(&meta.header))
+        let size = meta.header.disk_size();
+        Ok(ImageInfo {
+            snapshots: meta
+                .snapshots
+                .iter()
+                .map(|entry| entry.info(size))
+                .collect(),
+            ..info::image_info(&meta.header)
+        })
     }
 
     async fn reopen(self: Arc<Self>, request: Request, changes: Reopen) -> Result<()> {

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use arc_swap::ArcSwap;
 use block_core::{
+    driver::ChildRole,
     error::{Error, ErrorKind, Result},
     pins::Pins,
     request::{Child, Request},
@@ -64,6 +65,8 @@ pub(crate) struct Settings {
     pub pass_discard_other: bool,
     /// The dirty bit is set before the first allocation.
     pub lazy_refcounts: bool,
+    /// Space that snapshots gave up is passed down, too.
+    pub pass_discard_snapshot: bool,
     /// Off in tests only.
     pub safeguards: bool,
 }
@@ -78,6 +81,11 @@ pub(crate) struct Qcow2 {
     pub read_only: AtomicBool,
     /// The header names a backing file, whether or not one is open.
     pub names_backing: AtomicBool,
+    /// It shows an internal snapshot: read-only for good.
+    pub is_view: bool,
+    /// A write of the header that switches to other tables failed: it is unknown which of them count, so nothing is
+    /// written any more until the image is reopened.
+    pub uncertain: AtomicBool,
     /// Found corrupt while it was writable: no request is served any more.
     pub shut: AtomicBool,
     pub l1: ArcSwap<L1Table>,
@@ -100,6 +108,11 @@ impl Qcow2 {
     /// Entries in a slice.
     pub const fn slice_entries(&self) -> u64 {
         1 << self.settings.slice_bits
+    }
+
+    /// Bytes of a slice.
+    pub const fn slice_bytes(&self) -> u64 {
+        self.slice_entries() << self.geometry.l2_entry_bits()
     }
 
     /// The slice that maps a guest cluster.
@@ -137,7 +150,7 @@ impl Qcow2 {
     /// Where a slice is in the file, given its L2 table.
     pub const fn slice_host(&self, index: SliceIndex, table: HostOffset) -> HostOffset {
         let first = self.geometry.l2_index(self.slice_start(index));
-        HostOffset(table.0 + first * 8)
+        HostOffset(table.0 + (first << self.geometry.l2_entry_bits()))
     }
 
     /// The L2 table above a slice, now.
@@ -164,6 +177,30 @@ impl Qcow2 {
         request.backing().is_some() || self.names_backing.load(Ordering::Acquire)
     }
 
+    /// The role of the child that holds guest data.
+    pub const fn data_role(&self) -> ChildRole {
+        if self.geometry.has_data_file() {
+            ChildRole::DataFile
+        } else {
+            ChildRole::File
+        }
+    }
+
+    /// The child that holds guest data: the external data file of an image that has one, else the image file. Host offsets
+    /// of standard clusters are offsets in it. All else (tables, refcounts, compressed clusters) is in the image file.
+    ///
+    /// # Errors
+    /// ENOMEDIUM when the data file isn't open.
+    pub fn data<'a>(&self, request: &'a Request) -> Result<&'a Child> {
+        if !self.geometry.has_data_file() {
+            return request.file();
+        }
+        request.child(ChildRole::DataFile).ok_or_else(|| {
+            Error::new(ErrorKind::NoMedium, "The external data file is not open")
+                .with_file(self.filename.clone())
+        })
+    }
+
     /// ENOMEDIUM once the image was found corrupt.
     pub fn check_usable(&self) -> Result<()> {
         if self.shut.load(Ordering::Acquire) {
@@ -181,7 +218,18 @@ impl Qcow2 {
             return Err(Error::new(ErrorKind::NotPermitted, "Image is read-only")
                 .with_file(self.filename.clone()));
         }
+        if self.is_uncertain() {
+            return Err(Error::io(
+                "It is unknown which tables the header points to; the image has to be reopened",
+            )
+            .with_file(self.filename.clone()));
+        }
         Ok(())
+    }
+
+    /// Whether nothing may be written until the image is reopened.
+    pub fn is_uncertain(&self) -> bool {
+        self.uncertain.load(Ordering::Acquire)
     }
 
     /// Takes the metadata lock, and sees to what dropped allocations left behind.

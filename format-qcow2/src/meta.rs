@@ -22,7 +22,7 @@ use crate::{
         refcounts::RefcountStore,
         slice::{NumberSet, Slice, SliceIndex},
     },
-    layout::{ClusterIndex, Geometry, Header, HostOffset, L2Entry},
+    layout::{ClusterIndex, Geometry, Header, HostOffset, L2Entry, RawEntry, SnapshotEntry, Space},
     overlap::MetadataMap,
 };
 
@@ -31,6 +31,8 @@ pub(crate) struct Meta {
     pub geometry: Geometry,
     pub header: Header,
     pub refcounts: RefcountStore,
+    /// The snapshot table.
+    pub snapshots: Vec<SnapshotEntry>,
     /// No cluster below this one is free.
     pub hint: u64,
     /// Clusters that were handed out and aren't linked yet, by number.
@@ -58,16 +60,13 @@ pub(crate) struct Meta {
 }
 
 /// What a raw entry of a guest cluster links to, as those who watch the driver are told.
-pub(crate) fn link_of(raw: u64, cluster: ClusterIndex, geometry: Geometry) -> Option<Link> {
+pub(crate) fn link_of(raw: RawEntry, cluster: ClusterIndex, geometry: Geometry) -> Option<Link> {
+    if geometry.has_data_file() {
+        // What is in the data file takes no space in the image.
+        return None;
+    }
     let guest = geometry.cluster_start(cluster).0;
     match L2Entry::decode(raw, geometry).ok()? {
-        L2Entry::Unallocated | L2Entry::ZeroPlain => None,
-        L2Entry::Normal { host, copied } | L2Entry::ZeroAllocated { host, copied } => Some(Link {
-            guest,
-            host: host.0,
-            len: geometry.cluster_size(),
-            shared: !copied,
-        }),
         L2Entry::Compressed(run) => {
             let (first, last) = run.clusters(geometry);
             Some(Link {
@@ -77,6 +76,12 @@ pub(crate) fn link_of(raw: u64, cluster: ClusterIndex, geometry: Geometry) -> Op
                 shared: true,
             })
         }
+        entry => entry.space().map(|Space { host, copied }| Link {
+            guest,
+            host: host.0,
+            len: geometry.cluster_size(),
+            shared: !copied,
+        }),
     }
 }
 
@@ -95,6 +100,7 @@ impl Meta {
             geometry: header.geometry(),
             header,
             refcounts,
+            snapshots: Vec::new(),
             hint: 0,
             unlinked: NumberSet::default(),
             packing: None,
@@ -113,7 +119,7 @@ impl Meta {
     }
 
     /// Changes an entry of a slice and notes it as dirty.
-    pub fn set_entry(&mut self, index: SliceIndex, slice: &Arc<Slice>, at: usize, raw: u64) {
+    pub fn set_entry(&mut self, index: SliceIndex, slice: &Arc<Slice>, at: usize, raw: RawEntry) {
         if self.tap.is_set() {
             self.tell_change(index, slice, at, raw);
         }
@@ -124,7 +130,7 @@ impl Meta {
     }
 
     #[cold]
-    fn tell_change(&self, index: SliceIndex, slice: &Slice, at: usize, raw: u64) {
+    fn tell_change(&self, index: SliceIndex, slice: &Slice, at: usize, raw: RawEntry) {
         let cluster = ClusterIndex(index.0 * slice.len() as u64 + at as u64);
         let old = link_of(slice.load(at), cluster, self.geometry);
         let new = link_of(raw, cluster, self.geometry);

@@ -1,7 +1,8 @@
 //! Changing the size of the virtual disk, and emptying it.
 //!
 //! Growing moves the L1 table if it is too small: the copy and its refcounts are durable before the header points to it, and
-//! the size comes last. Shrinking drops the clusters that are cut off, durably, before the size changes.
+//! the size comes last. Shrinking drops the clusters that are cut off, durably, before the size changes; `trim` gives back
+//! what that leaves.
 
 use std::sync::{Arc, atomic::Ordering};
 
@@ -20,9 +21,10 @@ use crate::{
     cache::slices,
     header_update,
     image::{L1Table, Qcow2},
-    io::zero::Change,
-    layout::{ClusterIndex, HostCluster, entry, header::MAX_L1_BYTES},
+    io::{map::Run, zero::Change},
+    layout::{ClusterIndex, HostCluster, HostOffset, entry, header::MAX_L1_BYTES},
     meta::Meta,
+    snapshots,
 };
 
 /// Zeroes written at once where there is no better way.
@@ -40,6 +42,7 @@ impl Qcow2 {
         if length % 512 != 0 {
             return Err(Error::invalid("The new size must be a multiple of 512"));
         }
+        self.check_resizable(request).await?;
         let old = self.length();
         match length.cmp(&old) {
             std::cmp::Ordering::Less if how.preallocation != Preallocation::Off => Err(
@@ -49,6 +52,18 @@ impl Qcow2 {
             std::cmp::Ordering::Equal => Ok(()),
             std::cmp::Ordering::Greater => self.grow(request, old, length, how).await,
         }
+    }
+
+    /// Refuses what depends on the size staying as it is.
+    async fn check_resizable(&self, request: &Request) -> Result<()> {
+        let meta = self.lock_meta(request.file()?).await?;
+        // Entries of version 2's snapshot table don't say how large the disk was.
+        if meta.header.version < 3 && meta.header.nb_snapshots > 0 {
+            return Err(Error::unsupported(
+                "Can't resize a v2 image which has snapshots",
+            ));
+        }
+        Ok(())
     }
 
     async fn grow(
@@ -200,22 +215,25 @@ impl Qcow2 {
         let size = self.geometry.cluster_size();
         // What is left of the last cluster must not come back when the disk grows again.
         let edge = new.next_multiple_of(size).min(old);
-        if new < edge {
-            let (run, pin) = self.locate(request.file()?, new, edge - new).await?;
+        let mut at = new;
+        while at < edge {
+            let (run, pin) = self.locate(request.file()?, at, edge - at).await?;
             drop(pin);
-            use crate::io::map::Run;
+            let next = at + run.len();
             if matches!(run, Run::Data { .. } | Run::Compressed { .. })
                 && !mutant::is_active("qcow2-shrink-leaves-tail")
             {
-                self.write_zero_data(request, new, edge).await?;
+                self.write_zero_data(request, at, next).await?;
             }
+            at = next;
         }
         let first = ClusterIndex(new.div_ceil(size));
         let end = ClusterIndex(old.div_ceil(size));
         self.change_clusters(request, first, end, Change::Full)
             .await?;
         self.write_back(request).await?;
-        self.set_size(request, new).await
+        self.set_size(request, new).await?;
+        self.trim(request, new).await
     }
 
     /// Drops all data of this layer.
@@ -233,10 +251,17 @@ impl Qcow2 {
         file: &block_core::request::Child,
         header: &crate::layout::Header,
     ) -> Result<L1Table> {
-        let bytes = file
-            .read_padded(header.l1_table_offset.0, header.l1_bytes() as usize)
-            .await?;
-        Ok(L1Table::new(header.l1_table_offset, entry::be64s(&bytes)))
+        Self::read_l1_at(file, header.l1_table_offset, header.l1_bytes()).await
+    }
+
+    /// Reads an L1 table of `len` bytes, whose size and place were checked.
+    pub async fn read_l1_at(
+        file: &block_core::request::Child,
+        offset: HostOffset,
+        len: u64,
+    ) -> Result<L1Table> {
+        let bytes = file.read_padded(offset.0, len as usize).await?;
+        Ok(L1Table::new(offset, entry::be64s(&bytes)))
     }
 
     /// Forgets everything in memory and reads it again from disk: after a repair, or when a failed flush left it unknown what
@@ -247,6 +272,13 @@ impl Qcow2 {
         let refcounts =
             slices::load_refcounts(file, &header, self.settings.refcount_blocks).await?;
         let l1 = Self::read_l1(file, &header).await?;
+        // Without it there are no operations on snapshots, but all others.
+        let snapshots = snapshots::load(file, &header)
+            .await
+            .unwrap_or_else(|error| {
+                tracing::warn!("qcow2: the snapshot table can't be read: {error}");
+                Vec::new()
+            });
         let durable = meta.durable;
         let batch = meta.batch;
         meta.orphans.lock().clear();
@@ -262,6 +294,7 @@ impl Qcow2 {
             self.settings.safeguards,
             self.tap.clone(),
         );
+        meta.snapshots = snapshots;
         self.tap.tell(|| SpaceEvent::Forgotten);
         (meta.batch, meta.durable) = (batch, durable);
         self.slices.change_tables(|table| {
@@ -272,6 +305,7 @@ impl Qcow2 {
         self.names_backing
             .store(meta.header.backing_file.is_some(), Ordering::Release);
         self.writeback.failure.forget();
+        self.uncertain.store(false, Ordering::Release);
         self.note_sizes(meta);
         Ok(())
     }

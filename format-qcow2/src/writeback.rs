@@ -3,7 +3,7 @@
 //! A batch works on a snapshot, taken under the metadata lock and written without it:
 //!
 //! 1. refcount blocks (data, copy-on-write fill and zeroed new tables were written when the requests did them),
-//!    then a barrier; entries of the refcount table for new blocks, then a barrier if there were any;
+//!    then a barrier (before any of it an external data file is flushed); entries of the refcount table for new blocks, then a barrier if there were any;
 //! 2. L2 slices and L1 entries: links and unlinks; then a barrier;
 //! 3. references whose unlink is durable by now leave the quarantine: their clusters are punched if that was asked for,
 //!    then their refcounts are lowered in memory, which reaches the disk with the next batch at the earliest.
@@ -127,6 +127,15 @@ impl Qcow2 {
             let mut meta = self.lock_meta(file).await?;
             self.snapshot(&mut meta)?
         };
+        if self.geometry.has_data_file() {
+            // What the snapshot links was written before it was taken. Guests flush for their data's sake, so
+            // this isn't only for batches that link something.
+            let data = self.data(request)?;
+            if let Err(error) = self.writeback.failure.flush(data).await {
+                self.meta.lock().await.linked |= snapshot.linked;
+                return Err(error);
+            }
+        }
         if let Err(error) = self.write_snapshot(file, &snapshot).await
             && !mutant::is_active("qcow2-write-back-error-swallowed")
         {
@@ -171,7 +180,7 @@ impl Qcow2 {
                 slice: slice.clone(),
                 version,
                 host,
-                bytes: slice.to_bytes(),
+                bytes: slice.to_bytes(self.geometry),
             });
         }
         slices.sort_by_key(|copy| copy.host);

@@ -7,10 +7,7 @@ use block_core::{
     BlockHandle, RequestFlags,
     image::{CheckMode, Progress},
 };
-use common::{
-    storage::{Event, Storage},
-    *,
-};
+use common::{cuts::after_cut, storage::Storage, *};
 use futures::future::join_all;
 use parking_lot::Mutex;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
@@ -63,6 +60,7 @@ impl History {
     }
 }
 
+/// The cluster size, unless a test says otherwise.
 const CLUSTER: usize = 4096;
 const REGION: usize = 24 * CLUSTER;
 const TASKS: usize = 4;
@@ -71,13 +69,14 @@ async fn guest(
     handle: &BlockHandle,
     storage: &Storage,
     history: &Mutex<History>,
+    cluster: usize,
     task: usize,
     seed: u64,
 ) {
     let mut rng = SmallRng::seed_from_u64(seed * 100 + task as u64);
     for _ in 0..60 {
         let whole = rng.random_bool(0.6);
-        let unit = if whole { CLUSTER } else { 512 };
+        let unit = if whole { cluster } else { 512 };
         let start = rng.random_range(0..REGION / unit);
         let count = rng.random_range(1..=6).min(REGION / unit - start);
         let (at, len) = (task * REGION + start * unit, count * unit);
@@ -127,40 +126,6 @@ async fn guest(
     }
 }
 
-/// The storage's bytes after a cut: all up to the last flush before `cut`, and any of what came between.
-fn after_cut(start: &[u8], log: &[Event], cut: usize, rng: &mut SmallRng) -> Vec<u8> {
-    let flushed = log[..cut]
-        .iter()
-        .rposition(|event| matches!(event, Event::Flush))
-        .unwrap_or(0);
-    let mut data = start.to_vec();
-    log[..flushed]
-        .iter()
-        .for_each(|event| event.apply(&mut data));
-    let keep = *[0.0, 0.2, 0.5, 0.8, 1.0]
-        .get(rng.random_range(0..5))
-        .unwrap();
-    for event in &log[flushed..cut] {
-        match event {
-            // Sectors are written whole, requests aren't.
-            Event::Write(at, bytes) if bytes.len() > 512 => {
-                let mut done = 0;
-                while done < bytes.len() {
-                    let next = (512 - (*at as usize + done) % 512).min(bytes.len() - done);
-                    if rng.random_bool(keep) {
-                        let part = bytes[done..done + next].to_vec();
-                        Event::Write(at + done as u64, part).apply(&mut data);
-                    }
-                    done += next;
-                }
-            }
-            other if rng.random_bool(keep) => other.apply(&mut data),
-            _ => {}
-        }
-    }
-    data
-}
-
 /// `more`: bytes behind the regions that are written beforehand, so that tables have to grow early.
 fn filled(image: Vec<u8>, at: usize, len: usize) -> Vec<u8> {
     let rig = Rig::new();
@@ -178,6 +143,18 @@ fn filled(image: Vec<u8>, at: usize, len: usize) -> Vec<u8> {
 }
 
 fn storm_and_cut(options: &str, open: &str, more: usize, seed: u64, cuts: usize) -> u64 {
+    storm_and_cut_clusters(CLUSTER, options, open, more, seed, cuts)
+}
+
+/// `cluster`: what is written, zeroed and discarded as a whole.
+fn storm_and_cut_clusters(
+    cluster: usize,
+    options: &str,
+    open: &str,
+    more: usize,
+    seed: u64,
+    cuts: usize,
+) -> u64 {
     let rig = Rig::new();
     let size = TASKS * REGION;
     let start = image_bytes(options, (size + more) as u64);
@@ -195,7 +172,8 @@ fn storm_and_cut(options: &str, open: &str, more: usize, seed: u64, cuts: usize)
     });
     let batches = rig.block_on(async {
         let handle = rig.open_storage(&storage, open).await.unwrap();
-        join_all((0..TASKS).map(|task| guest(&handle, &storage, &history, task, seed))).await;
+        join_all((0..TASKS).map(|task| guest(&handle, &storage, &history, cluster, task, seed)))
+            .await;
         let batches = counter(&handle, "batches");
         rig.close(handle).await.unwrap();
         batches
@@ -276,6 +254,22 @@ fn after_a_power_cut_flushed_data_is_there_and_nothing_is_corrupt() {
             300 + seed,
             20,
         );
+    }
+    assert!(batches > 25, "{batches}");
+}
+
+#[test]
+fn after_a_power_cut_subclusters_hold_what_was_flushed_and_nothing_is_corrupt() {
+    let mut batches = 0;
+    let seeds = if cfg!(debug_assertions) { 3 } else { 6 };
+    for seed in 0..seeds {
+        for (n, cluster) in [16 << 10, 32 << 10].into_iter().enumerate() {
+            let options = format!("extended_l2=on,cluster_size={cluster}");
+            for open in ["", "l2-cache-size=1k,l2-cache-entry-size=512"] {
+                let seed = 1000 * (n as u64 + 1) + seed;
+                batches += storm_and_cut_clusters(cluster, &options, open, 0, seed, 50);
+            }
+        }
     }
     assert!(batches > 25, "{batches}");
 }

@@ -88,7 +88,17 @@ impl RefcountStore {
         let table = entry::be64s(&bytes)
             .map(|raw| raw & entry::REFCOUNT_TABLE_MASK)
             .collect();
-        Ok(Self {
+        Ok(Self::with_table(geometry, place, table, capacity))
+    }
+
+    /// The same for a table whose entries are known, and on disk.
+    pub fn with_table(
+        geometry: Geometry,
+        place: TablePlace,
+        table: Vec<u64>,
+        capacity: usize,
+    ) -> Self {
+        Self {
             geometry,
             codec: Refcounts::new(geometry.refcount_order()),
             table,
@@ -98,7 +108,12 @@ impl RefcountStore {
             clock: 0,
             capacity,
             tap: Arc::default(),
-        })
+        }
+    }
+
+    /// Where the blocks are, by table index; 0: there is none.
+    pub fn table(&self) -> &[u64] {
+        &self.table
     }
 
     pub fn place(&self) -> TablePlace {
@@ -327,6 +342,54 @@ impl RefcountStore {
             .iter()
             .rposition(|raw| *raw != 0)
             .map_or(0, |last| last as u64 + 1)
+    }
+
+    /// Whether the block of a table index exists and all its refcounts are 0, but for one of its own cluster if it
+    /// describes that.
+    pub async fn counts_nothing_else(&mut self, file: &Child, table_index: u64) -> Result<bool> {
+        let Some(host) = self.block_offset(table_index) else {
+            return Ok(false);
+        };
+        let (codec, geometry) = (self.codec, self.geometry);
+        let cluster = geometry.host_cluster_of(host);
+        let own = (geometry.refcount_table_index(cluster) == table_index)
+            .then(|| geometry.refcount_block_index(cluster));
+        let Some(block) = self.block(file, table_index).await? else {
+            return Ok(false);
+        };
+        Ok((0..geometry.refcounts_per_block()).all(|at| {
+            let count = codec.get(&block.bytes, at as usize);
+            count == 0 || (count == 1 && own == Some(at))
+        }))
+    }
+
+    /// Forgets a block that the table on disk has no entry for any more.
+    pub fn remove_block(&mut self, table_index: u64) {
+        if let Some(slot) = usize::try_from(table_index)
+            .ok()
+            .and_then(|index| self.table.get_mut(index))
+        {
+            let cluster = self.geometry.host_cluster_of(HostOffset(*slot));
+            *slot = 0;
+            self.tap.tell(|| self.freed(cluster));
+        }
+        self.blocks.remove(&table_index);
+        self.unpublished.remove(&table_index);
+    }
+
+    /// The last cluster that is in use; the header's if nothing else is.
+    pub async fn last_used(&mut self, file: &Child) -> Result<u64> {
+        let (codec, per_block) = (self.codec, self.geometry.refcounts_per_block());
+        for table_index in (0..self.blocks_end()).rev() {
+            let Some(block) = self.block(file, table_index).await? else {
+                continue;
+            };
+            let used = |at: &u64| codec.get(&block.bytes, *at as usize) != 0;
+            if let Some(at) = (0..per_block).rev().find(used) {
+                return Ok(table_index * per_block + at);
+            }
+        }
+        Ok(0)
     }
 
     /// Makes `count` new blocks from `table_index` on, packed at the start of the first one's range. The caller counts

@@ -22,7 +22,7 @@ use super::slice::{NumberMap, Slice, SliceIndex, SliceTable};
 use crate::{
     counters::Counters,
     image::Qcow2,
-    layout::{ClusterIndex, L1Entry, L2Entry, entry},
+    layout::{ClusterIndex, L1Entry, L2Entry, RawEntry},
     meta::link_of,
 };
 
@@ -99,13 +99,13 @@ impl Qcow2 {
             let Some(table) = self.table_of(index)?.l2 else {
                 return Ok(None);
             };
-            let len = self.slice_entries() as usize * 8;
+            let len = self.slice_bytes() as usize;
             file.debug_event(DebugEvent::L2Load).await;
             let bytes = file
                 .read_padded(self.slice_host(index, table).0, len)
                 .await?;
             Counters::add(&self.counters.slice_loads, 1);
-            let slice = Slice::new(entry::be64s(&bytes));
+            let slice = Slice::new(RawEntry::parse(&bytes, self.geometry), self.geometry);
             let changed = self.slices.tables_changed.read();
             if *changed == began {
                 if self.tap.is_set() && self.slices.table.get(index).is_none() {
@@ -124,14 +124,15 @@ impl Qcow2 {
     /// Whether any entry of a slice says, or has said, that data is where metadata is known to be. A look at all
     /// entries is only taken again after metadata was added somewhere.
     pub fn is_suspect(&self, slice: &Slice) -> bool {
+        if self.geometry.has_data_file() {
+            return false;
+        }
         slice.is_suspect(self.metadata.generation(), || {
             let hosts = (0..slice.len()).filter_map(|at| {
-                match L2Entry::decode(slice.load(at), self.geometry) {
-                    Ok(L2Entry::Normal { host, .. } | L2Entry::ZeroAllocated { host, .. }) => {
-                        Some(self.geometry.host_cluster_of(host).0)
-                    }
-                    _ => None,
-                }
+                let space = L2Entry::decode(slice.load(at), self.geometry)
+                    .ok()?
+                    .space()?;
+                Some(self.geometry.host_cluster_of(space.host).0)
             });
             self.metadata.overlaps(hosts)
         })
@@ -216,12 +217,12 @@ impl Qcow2 {
         let len = self.geometry.cluster_size() as usize;
         file.debug_event(DebugEvent::L2AllocCowRead).await;
         let mut bytes = file.read_padded(old.0, len).await?.to_vec();
-        let slice_len = self.slice_entries() as usize * 8;
+        let slice_len = self.slice_bytes() as usize;
         for n in 0..per_table {
             // What is in memory may be newer than the file.
             if let Some(slice) = self.slices.table.get(SliceIndex(first + n)) {
                 let start = n as usize * slice_len;
-                bytes[start..start + slice_len].copy_from_slice(&slice.to_bytes());
+                bytes[start..start + slice_len].copy_from_slice(&slice.to_bytes(self.geometry));
             }
         }
         let allocation = meta.allocate(file, 1).await?;

@@ -17,7 +17,7 @@ use crate::{
     compress,
     counters::Counters,
     image::Qcow2,
-    layout::{ClusterIndex, HostCluster, L2Entry},
+    layout::{ClusterIndex, HostCluster, L2Entry, RawEntry},
 };
 
 /// Clusters of one request that are compressed at once.
@@ -146,12 +146,13 @@ impl Qcow2 {
         Ok(())
     }
 
-    fn check_unallocated(&self, raw: u64, cluster: ClusterIndex) -> Result<()> {
-        match self.decode(raw, cluster)? {
-            L2Entry::Unallocated | L2Entry::ZeroPlain => Ok(()),
-            _ => Err(Error::io(
+    fn check_unallocated(&self, raw: RawEntry, cluster: ClusterIndex) -> Result<()> {
+        let entry = self.decode(raw, cluster)?;
+        if entry.space().is_some() || matches!(entry, L2Entry::Compressed(_)) {
+            return Err(Error::io(
                 "Compressed writes need a cluster that isn't allocated yet",
-            )),
+            ));
         }
+        Ok(())
     }
 }

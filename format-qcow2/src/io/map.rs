@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use block_core::{
-    driver::{ChildRole, MapIntent, Mapping},
+    driver::{MapIntent, Mapping},
     error::{Error, Result},
     mutant,
     node::Edges,
@@ -15,7 +15,7 @@ use block_core::{
 use crate::{
     cache::slice::Slice,
     image::Qcow2,
-    layout::{ClusterIndex, CompressedRun, EntryProblem, HostOffset, L2Entry},
+    layout::{ClusterIndex, CompressedRun, EntryProblem, HostOffset, L2Entry, RawEntry},
 };
 
 /// How the first bytes of a range are stored.
@@ -52,7 +52,7 @@ impl Run {
 
 impl Qcow2 {
     /// Decodes an entry of a guest cluster.
-    pub fn decode(&self, raw: u64, cluster: ClusterIndex) -> Result<L2Entry> {
+    pub fn decode(&self, raw: RawEntry, cluster: ClusterIndex) -> Result<L2Entry> {
         L2Entry::decode(raw, self.geometry).map_err(|problem| self.bad_entry(problem, cluster))
     }
 
@@ -63,12 +63,18 @@ impl Qcow2 {
             EntryProblem::Unaligned(offset) => format!(
                 "Cluster allocation offset {offset} unaligned (guest offset: {guest}, L2 index: {index:#x})"
             ),
+            EntryProblem::Subclusters(bitmap) => format!(
+                "Invalid cluster entry found (guest offset: {guest}, L2 index: {index:#x}, subclusters: {bitmap:#018x})"
+            ),
             other => format!("{other} (guest offset: {guest}, L2 index: {index:#x})"),
         })
     }
 
     /// The longest run of one kind at the start of a range that lies within `slice`.
     pub fn run_in(&self, slice: &Slice, offset: u64, len: u64) -> Result<Run> {
+        if self.geometry.has_extended_l2() {
+            return self.run_in_extended(slice, offset, len);
+        }
         let size = self.geometry.cluster_size();
         let within = self.geometry.within(offset);
         let first = self.cluster_of(offset);
@@ -117,6 +123,9 @@ impl Qcow2 {
                 cluster: first,
                 len: (size - within).min(len),
             },
+            L2Entry::Mixed { .. } => {
+                return Err(Error::corrupt("subclusters in an ordinary L2 entry"));
+            }
         })
     }
 
@@ -143,7 +152,7 @@ impl Qcow2 {
         if self.check_usable().is_err() || len == 0 {
             return Mapping::NotCached;
         }
-        if intent == MapIntent::Overwrite && self.is_read_only() {
+        if intent == MapIntent::Overwrite && (self.is_read_only() || self.is_uncertain()) {
             return Mapping::NotCached;
         }
         let pin = self.pins.pin();
@@ -167,7 +176,7 @@ impl Qcow2 {
         };
         match (run, intent) {
             (Run::Data { host, len, copied }, intent) => {
-                let Some(edge) = edges.index(ChildRole::File) else {
+                let Some(edge) = edges.index(self.data_role()) else {
                     return Mapping::NotCached;
                 };
                 if intent == MapIntent::Overwrite {

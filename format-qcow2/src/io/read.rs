@@ -22,7 +22,7 @@ use crate::{
 /// Pieces of one request in flight.
 pub(crate) const WINDOW: usize = 16;
 
-/// Reads host bytes; what lies beyond the end of the file reads as zeroes.
+/// Reads host bytes of `file`, the child that holds them; what lies beyond its end reads as zeroes.
 pub(crate) async fn read_host(file: &Child, host: HostOffset, mut buf: IoBufMut) -> Result<()> {
     let available = file.length().saturating_sub(host.0).min(buf.len() as u64) as usize;
     if available < buf.len() {
@@ -82,9 +82,9 @@ impl Qcow2 {
     ) -> Result<()> {
         let result = match run {
             Run::Data { host, .. } => {
-                let file = request.file()?;
-                file.debug_event(DebugEvent::ReadAio).await;
-                read_host(file, host, buf).await
+                let data = self.data(request)?;
+                data.debug_event(DebugEvent::ReadAio).await;
+                read_host(data, host, buf).await
             }
             Run::Zero { .. } => {
                 buf.fill(0);

@@ -38,6 +38,8 @@ pub mod field {
     pub const L1: u64 = 36;
     /// `refcount_table_offset` and `refcount_table_clusters`, 8 + 4 bytes.
     pub const REFCOUNT_TABLE: u64 = 48;
+    /// `nb_snapshots` and `snapshots_offset`, 4 + 8 bytes: the end of what every version has.
+    pub const SNAPSHOTS: u64 = 60;
     /// `incompatible_features`, 8 bytes.
     pub const INCOMPATIBLE: u64 = 72;
     /// `compatible_features`, 8 bytes.
@@ -471,8 +473,16 @@ impl Header {
     /// # Panics
     /// If fields were set to what no valid header holds.
     pub fn geometry(&self) -> Geometry {
-        match Geometry::new(self.cluster_bits, self.refcount_order, self.version) {
-            Some(geometry) => geometry,
+        let ordinary = Geometry::new(self.cluster_bits, self.refcount_order, self.version);
+        let geometry = if self.incompatible.contains(Incompatible::EXTENDED_L2) {
+            ordinary.and_then(Geometry::with_extended_l2)
+        } else {
+            ordinary
+        };
+        match geometry {
+            Some(geometry) => {
+                geometry.with_data_file(self.incompatible.contains(Incompatible::DATA_FILE))
+            }
             None => panic!("cluster_bits and refcount_order were checked when the header was read"),
         }
     }

@@ -7,10 +7,14 @@ pub mod extensions;
 pub mod header;
 pub mod refcount;
 mod refusal;
+pub mod snapshot;
 pub mod units;
 
-pub use entry::{CompressedRun, EntryProblem, L1Entry, L2Entry};
+pub use entry::{
+    CompressedRun, EntryProblem, L1Entry, L2Entry, RawEntry, Space, SubclusterKind, Subclusters,
+};
 pub use extensions::Extensions;
 pub use header::{Autoclear, Compatible, Header, Incompatible};
 pub use refcount::Refcounts;
+pub use snapshot::SnapshotEntry;
 pub use units::{ClusterIndex, Geometry, GuestOffset, HostCluster, HostOffset};

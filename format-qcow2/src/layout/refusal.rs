@@ -13,7 +13,7 @@ use super::{
 
 impl Header {
     /// What depends on how the image is opened: refuses a corrupt image for writing and one without refcounts, except
-    /// for a check, and everything that [`Self::refuse_unsupported`] refuses.
+    /// for a check, and everything that [`Self::refuse_unsupported`] refuses, except for a check.
     pub fn check_open(&self, read_only: bool, for_check: bool) -> Result<()> {
         if !read_only && !for_check && self.incompatible.contains(Incompatible::CORRUPT) {
             return Err(Error::new(
@@ -44,11 +44,15 @@ impl Header {
                 "bit 1 only with incompatible feature bit 2",
             ));
         }
+        if for_check {
+            // A check follows the metadata of every feature, whether or not the driver can serve it.
+            return Ok(());
+        }
         self.refuse_unsupported(read_only)
     }
 
-    /// Refuses what this driver can't handle yet, by name. Internal snapshots and persistent bitmaps do no harm to
-    /// readers; writing beside them would.
+    /// Refuses what this driver can't handle yet, by name. Persistent bitmaps do no harm to readers; writing
+    /// beside them would.
     pub fn refuse_unsupported(&self, read_only: bool) -> Result<()> {
         let refuse = |feature: &str, field: &str, value: String, allowed: &str| {
             Err(
@@ -56,8 +60,7 @@ impl Header {
                     .with_field(field, value, allowed),
             )
         };
-        let missing =
-            Incompatible::DATA_FILE | Incompatible::COMPRESSION | Incompatible::EXTENDED_L2;
+        let missing = Incompatible::DATA_FILE | Incompatible::COMPRESSION;
         let unsupported = self.incompatible & missing;
         if !unsupported.is_empty() {
             let table = &self.extensions.feature_names;
@@ -84,14 +87,6 @@ impl Header {
                     "0 in this version of the driver",
                 );
             }
-        }
-        if !read_only && self.nb_snapshots > 0 {
-            return refuse(
-                "internal snapshots (the image can only be opened read-only)",
-                "nb_snapshots",
-                self.nb_snapshots.to_string(),
-                "0 for writing in this version of the driver",
-            );
         }
         if !read_only && let Some(bitmaps) = &self.extensions.bitmaps {
             return refuse(
