@@ -56,6 +56,12 @@ suite:
     target/release/iotests explore
     target/release/iotests crash -f qcow2
 
+# The worked example, the steps of its tutorial, and the copies that forget one duty (minutes)
+examples:
+    cargo test -p format-ledger --test conformance
+    cargo test -p writing-a-driver --test steps
+    cargo test -p forgotten-duties --test named
+
 # Hunts every seeded bug with the whole suite: what finds it, and how fast (docs/mutants.md)
 mutants *args:
     cargo run --release -p iotests --features mutants -- mutants {{args}}
