@@ -387,10 +387,7 @@ fn an_extent_can_not_be_resized() {
     let world = World::new();
     world.create("a.vmdk", "size=1M");
     let node = world.open("a.vmdk").node();
-    let all = block_core::PermissionSet::new(
-        block_core::Permissions::all(),
-        block_core::Permissions::all(),
-    );
+    let all = PermissionSet::new(Permissions::all(), Permissions::all());
     let handle = world.graph.attach(&node, all, "tool").unwrap();
     let error = block_on(handle.truncate(2 << 20, block_core::driver::Truncate::default()));
     assert_eq!(
