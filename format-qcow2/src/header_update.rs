@@ -107,36 +107,6 @@ fn in_one_sector(header: &Header, old: &[u8]) -> Option<(Vec<u8>, Option<usize>)
     Some((header.lay_out(false, Some(at)).ok()?, Some(at)))
 }
 
-/// The part of the first cluster that is written as one, whatever the storage is.
-const SECTOR: usize = 512;
-
-/// Replaces one header by another so that a power cut leaves one of them, also on storage that writes only sectors whole: as
-/// long as one of the two fits into the first sector, which then decides. Flushes in between, but not at the end.
-///
-/// # Errors
-/// As [`rewrite`].
-pub async fn replace(file: &Child, header: &Header) -> Result<()> {
-    let after = header.encode()?;
-    let before = file.read_padded(0, after.len()).await?;
-    // An end marker after the last extension is made of zeroes: it has to be in the sector as well.
-    let fits = |bytes: &[u8]| bytes.iter().skip(SECTOR - 8).all(|byte| *byte == 0);
-    let (head, tail) = (after[..SECTOR].to_vec(), after[SECTOR..].to_vec());
-    let at = SECTOR as u64;
-    if before[SECTOR..] == after[SECTOR..] {
-        file.write(0, head, RequestFlags::empty()).await
-    } else if fits(&before) {
-        file.write(at, tail, RequestFlags::empty()).await?;
-        file.flush().await?;
-        file.write(0, head, RequestFlags::empty()).await
-    } else if fits(&after) {
-        file.write(0, head, RequestFlags::empty()).await?;
-        file.flush().await?;
-        file.write(at, tail, RequestFlags::empty()).await
-    } else {
-        file.write(0, after, RequestFlags::empty()).await
-    }
-}
-
 /// Records another backing file, `None` for none, and updates `header` to what was written.
 ///
 /// # Errors

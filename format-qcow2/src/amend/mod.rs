@@ -118,7 +118,7 @@ impl Qcow2 {
         // The options that the node was opened with have to fit the new one, too.
         let settings = self.settings.changed(&serde_json::Map::new(), &header)?;
         // Until it is flushed it is unknown which one is there.
-        let written = header_update::replace(file, &header).await;
+        let written = header_update::rewrite(file, &header).await;
         if let Err(error) = &written
             && error.kind() == ErrorKind::NoSpace
             && header.encode().is_err()
