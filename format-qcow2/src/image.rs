@@ -18,8 +18,10 @@ use futures::lock::{Mutex, MutexGuard};
 use crate::{
     cache::{slice::SliceIndex, slices::SliceCache},
     claims::Claims,
+    compress::Codec,
     counters::Counters,
     header_update,
+    io::compressed::PackingOrder,
     layout::{ClusterIndex, Geometry, GuestOffset, HostOffset, Incompatible, L1Entry},
     meta::Meta,
     overlap::MetadataMap,
@@ -76,6 +78,10 @@ pub(crate) struct Qcow2 {
     pub filename: String,
     /// Bytes of the virtual disk.
     pub size: AtomicU64,
+    /// How compressed clusters are compressed.
+    pub codec: Codec,
+    /// In which order compressed clusters are placed.
+    pub packing_order: PackingOrder,
     pub read_only: AtomicBool,
     /// The header names a backing file, whether or not one is open.
     pub names_backing: AtomicBool,

@@ -3,7 +3,10 @@
 use block_core::image::ImageInfo;
 use serde_json::{Value, json};
 
-use crate::layout::{Autoclear, Header, Incompatible};
+use crate::{
+    compress::Codec,
+    layout::{Autoclear, Header, Incompatible},
+};
 
 /// The information of an image with this header.
 pub fn image_info(header: &Header) -> ImageInfo {
@@ -22,11 +25,7 @@ pub fn image_info(header: &Header) -> ImageInfo {
 /// The `data` of the `format-specific` section.
 fn format_specific(header: &Header) -> Value {
     let refcount_bits = header.geometry().refcount_bits();
-    let compression = if header.compression_type == 0 {
-        "zlib"
-    } else {
-        "zstd"
-    };
+    let compression = Codec::from_type(header.compression_type).map(Codec::name);
     if header.version < 3 {
         return json!({
             "compat": "0.10",

@@ -14,7 +14,6 @@ fn features_that_are_not_supported_yet_are_refused_by_name() {
     let external = format!("data_file={}", data.to_str().unwrap());
     let cases = [
         ("extended_l2=on", "extended L2"),
-        ("compression_type=zstd", "compression type"),
         (external.as_str(), "external data file"),
     ];
     for (options, feature) in cases {

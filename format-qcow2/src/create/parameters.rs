@@ -9,7 +9,10 @@ use block_core::{
 };
 use serde_json::Value;
 
-use crate::layout::{Geometry, extensions::MAX_BACKING_FORMAT, header::MAX_BACKING_NAME};
+use crate::{
+    compress::Codec,
+    layout::{Geometry, extensions::MAX_BACKING_FORMAT, header::MAX_BACKING_NAME},
+};
 
 /// The parameters of a new image.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,6 +27,8 @@ pub struct Parameters {
     pub refcount_order: u32,
     /// Whether refcount updates may be postponed.
     pub lazy_refcounts: bool,
+    /// How compressed clusters are going to be compressed.
+    pub codec: Codec,
     /// What is allocated from the start.
     pub preallocation: Preallocation,
     /// The backing file's name for the header.
@@ -40,6 +45,7 @@ impl Default for Parameters {
             cluster_bits: 16,
             refcount_order: 4,
             lazy_refcounts: false,
+            codec: Codec::Zlib,
             preallocation: Preallocation::Off,
             backing_file: None,
             backing_format: None,
@@ -143,6 +149,7 @@ impl Parameters {
             )
             .with_field("lazy_refcounts", "on", "off"));
         }
+        let codec = take_codec(&mut options, version)?;
         refuse_features(&mut options, version, cluster_size)?;
         let preallocation = match options.take_str("preallocation")?.as_deref() {
             None | Some("off") => Preallocation::Off,
@@ -175,6 +182,7 @@ impl Parameters {
             cluster_bits,
             refcount_order,
             lazy_refcounts,
+            codec,
             preallocation,
             backing_file,
             backing_format,
@@ -193,26 +201,23 @@ impl Parameters {
     }
 }
 
+fn take_codec(options: &mut Options, version: u32) -> Result<Codec> {
+    let Some(name) = options.take_str("compression_type")? else {
+        return Ok(Codec::Zlib);
+    };
+    match Codec::from_name(&name) {
+        Some(codec) if codec != Codec::Zlib && version < 3 => Err(Error::invalid(
+            "Non-zlib compression type is only supported with compatibility level 1.1 and above (use \
+             version=v3 or greater)",
+        )
+        .with_field("compression_type", name, "zlib")),
+        Some(codec) => Ok(codec),
+        None => Err(not_accepted("compression-type", &name, "zlib or zstd")),
+    }
+}
+
 /// Takes the options of features that have an issue of their own out, and refuses those that ask for them.
 fn refuse_features(options: &mut Options, version: u32, cluster_size: u64) -> Result<()> {
-    match options.take_str("compression_type")?.as_deref() {
-        None | Some("zlib") => {}
-        Some("zstd") if version < 3 => {
-            return Err(Error::invalid(
-                "Non-zlib compression type is only supported with compatibility level 1.1 and above (use \
-                 version=v3 or greater)",
-            ));
-        }
-        Some("zstd") => {
-            return Err(refused(
-                "compression type zstd",
-                "compression_type",
-                "zstd",
-                "zlib",
-            ));
-        }
-        Some(other) => return Err(not_accepted("compression-type", other, "zlib")),
-    }
     if options.take_switch("extended_l2")?.unwrap_or(false) {
         if cluster_size < 16384 {
             return Err(Error::invalid(
@@ -336,7 +341,7 @@ mod tests {
     #[test]
     fn every_option_is_read() {
         let all = read(
-            "size=1G,compat=1.1,cluster_size=4k,refcount_bits=1,lazy_refcounts=on,compression_type=zlib,\
+            "size=1G,compat=1.1,cluster_size=4k,refcount_bits=1,lazy_refcounts=on,compression_type=zstd,\
              extended_l2=off,data_file_raw=off,encryption=off,backing_file=a,backing_fmt=raw",
         )
         .unwrap();
@@ -348,6 +353,7 @@ mod tests {
                 cluster_bits: 12,
                 refcount_order: 0,
                 lazy_refcounts: true,
+                codec: Codec::Zstd,
                 preallocation: Preallocation::Off,
                 backing_file: Some("a".into()),
                 backing_format: Some("raw".into()),
@@ -470,7 +476,6 @@ mod tests {
     #[test]
     fn features_with_an_issue_of_their_own_are_refused_by_name() {
         for (text, name) in [
-            ("compression_type=zstd", "zstd"),
             ("extended_l2=on", "extended L2"),
             ("data_file=x", "external data file"),
             ("encryption=on", "encryption"),

@@ -10,9 +10,12 @@ use block_core::{
 };
 
 use super::Parameters;
-use crate::layout::{
-    Autoclear, Compatible, Extensions, Geometry, Header, HostOffset, Incompatible,
-    header::{MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES},
+use crate::{
+    compress::Codec,
+    layout::{
+        Autoclear, Compatible, Extensions, Geometry, Header, HostOffset, Incompatible,
+        header::{MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES},
+    },
 };
 
 /// Sizes of the parts of a new image.
@@ -144,6 +147,8 @@ impl Plan {
     pub fn header(&self, parameters: &Parameters) -> Header {
         let mut compatible = Compatible::empty();
         compatible.set(Compatible::LAZY_REFCOUNTS, parameters.lazy_refcounts);
+        let mut incompatible = Incompatible::empty();
+        incompatible.set(Incompatible::COMPRESSION, parameters.codec != Codec::Zlib);
         Header {
             version: parameters.version,
             cluster_bits: parameters.cluster_bits,
@@ -159,11 +164,11 @@ impl Plan {
             refcount_table_clusters: self.refcount_table_clusters as u32,
             nb_snapshots: 0,
             snapshots_offset: HostOffset(0),
-            incompatible: Incompatible::empty(),
+            incompatible,
             compatible,
             autoclear: Autoclear::empty(),
             refcount_order: parameters.refcount_order,
-            compression_type: 0,
+            compression_type: parameters.codec.to_type(),
             unknown_tail: Vec::new(),
             backing_file: parameters
                 .backing_file

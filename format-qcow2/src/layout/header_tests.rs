@@ -312,7 +312,6 @@ fn features_with_an_issue_of_their_own_are_refused_by_name() {
         for (bits, name) in [
             (Incompatible::EXTENDED_L2, "extended L2 entries"),
             (Incompatible::DATA_FILE, "external data file"),
-            (Incompatible::COMPRESSION, "compression type"),
         ] {
             let error = refused(&|header| header.incompatible = bits, read_only).unwrap_err();
             assert_eq!(error, format!("Unsupported qcow2 feature(s): {name}"));

@@ -56,8 +56,7 @@ impl Header {
                     .with_field(field, value, allowed),
             )
         };
-        let missing =
-            Incompatible::DATA_FILE | Incompatible::COMPRESSION | Incompatible::EXTENDED_L2;
+        let missing = Incompatible::DATA_FILE | Incompatible::EXTENDED_L2;
         let unsupported = self.incompatible & missing;
         if !unsupported.is_empty() {
             let table = &self.extensions.feature_names;
@@ -66,7 +65,7 @@ impl Header {
                 &names,
                 "incompatible_features",
                 format!("{:#x}", self.incompatible.bits()),
-                "dirty (bit 0) and corrupt (bit 1) in this version of the driver",
+                "dirty (bit 0), corrupt (bit 1) and compression type (bit 3) in this version of the driver",
             );
         }
         match self.crypt_method {
