@@ -16,6 +16,18 @@ mod imp {
 
     use std::cell::Cell;
 
+    /// How often the processor is asked to wait a moment before the thread gives way.
+    const SPINS: u32 = 64;
+
+    #[inline]
+    pub(super) fn spin(tries: u32) {
+        if tries < SPINS {
+            std::hint::spin_loop();
+        } else {
+            std::thread::yield_now();
+        }
+    }
+
     /// The next index to hand out. Process-wide on purpose: threads are, too.
     static NEXT: AtomicUsize = AtomicUsize::new(0);
 
@@ -75,6 +87,10 @@ mod imp {
         }
     }
 
+    pub(super) fn spin(_tries: u32) {
+        loom::thread::yield_now();
+    }
+
     loom::thread_local! {
         // Not handed out by a counter: loom's runs must be repeatable, and which threads share a
         // shard is something a model wants to choose.
@@ -105,6 +121,12 @@ pub fn thread_index() -> usize {
 #[doc(hidden)]
 pub fn set_thread_index(index: usize) {
     imp::set_thread_index(index);
+}
+
+/// Lets another thread end what takes it a few instructions; `tries` counts from 0 how often that was asked before.
+#[inline]
+pub fn spin(tries: u32) {
+    imp::spin(tries);
 }
 
 /// Orders the read-modify-write that was just made with [`Ordering::SeqCst`] before every later load.

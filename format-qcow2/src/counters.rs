@@ -31,6 +31,10 @@ pub(crate) struct Counters {
     pub claim_waits: AtomicU64,
     /// Times that the quarantine was drained because the storage was full.
     pub reclaims: AtomicU64,
+    /// L2 tables that a shrink dropped.
+    pub tables_dropped: AtomicU64,
+    /// Refcount blocks that a shrink dropped.
+    pub refblocks_dropped: AtomicU64,
 }
 
 impl Counters {
@@ -61,6 +65,8 @@ impl Counters {
             ("punches", get(&self.punches)),
             ("claim-waits", get(&self.claim_waits)),
             ("reclaims", get(&self.reclaims)),
+            ("tables-dropped", get(&self.tables_dropped)),
+            ("refcount-blocks-dropped", get(&self.refblocks_dropped)),
         ]
     }
 }

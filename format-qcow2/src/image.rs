@@ -109,6 +109,11 @@ impl Qcow2 {
         1 << self.settings.slice_bits
     }
 
+    /// Bytes of a slice.
+    pub const fn slice_bytes(&self) -> u64 {
+        self.slice_entries() << self.geometry.l2_entry_bits()
+    }
+
     /// The slice that maps a guest cluster.
     pub const fn slice_of(&self, cluster: ClusterIndex) -> SliceIndex {
         SliceIndex(cluster.0 >> self.settings.slice_bits)
@@ -144,7 +149,7 @@ impl Qcow2 {
     /// Where a slice is in the file, given its L2 table.
     pub const fn slice_host(&self, index: SliceIndex, table: HostOffset) -> HostOffset {
         let first = self.geometry.l2_index(self.slice_start(index));
-        HostOffset(table.0 + first * 8)
+        HostOffset(table.0 + (first << self.geometry.l2_entry_bits()))
     }
 
     /// The L2 table above a slice, now.

@@ -60,7 +60,6 @@ mod image;
 pub mod info;
 #[cfg(not(loom))]
 mod io;
-#[cfg(not(loom))]
 pub mod layout;
 #[cfg(not(loom))]
 pub mod measure;
@@ -74,6 +73,8 @@ mod overlap;
 mod preallocate;
 #[cfg(not(loom))]
 mod resize;
+#[cfg(not(loom))]
+mod trim;
 #[cfg(not(loom))]
 mod writeback;
 

@@ -22,7 +22,7 @@ use crate::{
         refcounts::RefcountStore,
         slice::{NumberSet, Slice, SliceIndex},
     },
-    layout::{ClusterIndex, Geometry, Header, HostOffset, L2Entry},
+    layout::{ClusterIndex, Geometry, Header, HostOffset, L2Entry, RawEntry},
     overlap::MetadataMap,
 };
 
@@ -58,7 +58,7 @@ pub(crate) struct Meta {
 }
 
 /// What a raw entry of a guest cluster links to, as those who watch the driver are told.
-pub(crate) fn link_of(raw: u64, cluster: ClusterIndex, geometry: Geometry) -> Option<Link> {
+pub(crate) fn link_of(raw: RawEntry, cluster: ClusterIndex, geometry: Geometry) -> Option<Link> {
     if geometry.has_data_file() {
         // What is in the data file takes no space in the image.
         return None;
@@ -117,7 +117,7 @@ impl Meta {
     }
 
     /// Changes an entry of a slice and notes it as dirty.
-    pub fn set_entry(&mut self, index: SliceIndex, slice: &Arc<Slice>, at: usize, raw: u64) {
+    pub fn set_entry(&mut self, index: SliceIndex, slice: &Arc<Slice>, at: usize, raw: RawEntry) {
         if self.tap.is_set() {
             self.tell_change(index, slice, at, raw);
         }
@@ -128,7 +128,7 @@ impl Meta {
     }
 
     #[cold]
-    fn tell_change(&self, index: SliceIndex, slice: &Slice, at: usize, raw: u64) {
+    fn tell_change(&self, index: SliceIndex, slice: &Slice, at: usize, raw: RawEntry) {
         let cluster = ClusterIndex(index.0 * slice.len() as u64 + at as u64);
         let old = link_of(slice.load(at), cluster, self.geometry);
         let new = link_of(raw, cluster, self.geometry);

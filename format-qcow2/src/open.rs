@@ -111,7 +111,7 @@ impl Qcow2Options {
         let blocks = (refcount_bytes / geometry.cluster_size()).max(MIN_CACHED);
         Ok(Settings {
             l2_slices: usize::try_from(slices).unwrap_or(usize::MAX),
-            slice_bits: slice.trailing_zeros() - 3,
+            slice_bits: slice.trailing_zeros() - geometry.l2_entry_bits(),
             refcount_blocks: usize::try_from(blocks).unwrap_or(usize::MAX),
             pass_discard: self.pass_discard_request.is_none_or(|on| on.0),
             pass_discard_other: self.pass_discard_other.is_some_and(|on| on.0),
@@ -140,7 +140,9 @@ impl Qcow2Options {
         let total = wanted(self.cache_size);
         let (l2, refcount) = (wanted(self.l2_cache_size), wanted(self.refcount_cache_size));
         // What it takes to hold all L2 tables.
-        let all = geometry.clusters_for(header.size).saturating_mul(8);
+        let all = geometry
+            .clusters_for(header.size)
+            .saturating_mul(geometry.l2_entry_size());
         let least_refcount = MIN_CACHED * geometry.cluster_size();
         if let Some(total) = total {
             for (name, part) in [("l2-cache-size", l2), ("refcount-cache-size", refcount)] {

@@ -1,7 +1,8 @@
 //! Changing the size of the virtual disk, and emptying it.
 //!
 //! Growing moves the L1 table if it is too small: the copy and its refcounts are durable before the header points to it, and
-//! the size comes last. Shrinking drops the clusters that are cut off, durably, before the size changes.
+//! the size comes last. Shrinking drops the clusters that are cut off, durably, before the size changes; `trim` gives back
+//! what that leaves.
 
 use std::sync::{Arc, atomic::Ordering};
 
@@ -40,6 +41,7 @@ impl Qcow2 {
         if length % 512 != 0 {
             return Err(Error::invalid("The new size must be a multiple of 512"));
         }
+        self.check_resizable(request).await?;
         let old = self.length();
         match length.cmp(&old) {
             std::cmp::Ordering::Less if how.preallocation != Preallocation::Off => Err(
@@ -49,6 +51,18 @@ impl Qcow2 {
             std::cmp::Ordering::Equal => Ok(()),
             std::cmp::Ordering::Greater => self.grow(request, old, length, how).await,
         }
+    }
+
+    /// Refuses what depends on the size staying as it is.
+    async fn check_resizable(&self, request: &Request) -> Result<()> {
+        let meta = self.lock_meta(request.file()?).await?;
+        // Entries of version 2's snapshot table don't say how large the disk was.
+        if meta.header.version < 3 && meta.header.nb_snapshots > 0 {
+            return Err(Error::unsupported(
+                "Can't resize a v2 image which has snapshots",
+            ));
+        }
+        Ok(())
     }
 
     async fn grow(
@@ -215,7 +229,8 @@ impl Qcow2 {
         self.change_clusters(request, first, end, Change::Full)
             .await?;
         self.write_back(request).await?;
-        self.set_size(request, new).await
+        self.set_size(request, new).await?;
+        self.trim(request, new).await
     }
 
     /// Drops all data of this layer.

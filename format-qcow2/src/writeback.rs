@@ -180,7 +180,7 @@ impl Qcow2 {
                 slice: slice.clone(),
                 version,
                 host,
-                bytes: slice.to_bytes(),
+                bytes: slice.to_bytes(self.geometry),
             });
         }
         slices.sort_by_key(|copy| copy.host);

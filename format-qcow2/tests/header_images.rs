@@ -10,7 +10,7 @@ use format_qcow2::{
     compress::Codec,
     header_update::{change_backing, drop_unknown_autoclear, rewrite, write_size},
     info::image_info,
-    layout::{CompressedRun, HostOffset, L1Entry, L2Entry, header::field},
+    layout::{CompressedRun, HostOffset, L1Entry, L2Entry, RawEntry, header::field},
 };
 use futures::executor::block_on;
 use offline::{Image, Lab};
@@ -307,7 +307,7 @@ fn what_is_compressed_here_is_read_by_qemu_img_and_the_other_way_round() {
                 CompressedRun::new(HostOffset(data.len() as u64), packed.len() as u64, geometry);
             let entry = L2Entry::Compressed(run.unwrap()).encode(geometry);
             let at = l2 as usize + 8 * cluster as usize;
-            data[at..at + 8].copy_from_slice(&entry.to_be_bytes());
+            data[at..at + 8].copy_from_slice(&entry.descriptor.to_be_bytes());
             data.extend(packed);
         }
         data.resize(data.len().next_multiple_of(size), 0);
@@ -352,7 +352,8 @@ fn what_is_compressed_here_is_read_by_qemu_img_and_the_other_way_round() {
             .0;
         let data = image.data();
         for cluster in 0..clusters {
-            let entry = L2Entry::decode(image.get64(table + 8 * cluster), geometry).unwrap();
+            let word = RawEntry::ordinary(image.get64(table + 8 * cluster));
+            let entry = L2Entry::decode(word, geometry).unwrap();
             let L2Entry::Compressed(run) = entry else {
                 panic!("{cluster}: {entry:?}")
             };

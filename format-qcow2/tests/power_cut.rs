@@ -7,10 +7,7 @@ use block_core::{
     BlockHandle, RequestFlags,
     image::{CheckMode, Progress},
 };
-use common::{
-    storage::{Event, Storage},
-    *,
-};
+use common::{cuts::after_cut, storage::Storage, *};
 use futures::future::join_all;
 use parking_lot::Mutex;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
@@ -125,40 +122,6 @@ async fn guest(
             history.lock().flushes.push((begun, storage.position()));
         }
     }
-}
-
-/// The storage's bytes after a cut: all up to the last flush before `cut`, and any of what came between.
-fn after_cut(start: &[u8], log: &[Event], cut: usize, rng: &mut SmallRng) -> Vec<u8> {
-    let flushed = log[..cut]
-        .iter()
-        .rposition(|event| matches!(event, Event::Flush))
-        .unwrap_or(0);
-    let mut data = start.to_vec();
-    log[..flushed]
-        .iter()
-        .for_each(|event| event.apply(&mut data));
-    let keep = *[0.0, 0.2, 0.5, 0.8, 1.0]
-        .get(rng.random_range(0..5))
-        .unwrap();
-    for event in &log[flushed..cut] {
-        match event {
-            // Sectors are written whole, requests aren't.
-            Event::Write(at, bytes) if bytes.len() > 512 => {
-                let mut done = 0;
-                while done < bytes.len() {
-                    let next = (512 - (*at as usize + done) % 512).min(bytes.len() - done);
-                    if rng.random_bool(keep) {
-                        let part = bytes[done..done + next].to_vec();
-                        Event::Write(at + done as u64, part).apply(&mut data);
-                    }
-                    done += next;
-                }
-            }
-            other if rng.random_bool(keep) => other.apply(&mut data),
-            _ => {}
-        }
-    }
-    data
 }
 
 /// `more`: bytes behind the regions that are written beforehand, so that tables have to grow early.

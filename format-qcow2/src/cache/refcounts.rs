@@ -329,6 +329,54 @@ impl RefcountStore {
             .map_or(0, |last| last as u64 + 1)
     }
 
+    /// Whether the block of a table index exists and all its refcounts are 0, but for one of its own cluster if it
+    /// describes that.
+    pub async fn counts_nothing_else(&mut self, file: &Child, table_index: u64) -> Result<bool> {
+        let Some(host) = self.block_offset(table_index) else {
+            return Ok(false);
+        };
+        let (codec, geometry) = (self.codec, self.geometry);
+        let cluster = geometry.host_cluster_of(host);
+        let own = (geometry.refcount_table_index(cluster) == table_index)
+            .then(|| geometry.refcount_block_index(cluster));
+        let Some(block) = self.block(file, table_index).await? else {
+            return Ok(false);
+        };
+        Ok((0..geometry.refcounts_per_block()).all(|at| {
+            let count = codec.get(&block.bytes, at as usize);
+            count == 0 || (count == 1 && own == Some(at))
+        }))
+    }
+
+    /// Forgets a block that the table on disk has no entry for any more.
+    pub fn remove_block(&mut self, table_index: u64) {
+        if let Some(slot) = usize::try_from(table_index)
+            .ok()
+            .and_then(|index| self.table.get_mut(index))
+        {
+            let cluster = self.geometry.host_cluster_of(HostOffset(*slot));
+            *slot = 0;
+            self.tap.tell(|| self.freed(cluster));
+        }
+        self.blocks.remove(&table_index);
+        self.unpublished.remove(&table_index);
+    }
+
+    /// The last cluster that is in use; the header's if nothing else is.
+    pub async fn last_used(&mut self, file: &Child) -> Result<u64> {
+        let (codec, per_block) = (self.codec, self.geometry.refcounts_per_block());
+        for table_index in (0..self.blocks_end()).rev() {
+            let Some(block) = self.block(file, table_index).await? else {
+                continue;
+            };
+            let used = |at: &u64| codec.get(&block.bytes, *at as usize) != 0;
+            if let Some(at) = (0..per_block).rev().find(used) {
+                return Ok(table_index * per_block + at);
+            }
+        }
+        Ok(0)
+    }
+
     /// Makes `count` new blocks from `table_index` on, packed at the start of the first one's range. The caller counts
     /// the references to them.
     pub fn add_blocks(&mut self, table_index: u64, count: u64) -> Result<()> {

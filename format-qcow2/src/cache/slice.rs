@@ -6,6 +6,8 @@
 //!    only reference, which is decided with the shard locked for everybody.
 //! 2. Entries are loaded by anyone, without a lock, but changed only by the holder of the metadata lock.
 //! 3. A slice whose newest version isn't known to be on disk is dirty, and is not dropped.
+//! 4. The two words of an extended entry are loaded as they were stored, together: a count that is odd while a change is
+//!    being stored makes readers look again. Ordinary images have no second words, and no such count.
 //!
 //! Nothing here does I/O, and no shard's lock is held across an await.
 
@@ -14,7 +16,9 @@ use std::{
     hash::{BuildHasherDefault, Hasher},
 };
 
-use block_core::sync::{Arc, AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
+use block_core::sync::{Arc, AtomicBool, AtomicU64, AtomicUsize, Ordering, fence, spin};
+
+use crate::layout::{Geometry, RawEntry};
 
 #[cfg(loom)]
 use self::modelled::RwLock;
@@ -28,8 +32,10 @@ pub(crate) struct SliceIndex(pub u64);
 /// A part of an L2 table.
 #[derive(Debug)]
 pub(crate) struct Slice {
-    /// Raw entries, in the machine's byte order.
-    entries: Box<[AtomicU64]>,
+    /// First words of the raw entries, in the machine's byte order.
+    descriptors: Box<[AtomicU64]>,
+    /// What belongs to extended entries.
+    extended: Option<Box<Extended>>,
     /// Counts changes.
     version: AtomicU64,
     /// The version that is on disk.
@@ -42,10 +48,32 @@ pub(crate) struct Slice {
     compared: AtomicU64,
 }
 
+/// The second words of a slice's entries.
+#[derive(Debug)]
+struct Extended {
+    bitmaps: Box<[AtomicU64]>,
+    /// Odd while an entry is being stored, and another value after each store.
+    stores: AtomicU64,
+}
+
 impl Slice {
-    pub fn new(entries: impl IntoIterator<Item = u64>) -> Self {
+    pub fn new(entries: impl ExactSizeIterator<Item = RawEntry>, geometry: Geometry) -> Self {
+        let mut descriptors = Vec::with_capacity(entries.len());
+        let mut bitmaps = Vec::new();
+        for entry in entries {
+            descriptors.push(AtomicU64::new(entry.descriptor));
+            if geometry.has_extended_l2() {
+                bitmaps.push(AtomicU64::new(entry.bitmap));
+            }
+        }
         Self {
-            entries: entries.into_iter().map(AtomicU64::new).collect(),
+            descriptors: descriptors.into(),
+            extended: geometry.has_extended_l2().then(|| {
+                Box::new(Extended {
+                    bitmaps: bitmaps.into(),
+                    stores: AtomicU64::new(0),
+                })
+            }),
             version: AtomicU64::new(0),
             written: AtomicU64::new(0),
             referenced: AtomicBool::new(true),
@@ -67,21 +95,61 @@ impl Slice {
         self.suspect.load(Ordering::Acquire)
     }
 
-    /// An entry's raw bits. A pin taken before keeps what it points to.
+    /// An entry's raw bits, as they were stored together. A pin taken before keeps what it points to.
     #[inline]
-    pub fn load(&self, index: usize) -> u64 {
+    pub fn load(&self, index: usize) -> RawEntry {
+        match &self.extended {
+            None => RawEntry::ordinary(self.load_descriptor(index)),
+            Some(extended) => self.load_extended(extended, index),
+        }
+    }
+
+    #[inline]
+    fn load_descriptor(&self, index: usize) -> u64 {
         // SeqCst pairs with the pins: a reader that published its pin before this load either sees an unlink that
         // came before, or is waited for by the free.
-        self.entries[index].load(Ordering::SeqCst)
+        self.descriptors[index].load(Ordering::SeqCst)
+    }
+
+    fn load_extended(&self, extended: &Extended, index: usize) -> RawEntry {
+        let mut tries = 0;
+        loop {
+            let before = extended.stores.load(Ordering::Acquire);
+            if before % 2 == 0 {
+                let entry = RawEntry {
+                    descriptor: self.load_descriptor(index),
+                    bitmap: extended.bitmaps[index].load(Ordering::SeqCst),
+                };
+                // If a word was of a later store, so is the count that is read now.
+                fence(Ordering::Acquire);
+                if extended.stores.load(Ordering::Relaxed) == before {
+                    return entry;
+                }
+            }
+            // Someone is between two stores.
+            spin(tries);
+            tries = tries.saturating_add(1);
+        }
     }
 
     pub fn len(&self) -> usize {
-        self.entries.len()
+        self.descriptors.len()
     }
 
     /// Changes an entry. Only for the holder of the metadata lock, who notes the slice as dirty.
-    pub fn store(&self, index: usize, raw: u64) {
-        self.entries[index].store(raw, Ordering::SeqCst);
+    pub fn store(&self, index: usize, raw: RawEntry) {
+        match &self.extended {
+            None => self.descriptors[index].store(raw.descriptor, Ordering::SeqCst),
+            Some(extended) => {
+                let stores = extended.stores.load(Ordering::Relaxed);
+                extended.stores.store(stores + 1, Ordering::Relaxed);
+                // Whoever sees a word of this store sees the odd count, too.
+                fence(Ordering::Release);
+                self.descriptors[index].store(raw.descriptor, Ordering::SeqCst);
+                extended.bitmaps[index].store(raw.bitmap, Ordering::SeqCst);
+                extended.stores.store(stores + 2, Ordering::Release);
+            }
+        }
         self.touch();
     }
 
@@ -103,11 +171,13 @@ impl Slice {
         self.version.load(Ordering::Acquire) != self.written.load(Ordering::Acquire)
     }
 
-    /// The entries as they stand on disk.
-    pub fn to_bytes(&self) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(self.entries.len() * 8);
-        for index in 0..self.entries.len() {
-            bytes.extend_from_slice(&self.load(index).to_be_bytes());
+    /// The entries as they stand on disk. Only for the holder of the metadata lock.
+    pub fn to_bytes(&self, geometry: Geometry) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(self.len() << geometry.l2_entry_bits());
+        for index in 0..self.len() {
+            for word in self.load(index).words(geometry) {
+                bytes.extend_from_slice(&word.to_be_bytes());
+            }
         }
         bytes
     }
@@ -192,6 +262,13 @@ impl SliceTable {
         shard.insert(index.0, slice.clone());
         self.count.fetch_add(1, Ordering::Relaxed);
         slice
+    }
+
+    /// Forgets one slice, whose table is gone.
+    pub fn remove(&self, index: SliceIndex) {
+        if self.shard(index).write().remove(&index.0).is_some() {
+            self.count.fetch_sub(1, Ordering::Relaxed);
+        }
     }
 
     /// Forgets everything.
@@ -285,10 +362,19 @@ mod modelled {
 mod tests {
     use super::*;
 
+    const fn raw(descriptor: u64) -> RawEntry {
+        RawEntry::ordinary(descriptor)
+    }
+
+    fn slice<const N: usize>(descriptors: [u64; N]) -> Slice {
+        let geometry = Geometry::new(16, 4, 3).unwrap();
+        Slice::new(descriptors.into_iter().map(RawEntry::ordinary), geometry)
+    }
+
     fn filled(n: u64) -> SliceTable {
         let table = SliceTable::new(4);
         for index in 0..n {
-            table.insert(SliceIndex(index), Slice::new([index]));
+            table.insert(SliceIndex(index), slice([index]));
         }
         table
     }
@@ -297,11 +383,11 @@ mod tests {
     fn a_held_or_dirty_slice_is_never_evicted() {
         let table = filled(16);
         let held = table.get(SliceIndex(3)).unwrap();
-        table.get(SliceIndex(7)).unwrap().store(0, 99);
+        table.get(SliceIndex(7)).unwrap().store(0, raw(99));
         assert_eq!(table.evict(0), 14);
         assert!(Arc::ptr_eq(&held, &table.get(SliceIndex(3)).unwrap()));
         let dirty = table.get(SliceIndex(7)).unwrap();
-        assert_eq!(dirty.load(0), 99);
+        assert_eq!(dirty.load(0), raw(99));
         dirty.wrote(dirty.version());
         drop((dirty, held));
         table.evict(0);
@@ -310,10 +396,10 @@ mod tests {
 
     #[test]
     fn a_slice_that_changed_while_it_was_written_stays_dirty() {
-        let slice = Slice::new([0, 0]);
-        slice.store(0, 1);
+        let slice = slice([0, 0]);
+        slice.store(0, raw(1));
         let version = slice.version();
-        slice.store(1, 2);
+        slice.store(1, raw(2));
         slice.wrote(version);
         assert!(slice.is_dirty());
         slice.wrote(slice.version());
@@ -323,10 +409,10 @@ mod tests {
     #[test]
     fn the_second_of_two_loads_gets_the_first_ones_object() {
         let table = SliceTable::new(2);
-        let first = table.insert(SliceIndex(1), Slice::new([1]));
-        first.store(0, 5);
-        let second = table.insert(SliceIndex(1), Slice::new([1]));
-        assert_eq!(second.load(0), 5);
+        let first = table.insert(SliceIndex(1), slice([1]));
+        first.store(0, raw(5));
+        let second = table.insert(SliceIndex(1), slice([1]));
+        assert_eq!(second.load(0), raw(5));
     }
 
     #[test]
@@ -350,16 +436,89 @@ mod tests {
 mod loom_tests {
     use super::*;
 
+    const fn raw(descriptor: u64) -> RawEntry {
+        RawEntry::ordinary(descriptor)
+    }
+
+    fn slice<const N: usize>(descriptors: [u64; N]) -> Slice {
+        let geometry = Geometry::new(16, 4, 3).unwrap();
+        Slice::new(descriptors.into_iter().map(RawEntry::ordinary), geometry)
+    }
+
+    fn extended(entry: RawEntry) -> Slice {
+        let ordinary = Geometry::new(16, 4, 3).unwrap();
+        Slice::new([entry].into_iter(), ordinary.with_extended_l2().unwrap())
+    }
+
+    /// Readers look again as often as the schedule makes them, so that all schedules are too many.
+    fn bounded(model: impl Fn() + Send + Sync + 'static) {
+        let mut builder = loom::model::Builder::new();
+        builder.preemption_bound = Some(3);
+        builder.check(model);
+    }
+
+    #[test]
+    fn the_words_of_an_extended_entry_are_never_those_of_two_stores() {
+        const ENTRIES: [RawEntry; 3] = [
+            RawEntry {
+                descriptor: 0,
+                bitmap: 0,
+            },
+            RawEntry {
+                descriptor: 0x50000,
+                bitmap: 1,
+            },
+            // The first descriptor again: comparing descriptors wouldn't do.
+            RawEntry {
+                descriptor: 0,
+                bitmap: 1 << 32,
+            },
+        ];
+        bounded(|| {
+            let slice = Arc::new(extended(ENTRIES[0]));
+            let changer = {
+                let slice = slice.clone();
+                loom::thread::spawn(move || {
+                    slice.store(0, ENTRIES[1]);
+                    slice.store(0, ENTRIES[2]);
+                })
+            };
+            let seen = slice.load(0);
+            assert!(ENTRIES.contains(&seen), "{seen:x?}");
+            changer.join().unwrap();
+            assert_eq!(slice.load(0), ENTRIES[2]);
+        });
+    }
+
+    #[test]
+    fn a_change_of_an_extended_entry_counts_as_one_once_it_is_whole() {
+        loom::model(|| {
+            let slice = Arc::new(extended(RawEntry::default()));
+            let entry = RawEntry {
+                descriptor: 0x50000,
+                bitmap: 1,
+            };
+            let changer = {
+                let slice = slice.clone();
+                loom::thread::spawn(move || slice.store(0, entry))
+            };
+            if slice.version() > 0 {
+                assert_eq!(slice.load(0), entry);
+            }
+            changer.join().unwrap();
+        });
+    }
+
     #[test]
     fn a_change_is_never_lost_to_an_eviction() {
         loom::model(|| {
             let table = Arc::new(SliceTable::new(1));
-            table.insert(SliceIndex(0), Slice::new([0]));
+            table.insert(SliceIndex(0), slice([0]));
             let changer = {
                 let table = table.clone();
                 loom::thread::spawn(move || match table.get(SliceIndex(0)) {
                     Some(slice) => {
-                        slice.store(0, 7);
+                        slice.store(0, raw(7));
                         true
                     }
                     None => false,
@@ -369,7 +528,10 @@ mod loom_tests {
             table.evict(0);
             let changed = changer.join().unwrap();
             if changed {
-                assert_eq!(table.with(SliceIndex(0), |slice| slice.load(0)), Some(7));
+                assert_eq!(
+                    table.with(SliceIndex(0), |slice| slice.load(0)),
+                    Some(raw(7))
+                );
             }
         });
     }
@@ -381,13 +543,13 @@ mod loom_tests {
             let other = {
                 let table = table.clone();
                 loom::thread::spawn(move || {
-                    let slice = table.insert(SliceIndex(0), Slice::new([0]));
-                    slice.store(0, 7);
+                    let slice = table.insert(SliceIndex(0), slice([0]));
+                    slice.store(0, raw(7));
                 })
             };
-            let mine = table.insert(SliceIndex(0), Slice::new([0]));
+            let mine = table.insert(SliceIndex(0), slice([0]));
             other.join().unwrap();
-            assert_eq!(mine.load(0), 7);
+            assert_eq!(mine.load(0), raw(7));
         });
     }
 }

@@ -22,7 +22,7 @@ use super::slice::{NumberMap, Slice, SliceIndex, SliceTable};
 use crate::{
     counters::Counters,
     image::Qcow2,
-    layout::{ClusterIndex, L1Entry, L2Entry, entry},
+    layout::{ClusterIndex, L1Entry, L2Entry, RawEntry},
     meta::link_of,
 };
 
@@ -99,13 +99,13 @@ impl Qcow2 {
             let Some(table) = self.table_of(index)?.l2 else {
                 return Ok(None);
             };
-            let len = self.slice_entries() as usize * 8;
+            let len = self.slice_bytes() as usize;
             file.debug_event(DebugEvent::L2Load).await;
             let bytes = file
                 .read_padded(self.slice_host(index, table).0, len)
                 .await?;
             Counters::add(&self.counters.slice_loads, 1);
-            let slice = Slice::new(entry::be64s(&bytes));
+            let slice = Slice::new(RawEntry::parse(&bytes, self.geometry), self.geometry);
             let changed = self.slices.tables_changed.read();
             if *changed == began {
                 if self.tap.is_set() && self.slices.table.get(index).is_none() {
@@ -219,12 +219,12 @@ impl Qcow2 {
         let len = self.geometry.cluster_size() as usize;
         file.debug_event(DebugEvent::L2AllocCowRead).await;
         let mut bytes = file.read_padded(old.0, len).await?.to_vec();
-        let slice_len = self.slice_entries() as usize * 8;
+        let slice_len = self.slice_bytes() as usize;
         for n in 0..per_table {
             // What is in memory may be newer than the file.
             if let Some(slice) = self.slices.table.get(SliceIndex(first + n)) {
                 let start = n as usize * slice_len;
-                bytes[start..start + slice_len].copy_from_slice(&slice.to_bytes());
+                bytes[start..start + slice_len].copy_from_slice(&slice.to_bytes(self.geometry));
             }
         }
         let allocation = meta.allocate(file, 1).await?;

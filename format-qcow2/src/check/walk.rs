@@ -355,7 +355,7 @@ impl<'a> Walk<'a> {
                     ),
                 );
                 if fix {
-                    return Ok(Some(L2Entry::ZeroPlain.encode(geometry)));
+                    return Ok(Some(L2Entry::ZeroPlain.encode(geometry).descriptor));
                 }
             } else {
                 report.add(

@@ -245,11 +245,13 @@ async fn write_l2(file: &Child, plan: &Plan) -> Result<()> {
         let last = plan
             .data_clusters
             .min(first + count * geometry.l2_entries());
-        let entries = (first..last).map(|cluster| {
+        let words = (first..last).flat_map(|cluster| {
             let host = HostOffset(plan.data_offset().0 + cluster * cluster_size);
-            L2Entry::Normal { host, copied: true }.encode(geometry)
+            L2Entry::Normal { host, copied: true }
+                .encode(geometry)
+                .words(geometry)
         });
-        let bytes = encode_table(entries, count * cluster_size)?;
+        let bytes = encode_table(words, count * cluster_size)?;
         let at = plan.l2_offset().0 + table * cluster_size;
         file.write(at, bytes, RequestFlags::empty()).await?;
         table += count;
@@ -271,12 +273,12 @@ fn zeroed(len: u64) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// `entries` big-endian, followed by zeroes up to `len` bytes.
-fn encode_table(entries: impl Iterator<Item = u64>, len: u64) -> Result<Vec<u8>> {
+/// `words` big-endian, followed by zeroes up to `len` bytes.
+fn encode_table(words: impl Iterator<Item = u64>, len: u64) -> Result<Vec<u8>> {
     let mut bytes = zeroed(len)?;
-    let (words, _) = bytes.as_chunks_mut::<8>();
-    for (slot, entry) in words.iter_mut().zip(entries) {
-        *slot = entry.to_be_bytes();
+    let (slots, _) = bytes.as_chunks_mut::<8>();
+    for (slot, word) in slots.iter_mut().zip(words) {
+        *slot = word.to_be_bytes();
     }
     Ok(bytes)
 }

@@ -20,7 +20,7 @@ use super::window::Window;
 use crate::{
     counters::Counters,
     image::Qcow2,
-    layout::{ClusterIndex, HostCluster, L2Entry},
+    layout::{ClusterIndex, HostCluster, L2Entry, RawEntry},
 };
 
 /// Clusters of one request that are compressed at once.
@@ -208,7 +208,7 @@ impl Qcow2 {
         Ok(())
     }
 
-    fn check_unallocated(&self, raw: u64, cluster: ClusterIndex) -> Result<()> {
+    fn check_unallocated(&self, raw: RawEntry, cluster: ClusterIndex) -> Result<()> {
         match self.decode(raw, cluster)? {
             L2Entry::Unallocated | L2Entry::ZeroPlain => Ok(()),
             _ => Err(Error::io(

@@ -15,7 +15,7 @@ use block_core::{
 use crate::{
     cache::slice::Slice,
     image::Qcow2,
-    layout::{ClusterIndex, CompressedRun, EntryProblem, HostOffset, L2Entry},
+    layout::{ClusterIndex, CompressedRun, EntryProblem, HostOffset, L2Entry, RawEntry},
 };
 
 /// How the first bytes of a range are stored.
@@ -52,7 +52,7 @@ impl Run {
 
 impl Qcow2 {
     /// Decodes an entry of a guest cluster.
-    pub fn decode(&self, raw: u64, cluster: ClusterIndex) -> Result<L2Entry> {
+    pub fn decode(&self, raw: RawEntry, cluster: ClusterIndex) -> Result<L2Entry> {
         L2Entry::decode(raw, self.geometry).map_err(|problem| self.bad_entry(problem, cluster))
     }
 

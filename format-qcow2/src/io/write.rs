@@ -28,7 +28,7 @@ use crate::{
     cache::slice::Slice,
     counters::Counters,
     image::Qcow2,
-    layout::{ClusterIndex, HostCluster, HostOffset, L2Entry},
+    layout::{ClusterIndex, HostCluster, HostOffset, L2Entry, RawEntry},
     meta::Meta,
 };
 
@@ -53,7 +53,7 @@ enum Plan {
 struct Place {
     first: ClusterIndex,
     /// The raw entries that the plan was made with, one for each guest cluster.
-    old: SmallVec<[u64; 8]>,
+    old: SmallVec<[RawEntry; 4]>,
     /// Where the clusters go, one piece after the other.
     target: Target,
     /// Bytes of the write that it takes.
@@ -306,7 +306,7 @@ impl Qcow2 {
         }
         let at = self.slice_entry(first);
         let wanted = (self.geometry.within(offset) + len).div_ceil(size) as usize;
-        let mut old: SmallVec<[u64; 8]> = SmallVec::new();
+        let mut old: SmallVec<[RawEntry; 4]> = SmallVec::new();
         let mut reserved = None;
         for n in 0..wanted.min(slice.len() - at) {
             let raw = slice.load(at + n);
@@ -461,7 +461,7 @@ impl Qcow2 {
         }
     }
 
-    fn is_compressed(&self, raw: u64) -> bool {
+    fn is_compressed(&self, raw: RawEntry) -> bool {
         matches!(
             L2Entry::decode(raw, self.geometry),
             Ok(L2Entry::Compressed(_))
@@ -598,7 +598,7 @@ impl Qcow2 {
         &self,
         meta: &mut Meta,
         request: &Request,
-        raw: u64,
+        raw: RawEntry,
         cluster: ClusterIndex,
         punch: bool,
         freed: &mut Freed,
@@ -630,7 +630,7 @@ impl Qcow2 {
 }
 
 /// Whether a slice's entries from `at` on are still the ones that a plan was made with.
-fn still_planned(slice: &Slice, at: usize, old: &[u64]) -> bool {
+fn still_planned(slice: &Slice, at: usize, old: &[RawEntry]) -> bool {
     old.iter()
         .enumerate()
         .all(|(n, raw)| slice.load(at + n) == *raw)

@@ -20,6 +20,44 @@ pub const MAX_HOST_OFFSET: u64 = 1 << 56;
 
 const SECTOR: u64 = 512;
 
+/// An entry of an L2 table as its table holds it: one word in ordinary images, two in those with extended L2 entries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct RawEntry {
+    /// The first word: host offset and flags.
+    pub descriptor: u64,
+    /// The second word of an extended entry: what each subcluster is. 0 in ordinary images.
+    pub bitmap: u64,
+}
+
+impl RawEntry {
+    /// An entry of an ordinary image.
+    pub const fn ordinary(descriptor: u64) -> Self {
+        Self {
+            descriptor,
+            bitmap: 0,
+        }
+    }
+
+    /// The words that tables hold of the entry, one after the other.
+    pub fn words(self, geometry: Geometry) -> impl Iterator<Item = u64> {
+        let second = geometry.has_extended_l2().then_some(self.bitmap);
+        std::iter::once(self.descriptor).chain(second)
+    }
+
+    /// The entries of a table or a part of it. A tail that holds no whole entry is ignored.
+    pub fn parse(bytes: &[u8], geometry: Geometry) -> impl ExactSizeIterator<Item = Self> + '_ {
+        bytes
+            .chunks_exact(geometry.l2_entry_size() as usize)
+            .map(|entry| {
+                let mut words = be64s(entry);
+                Self {
+                    descriptor: words.next().unwrap_or(0),
+                    bitmap: words.next().unwrap_or(0),
+                }
+            })
+    }
+}
+
 /// Why an entry makes no sense. The numbers are what the entry holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum EntryProblem {
@@ -187,7 +225,9 @@ impl CompressedRun {
 
 impl L2Entry {
     /// Reads an entry. Reserved bits are left to `check`.
-    pub fn decode(raw: u64, geometry: Geometry) -> Result<Self, EntryProblem> {
+    #[inline]
+    pub fn decode(raw: RawEntry, geometry: Geometry) -> Result<Self, EntryProblem> {
+        let raw = raw.descriptor;
         if raw & COMPRESSED != 0 {
             return CompressedRun::decode(raw, geometry).map(Self::Compressed);
         }
@@ -208,20 +248,20 @@ impl L2Entry {
     }
 
     /// The entry's bits.
-    pub const fn encode(self, geometry: Geometry) -> u64 {
+    pub const fn encode(self, geometry: Geometry) -> RawEntry {
         const fn flag(copied: bool) -> u64 {
             if copied { COPIED } else { 0 }
         }
-        match self {
+        RawEntry::ordinary(match self {
             Self::Unallocated => 0,
             Self::ZeroPlain => ZERO,
             Self::Normal { host, copied } => host.0 | flag(copied),
             Self::ZeroAllocated { host, copied } => host.0 | flag(copied) | ZERO,
             Self::Compressed(run) => run.encode(geometry),
-        }
+        })
     }
 
-    /// The reserved bits that are set in a standard (not compressed) entry.
+    /// The reserved bits that are set in the descriptor of a standard (not compressed) entry.
     pub const fn reserved_bits(raw: u64, geometry: Geometry) -> u64 {
         if raw & COMPRESSED != 0 {
             return 0;
@@ -262,13 +302,13 @@ mod tests {
 
     #[test]
     fn the_compressed_entry_of_the_specification_decodes() {
-        let entry = L2Entry::decode(0x4040_0000_0005_01da, geometry()).unwrap();
+        let entry = L2Entry::decode(RawEntry::ordinary(0x4040_0000_0005_01da), geometry()).unwrap();
         let run = CompressedRun {
             offset: HostOffset(0x501da),
             len: 550,
         };
         assert_eq!(entry, L2Entry::Compressed(run));
-        assert_eq!(entry.encode(geometry()), 0x4040_0000_0005_01da);
+        assert_eq!(entry.encode(geometry()).descriptor, 0x4040_0000_0005_01da);
         assert_eq!(
             CompressedRun::new(HostOffset(0x501da), 500, geometry()),
             Some(run)
@@ -287,7 +327,7 @@ mod tests {
             ] {
                 let raw = entry.encode(geometry());
                 assert_eq!(L2Entry::decode(raw, geometry()), Ok(entry));
-                assert_eq!(L2Entry::reserved_bits(raw, geometry()), 0);
+                assert_eq!(L2Entry::reserved_bits(raw.descriptor, geometry()), 0);
             }
         }
     }
@@ -295,9 +335,12 @@ mod tests {
     #[test]
     fn impossible_entries_are_problems() {
         let v2 = Geometry::new(16, 4, 2).unwrap();
-        assert_eq!(L2Entry::decode(1, v2), Err(EntryProblem::ZeroInVersion2));
         assert_eq!(
-            L2Entry::decode(0x50200, geometry()),
+            L2Entry::decode(RawEntry::ordinary(1), v2),
+            Err(EntryProblem::ZeroInVersion2)
+        );
+        assert_eq!(
+            L2Entry::decode(RawEntry::ordinary(0x50200), geometry()),
             Err(EntryProblem::Unaligned(HostOffset(0x50200)))
         );
         assert!(L1Entry::decode(0x200, geometry()).is_err());

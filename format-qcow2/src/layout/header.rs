@@ -471,7 +471,13 @@ impl Header {
     /// # Panics
     /// If fields were set to what no valid header holds.
     pub fn geometry(&self) -> Geometry {
-        match Geometry::new(self.cluster_bits, self.refcount_order, self.version) {
+        let ordinary = Geometry::new(self.cluster_bits, self.refcount_order, self.version);
+        let geometry = if self.incompatible.contains(Incompatible::EXTENDED_L2) {
+            ordinary.and_then(Geometry::with_extended_l2)
+        } else {
+            ordinary
+        };
+        match geometry {
             Some(geometry) => {
                 geometry.with_data_file(self.incompatible.contains(Incompatible::DATA_FILE))
             }

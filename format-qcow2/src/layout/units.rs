@@ -40,6 +40,8 @@ pub struct Geometry {
     refcount_order: u32,
     /// Version 3 or later: the zero flag exists.
     zero_flag: bool,
+    /// L2 entries take two words and tell of subclusters.
+    extended_l2: bool,
     /// Guest data is in a file of its own.
     data_file: bool,
 }
@@ -49,6 +51,10 @@ impl Geometry {
     pub const MIN_CLUSTER_BITS: u32 = 9;
     /// Largest allowed `cluster_bits`.
     pub const MAX_CLUSTER_BITS: u32 = 21;
+    /// Smallest allowed `cluster_bits` with extended L2 entries.
+    pub const MIN_EXTENDED_CLUSTER_BITS: u32 = 14;
+    /// Subclusters of a cluster with an extended L2 entry.
+    pub const SUBCLUSTERS: u64 = 32;
     /// Largest allowed `refcount_order`.
     pub const MAX_REFCOUNT_ORDER: u32 = 6;
 
@@ -66,7 +72,20 @@ impl Geometry {
             cluster_bits,
             refcount_order,
             zero_flag: version >= 3,
+            extended_l2: false,
             data_file: false,
+        })
+    }
+
+    /// The same with extended L2 entries (digest, section 3.1). `None` when the format doesn't allow them: they need
+    /// version 3 and clusters of at least 16 KiB.
+    pub const fn with_extended_l2(self) -> Option<Self> {
+        if !self.zero_flag || self.cluster_bits < Self::MIN_EXTENDED_CLUSTER_BITS {
+            return None;
+        }
+        Some(Self {
+            extended_l2: true,
+            ..self
         })
     }
 
@@ -95,6 +114,31 @@ impl Geometry {
     /// Whether L2 entries have a zero flag (version 3).
     pub const fn has_zero_flag(self) -> bool {
         self.zero_flag
+    }
+
+    /// Whether L2 entries are extended.
+    pub const fn has_extended_l2(self) -> bool {
+        self.extended_l2
+    }
+
+    /// log2 of what an L2 entry tells apart: a subcluster, or the cluster where L2 entries aren't extended.
+    pub const fn subcluster_bits(self) -> u32 {
+        self.cluster_bits - if self.extended_l2 { 5 } else { 0 }
+    }
+
+    /// Bytes of a subcluster; of a cluster where L2 entries aren't extended.
+    pub const fn subcluster_size(self) -> u64 {
+        1 << self.subcluster_bits()
+    }
+
+    /// log2 of the bytes of an L2 entry.
+    pub const fn l2_entry_bits(self) -> u32 {
+        3 + self.extended_l2 as u32
+    }
+
+    /// Bytes of an L2 entry.
+    pub const fn l2_entry_size(self) -> u64 {
+        1 << self.l2_entry_bits()
     }
 
     /// log2 of the bits in a refcount.
@@ -128,7 +172,7 @@ impl Geometry {
 
     /// log2 of the entries in an L2 table.
     pub const fn l2_bits(self) -> u32 {
-        self.cluster_bits - 3
+        self.cluster_bits - self.l2_entry_bits()
     }
 
     /// Entries in an L2 table.
@@ -215,6 +259,21 @@ mod tests {
         assert_eq!(geometry.refcount_max(), 65535);
         assert_eq!(geometry.l1_entries_for(64 << 20), 1);
         assert_eq!(geometry.l1_entries_for((512 << 20) + 1), 2);
+    }
+
+    #[test]
+    fn an_extended_geometry_has_half_the_entries_and_32_subclusters() {
+        let geometry = Geometry::new(16, 4, 3).unwrap().with_extended_l2().unwrap();
+        assert_eq!(geometry.l2_entry_size(), 16);
+        assert_eq!(geometry.l2_entries(), 4096);
+        assert_eq!(geometry.l2_coverage(), 256 << 20);
+        assert_eq!(geometry.subcluster_size(), 2048);
+        let ordinary = Geometry::new(16, 4, 3).unwrap();
+        assert_eq!(ordinary.subcluster_size(), ordinary.cluster_size());
+        for (bits, version, allowed) in [(13, 3, false), (14, 3, true), (16, 2, false)] {
+            let geometry = Geometry::new(bits, 4, version).unwrap();
+            assert_eq!(geometry.with_extended_l2().is_some(), allowed);
+        }
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! What the tests share: a graph with the drivers that they need, the installed qemu tools, and an oracle of bytes.
 #![allow(dead_code)]
 
+pub mod cuts;
 pub mod storage;
 
 use std::{
