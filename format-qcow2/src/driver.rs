@@ -170,7 +170,7 @@ impl BlockDriver for Qcow2 {
             .map_or_else(Limits::default, block_core::request::Child::limits);
         Limits {
             request_alignment: 1,
-            zeroes_alignment: size,
+            zeroes_alignment: self.geometry.subcluster_size(),
             discard_alignment: size,
             serialising_granularity: size,
             opt_transfer: size,

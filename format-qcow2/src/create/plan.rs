@@ -145,9 +145,10 @@ impl Plan {
 
     /// The header of the new image.
     pub fn header(&self, parameters: &Parameters) -> Header {
+        let mut incompatible = Incompatible::empty();
+        incompatible.set(Incompatible::EXTENDED_L2, parameters.extended_l2);
         let mut compatible = Compatible::empty();
         compatible.set(Compatible::LAZY_REFCOUNTS, parameters.lazy_refcounts);
-        let mut incompatible = Incompatible::empty();
         incompatible.set(Incompatible::COMPRESSION, parameters.codec != Codec::Zlib);
         Header {
             version: parameters.version,

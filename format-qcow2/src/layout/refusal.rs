@@ -56,7 +56,7 @@ impl Header {
                     .with_field(field, value, allowed),
             )
         };
-        let missing = Incompatible::DATA_FILE | Incompatible::EXTENDED_L2;
+        let missing = Incompatible::DATA_FILE;
         let unsupported = self.incompatible & missing;
         if !unsupported.is_empty() {
             let table = &self.extensions.feature_names;
