@@ -12,9 +12,7 @@ fn features_that_are_not_supported_yet_are_refused_by_name() {
     let name = path.to_str().unwrap();
     let data = scratch.path().join("data.raw");
     let external = format!("data_file={}", data.to_str().unwrap());
-    let cases = [
-        (external.as_str(), "external data file"),
-    ];
+    let cases = [(external.as_str(), "external data file")];
     for (options, feature) in cases {
         qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, name, "1M"]);
         for open in ["", "read-only=on"] {

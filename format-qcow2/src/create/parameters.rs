@@ -31,6 +31,10 @@ pub struct Parameters {
     pub codec: Codec,
     /// Whether L2 entries are extended: 32 subclusters in each cluster.
     pub extended_l2: bool,
+    /// The external data file's name for the header.
+    pub data_file: Option<String>,
+    /// Whether the data file by itself has to be a raw image of the disk.
+    pub data_file_raw: bool,
     /// What is allocated from the start.
     pub preallocation: Preallocation,
     /// The backing file's name for the header.
@@ -49,6 +53,8 @@ impl Default for Parameters {
             lazy_refcounts: false,
             codec: Codec::Zlib,
             extended_l2: false,
+            data_file: None,
+            data_file_raw: false,
             preallocation: Preallocation::Off,
             backing_file: None,
             backing_format: None,
@@ -154,7 +160,8 @@ impl Parameters {
         }
         let codec = take_codec(&mut options, version)?;
         let extended_l2 = take_extended_l2(&mut options, version, cluster_size)?;
-        refuse_features(&mut options, version)?;
+        let (data_file, data_file_raw) = take_data_file(&mut options, version)?;
+        refuse_features(&mut options)?;
         let preallocation = match options.take_str("preallocation")?.as_deref() {
             None | Some("off") => Preallocation::Off,
             Some("metadata") => Preallocation::Metadata,
@@ -181,6 +188,14 @@ impl Parameters {
         if let Some(key) = options.0.keys().next() {
             return Err(Error::invalid(format!("Invalid parameter '{key}'")));
         }
+        if let Some(name) = &backing_file
+            && data_file_raw
+        {
+            return Err(Error::invalid(
+                "Backing file and data-file-raw cannot be used at the same time",
+            )
+            .with_field("backing_file", name, "none with data_file_raw"));
+        }
         Ok(Self {
             size,
             version,
@@ -189,6 +204,8 @@ impl Parameters {
             lazy_refcounts,
             codec,
             extended_l2,
+            data_file,
+            data_file_raw,
             preallocation,
             backing_file,
             backing_format,
@@ -207,7 +224,7 @@ impl Parameters {
             ordinary
         };
         match geometry {
-            Some(geometry) => geometry,
+            Some(geometry) => geometry.with_data_file(self.data_file.is_some()),
             None => panic!("the parameters were checked when they were read"),
         }
     }
@@ -247,22 +264,32 @@ fn take_extended_l2(options: &mut Options, version: u32, cluster_size: u64) -> R
     Ok(wanted)
 }
 
+fn take_data_file(options: &mut Options, version: u32) -> Result<(Option<String>, bool)> {
+    let name = options.take_str("data_file")?;
+    let raw = options.take_switch("data_file_raw")?.unwrap_or(false);
+    if let Some(name) = &name
+        && version < 3
+    {
+        return Err(Error::invalid(
+            "External data files are only supported with compatibility level 1.1 and above (use \
+             version=v3 or greater)",
+        )
+        .with_field("data_file", name, "none"));
+    }
+    if raw && name.is_none() {
+        return Err(
+            Error::invalid("data-file-raw requires data-file").with_field(
+                "data_file_raw",
+                "on",
+                "off",
+            ),
+        );
+    }
+    Ok((name, raw))
+}
+
 /// Takes the options of features that have an issue of their own out, and refuses those that ask for them.
-fn refuse_features(options: &mut Options, version: u32) -> Result<()> {
-    let data_file = options.take_str("data_file")?;
-    let data_file_raw = options.take_switch("data_file_raw")?.unwrap_or(false);
-    if let Some(name) = data_file {
-        if version < 3 {
-            return Err(Error::invalid(
-                "External data files are only supported with compatibility level 1.1 and above (use \
-                 version=v3 or greater)",
-            ));
-        }
-        return Err(refused("an external data file", "data_file", &name, "none"));
-    }
-    if data_file_raw {
-        return Err(Error::invalid("data-file-raw requires data-file"));
-    }
+fn refuse_features(options: &mut Options) -> Result<()> {
     if options.take_switch("encryption")?.unwrap_or(false) {
         return Err(refused("AES encryption", "encryption", "on", "off"));
     }
@@ -372,6 +399,8 @@ mod tests {
                 lazy_refcounts: true,
                 codec: Codec::Zstd,
                 extended_l2: false,
+                data_file: None,
+                data_file_raw: false,
                 preallocation: Preallocation::Off,
                 backing_file: Some("a".into()),
                 backing_format: Some("raw".into()),
@@ -508,7 +537,6 @@ mod tests {
     #[test]
     fn features_with_an_issue_of_their_own_are_refused_by_name() {
         for (text, name) in [
-            ("data_file=x", "external data file"),
             ("encryption=on", "encryption"),
             ("encrypt.format=luks,encrypt.key-secret=s", "encryption"),
         ] {

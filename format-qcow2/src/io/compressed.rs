@@ -9,7 +9,7 @@ use block_core::{
     buffer::IoBuf,
     debug::DebugEvent,
     env::offload,
-    error::{Error, Result},
+    error::{Error, ErrorKind, Result},
     flags::RequestFlags,
     request::Request,
 };
@@ -71,6 +71,9 @@ impl Qcow2 {
         buf: IoBuf,
     ) -> Result<()> {
         self.check_writable()?;
+        if self.geometry.has_data_file() {
+            return Err(Error::from_kind(ErrorKind::NotSupported));
+        }
         let size = self.geometry.cluster_size();
         let end = offset + buf.len() as u64;
         if offset % size != 0 || (end % size != 0 && end != self.length()) {

@@ -6,7 +6,6 @@
 use block_core::error::{Error, ErrorKind, Result};
 
 use super::{
-    extensions::{FeatureKind, describe_features},
     header::{Autoclear, Header, Incompatible, invalid},
     units::HostOffset,
 };
@@ -56,18 +55,6 @@ impl Header {
                     .with_field(field, value, allowed),
             )
         };
-        let missing = Incompatible::DATA_FILE;
-        let unsupported = self.incompatible & missing;
-        if !unsupported.is_empty() {
-            let table = &self.extensions.feature_names;
-            let names = describe_features(FeatureKind::Incompatible, unsupported.bits(), table);
-            return refuse(
-                &names,
-                "incompatible_features",
-                format!("{:#x}", self.incompatible.bits()),
-                "dirty (bit 0), corrupt (bit 1) and compression type (bit 3) in this version of the driver",
-            );
-        }
         match self.crypt_method {
             0 => {}
             method => {
