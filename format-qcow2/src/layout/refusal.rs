@@ -12,7 +12,7 @@ use super::{
 
 impl Header {
     /// What depends on how the image is opened: refuses a corrupt image for writing and one without refcounts, except
-    /// for a check, and everything that [`Self::refuse_unsupported`] refuses.
+    /// for a check, and everything that [`Self::refuse_unsupported`] refuses, except for a check.
     pub fn check_open(&self, read_only: bool, for_check: bool) -> Result<()> {
         if !read_only && !for_check && self.incompatible.contains(Incompatible::CORRUPT) {
             return Err(Error::new(
@@ -42,6 +42,10 @@ impl Header {
                 format!("{:#x}", self.autoclear.bits()),
                 "bit 1 only with incompatible feature bit 2",
             ));
+        }
+        if for_check {
+            // A check follows the metadata of every feature, whether or not the driver can serve it.
+            return Ok(());
         }
         self.refuse_unsupported(read_only)
     }
