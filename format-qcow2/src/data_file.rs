@@ -137,12 +137,14 @@ impl Qcow2 {
             data.write_zeroes(old, stale - old, RequestFlags::MAY_UNMAP)
                 .await?;
         }
-        if data.length() < new {
+        if data.length() != new {
             let how = Truncate {
                 exact: false,
                 preallocation: match preallocation {
-                    Preallocation::Off | Preallocation::Metadata => Preallocation::Off,
-                    other => other,
+                    Preallocation::Falloc | Preallocation::Full if data.length() < new => {
+                        preallocation
+                    }
+                    _ => Preallocation::Off,
                 },
                 zero: false,
             };
