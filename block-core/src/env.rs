@@ -23,7 +23,7 @@ pub trait Environment: Send + Sync + 'static {
     /// Runs CPU work (compression, checksums) away from the tasks. It must not block on anything else.
     fn offload(&self, work: Box<dyn FnOnce() + Send>);
 
-    /// 64 random bits.
+    /// 64 random bits, which nobody else can guess: keys and salts are made of them. (A simulation repeats its own.)
     fn random(&self) -> u64;
 }
 

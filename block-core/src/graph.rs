@@ -26,6 +26,7 @@ use crate::{
     options::{NodeOptions, check_name},
     path, permissions,
     request::Child,
+    secret::Secrets,
     tracked::Tracker,
 };
 
@@ -136,6 +137,7 @@ pub struct Graph {
     /// Nodes whose opening was given up.
     orphans: Mutex<Vec<Arc<Node>>>,
     on_new_node: Mutex<Option<NodeHook>>,
+    secrets: Arc<Secrets>,
 }
 
 type NodeHook = Arc<dyn Fn(&Arc<Node>) + Send + Sync>;
@@ -165,6 +167,7 @@ impl Graph {
             claims: Mutex::default(),
             orphans: Mutex::default(),
             on_new_node: Mutex::default(),
+            secrets: Arc::default(),
         })
     }
 
@@ -177,6 +180,11 @@ impl Graph {
     /// The environment.
     pub fn env(&self) -> &Arc<dyn Environment> {
         &self.env
+    }
+
+    /// The passwords and keys that the options of images in this graph may name.
+    pub fn secrets(&self) -> &Arc<Secrets> {
+        &self.secrets
     }
 
     pub(crate) fn deferred(&self) -> &Arc<DeferredWork> {

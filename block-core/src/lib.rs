@@ -56,6 +56,7 @@ pub mod producer;
 pub mod registry;
 mod reopen;
 pub mod request;
+pub mod secret;
 #[doc(hidden)]
 pub mod space;
 pub mod stats;

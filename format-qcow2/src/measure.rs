@@ -7,9 +7,14 @@ use crate::create::{Parameters, Plan, plan::too_large};
 /// Bytes that an image of `size` virtual bytes with these create options needs, if data is at `data` (offset and
 /// length in bytes; ascending, disjoint).
 ///
-/// As in `qemu-img measure`, both numbers count all L2 tables, allocated or not.
+/// As in `qemu-img measure`, both numbers count all L2 tables, allocated or not, and what goes to an external data file
+/// counts as well.
 pub fn measure(size: u64, data: &[(u64, u64)], options: Options) -> Result<Measure> {
-    let parameters = Parameters::for_size(size, options)?;
+    let parameters = Parameters {
+        data_file: None,
+        data_file_raw: false,
+        ..Parameters::for_size(size, options)?
+    };
     let plan = Plan::with_data(&parameters, true).ok_or_else(|| {
         too_large(
             "The image size is too large (try using a larger cluster size)",
