@@ -144,13 +144,11 @@ impl BlockDriver for Qcow2 {
             can |= Capabilities::WRITE
                 | Capabilities::WRITE_ZEROES
                 | Capabilities::DISCARD
+                | Capabilities::COMPRESSED
                 | Capabilities::REPAIR
                 | Capabilities::TRUNCATE
                 | Capabilities::CHANGE_BACKING
                 | Capabilities::MAKE_EMPTY;
-        }
-        if !self.is_read_only() && !self.geometry.has_data_file() {
-            can |= Capabilities::COMPRESSED;
         }
         let backing = self.names_backing.load(Ordering::Acquire);
         if self.geometry.has_zero_flag() || !backing {
