@@ -78,6 +78,8 @@ pub(crate) struct Qcow2 {
     pub filename: String,
     /// Bytes of the virtual disk.
     pub size: AtomicU64,
+    /// The external data file, taken for a raw image, holds what the guest sees.
+    pub raw_data: AtomicBool,
     /// How compressed clusters are compressed.
     pub codec: Codec,
     /// In which order compressed clusters are placed.

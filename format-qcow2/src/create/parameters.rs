@@ -29,6 +29,12 @@ pub struct Parameters {
     pub lazy_refcounts: bool,
     /// How compressed clusters are going to be compressed.
     pub codec: Codec,
+    /// Whether L2 entries are extended: 32 subclusters in each cluster.
+    pub extended_l2: bool,
+    /// The external data file's name for the header.
+    pub data_file: Option<String>,
+    /// Whether the data file by itself has to be a raw image of the disk.
+    pub data_file_raw: bool,
     /// What is allocated from the start.
     pub preallocation: Preallocation,
     /// The backing file's name for the header.
@@ -46,6 +52,9 @@ impl Default for Parameters {
             refcount_order: 4,
             lazy_refcounts: false,
             codec: Codec::Zlib,
+            extended_l2: false,
+            data_file: None,
+            data_file_raw: false,
             preallocation: Preallocation::Off,
             backing_file: None,
             backing_format: None,
@@ -150,7 +159,9 @@ impl Parameters {
             .with_field("lazy_refcounts", "on", "off"));
         }
         let codec = take_codec(&mut options, version)?;
-        refuse_features(&mut options, version, cluster_size)?;
+        let extended_l2 = take_extended_l2(&mut options, version, cluster_size)?;
+        let (data_file, data_file_raw) = take_data_file(&mut options, version)?;
+        refuse_features(&mut options)?;
         let preallocation = match options.take_str("preallocation")?.as_deref() {
             None | Some("off") => Preallocation::Off,
             Some("metadata") => Preallocation::Metadata,
@@ -172,9 +183,18 @@ impl Parameters {
             backing_file.as_deref(),
             backing_format.as_deref(),
             preallocation,
+            extended_l2,
         )?;
         if let Some(key) = options.0.keys().next() {
             return Err(Error::invalid(format!("Invalid parameter '{key}'")));
+        }
+        if let Some(name) = &backing_file
+            && data_file_raw
+        {
+            return Err(Error::invalid(
+                "Backing file and data-file-raw cannot be used at the same time",
+            )
+            .with_field("backing_file", name, "none with data_file_raw"));
         }
         Ok(Self {
             size,
@@ -183,6 +203,9 @@ impl Parameters {
             refcount_order,
             lazy_refcounts,
             codec,
+            extended_l2,
+            data_file,
+            data_file_raw,
             preallocation,
             backing_file,
             backing_format,
@@ -194,8 +217,14 @@ impl Parameters {
     /// # Panics
     /// If fields were set to what the format doesn't allow.
     pub fn geometry(&self) -> Geometry {
-        match Geometry::new(self.cluster_bits, self.refcount_order, self.version) {
-            Some(geometry) => geometry,
+        let ordinary = Geometry::new(self.cluster_bits, self.refcount_order, self.version);
+        let geometry = if self.extended_l2 {
+            ordinary.and_then(Geometry::with_extended_l2)
+        } else {
+            ordinary
+        };
+        match geometry {
+            Some(geometry) => geometry.with_data_file(self.data_file.is_some()),
             None => panic!("the parameters were checked when they were read"),
         }
     }
@@ -216,37 +245,51 @@ fn take_codec(options: &mut Options, version: u32) -> Result<Codec> {
     }
 }
 
+/// Whether L2 entries are to be extended, if this version and cluster size allow it.
+fn take_extended_l2(options: &mut Options, version: u32, cluster_size: u64) -> Result<bool> {
+    let wanted = options.take_switch("extended_l2")?.unwrap_or(false);
+    if wanted && cluster_size < 1 << Geometry::MIN_EXTENDED_CLUSTER_BITS {
+        return Err(Error::invalid(
+            "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes",
+        )
+        .with_field("cluster_size", cluster_size, "at least 16384"));
+    }
+    if wanted && version < 3 {
+        return Err(Error::invalid(
+            "Extended L2 entries are only supported with compatibility level 1.1 and above (use \
+             version=v3 or greater)",
+        )
+        .with_field("compat", "0.10", "1.1 with extended L2 entries"));
+    }
+    Ok(wanted)
+}
+
+fn take_data_file(options: &mut Options, version: u32) -> Result<(Option<String>, bool)> {
+    let name = options.take_str("data_file")?;
+    let raw = options.take_switch("data_file_raw")?.unwrap_or(false);
+    if let Some(name) = &name
+        && version < 3
+    {
+        return Err(Error::invalid(
+            "External data files are only supported with compatibility level 1.1 and above (use \
+             version=v3 or greater)",
+        )
+        .with_field("data_file", name, "none"));
+    }
+    if raw && name.is_none() {
+        return Err(
+            Error::invalid("data-file-raw requires data-file").with_field(
+                "data_file_raw",
+                "on",
+                "off",
+            ),
+        );
+    }
+    Ok((name, raw))
+}
+
 /// Takes the options of features that have an issue of their own out, and refuses those that ask for them.
-fn refuse_features(options: &mut Options, version: u32, cluster_size: u64) -> Result<()> {
-    if options.take_switch("extended_l2")?.unwrap_or(false) {
-        if cluster_size < 16384 {
-            return Err(Error::invalid(
-                "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes",
-            )
-            .with_field("cluster_size", cluster_size, "at least 16384"));
-        }
-        if version < 3 {
-            return Err(Error::invalid(
-                "Extended L2 entries are only supported with compatibility level 1.1 and above (use \
-                 version=v3 or greater)",
-            ));
-        }
-        return Err(refused("extended L2 entries", "extended_l2", "on", "off"));
-    }
-    let data_file = options.take_str("data_file")?;
-    let data_file_raw = options.take_switch("data_file_raw")?.unwrap_or(false);
-    if let Some(name) = data_file {
-        if version < 3 {
-            return Err(Error::invalid(
-                "External data files are only supported with compatibility level 1.1 and above (use \
-                 version=v3 or greater)",
-            ));
-        }
-        return Err(refused("an external data file", "data_file", &name, "none"));
-    }
-    if data_file_raw {
-        return Err(Error::invalid("data-file-raw requires data-file"));
-    }
+fn refuse_features(options: &mut Options) -> Result<()> {
     if options.take_switch("encryption")?.unwrap_or(false) {
         return Err(refused("AES encryption", "encryption", "on", "off"));
     }
@@ -267,6 +310,7 @@ fn check_backing(
     file: Option<&str>,
     format: Option<&str>,
     preallocation: Preallocation,
+    extended_l2: bool,
 ) -> Result<()> {
     let Some(file) = file else {
         return match format {
@@ -305,7 +349,7 @@ fn check_backing(
             format!("at most {MAX_BACKING_FORMAT} bytes"),
         ));
     }
-    if preallocation != Preallocation::Off {
+    if preallocation != Preallocation::Off && !extended_l2 {
         return Err(Error::invalid(
             "Backing file and preallocation can only be used at the same time if extended_l2 is on",
         )
@@ -354,6 +398,9 @@ mod tests {
                 refcount_order: 0,
                 lazy_refcounts: true,
                 codec: Codec::Zstd,
+                extended_l2: false,
+                data_file: None,
+                data_file_raw: false,
                 preallocation: Preallocation::Off,
                 backing_file: Some("a".into()),
                 backing_format: Some("raw".into()),
@@ -374,6 +421,15 @@ mod tests {
             let read = read(&format!("size=0,preallocation={text}")).unwrap();
             assert_eq!(read.preallocation, mode);
         }
+    }
+
+    #[test]
+    fn preallocation_goes_with_a_backing_file_if_l2_entries_are_extended() {
+        let parameters =
+            read("size=1M,extended_l2=on,preallocation=metadata,backing_file=a,backing_fmt=raw")
+                .unwrap();
+        assert!(parameters.extended_l2 && parameters.geometry().has_extended_l2());
+        assert_eq!(parameters.preallocation, Preallocation::Metadata);
     }
 
     #[test]
@@ -464,6 +520,11 @@ mod tests {
                 "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes",
             ),
             (
+                "size=1,extended_l2=on,compat=v2",
+                "Extended L2 entries are only supported with compatibility level 1.1 and above (use \
+                 version=v3 or greater)",
+            ),
+            (
                 "size=1,lazy_refcounts=maybe",
                 "Parameter 'lazy_refcounts' expects 'on' or 'off'",
             ),
@@ -476,8 +537,6 @@ mod tests {
     #[test]
     fn features_with_an_issue_of_their_own_are_refused_by_name() {
         for (text, name) in [
-            ("extended_l2=on", "extended L2"),
-            ("data_file=x", "external data file"),
             ("encryption=on", "encryption"),
             ("encrypt.format=luks,encrypt.key-secret=s", "encryption"),
         ] {

@@ -9,7 +9,7 @@ use block_core::{
     buffer::IoBuf,
     debug::DebugEvent,
     env::offload,
-    error::{Error, Result},
+    error::{Error, ErrorKind, Result},
     flags::RequestFlags,
     request::Request,
 };
@@ -71,6 +71,9 @@ impl Qcow2 {
         buf: IoBuf,
     ) -> Result<()> {
         self.check_writable()?;
+        if self.geometry.has_data_file() {
+            return Err(Error::from_kind(ErrorKind::NotSupported));
+        }
         let size = self.geometry.cluster_size();
         let end = offset + buf.len() as u64;
         if offset % size != 0 || (end % size != 0 && end != self.length()) {
@@ -209,11 +212,12 @@ impl Qcow2 {
     }
 
     fn check_unallocated(&self, raw: RawEntry, cluster: ClusterIndex) -> Result<()> {
-        match self.decode(raw, cluster)? {
-            L2Entry::Unallocated | L2Entry::ZeroPlain => Ok(()),
-            _ => Err(Error::io(
+        let entry = self.decode(raw, cluster)?;
+        if entry.space().is_some() || matches!(entry, L2Entry::Compressed(_)) {
+            return Err(Error::io(
                 "Compressed writes need a cluster that isn't allocated yet",
-            )),
+            ));
         }
+        Ok(())
     }
 }

@@ -53,7 +53,12 @@ impl Run {
 impl Qcow2 {
     /// Decodes an entry of a guest cluster.
     pub fn decode(&self, raw: RawEntry, cluster: ClusterIndex) -> Result<L2Entry> {
-        L2Entry::decode(raw, self.geometry).map_err(|problem| self.bad_entry(problem, cluster))
+        let entry = L2Entry::decode(raw, self.geometry)
+            .map_err(|problem| self.bad_entry(problem, cluster))?;
+        if self.geometry.has_data_file() {
+            self.check_data_entry(entry, cluster)?;
+        }
+        Ok(entry)
     }
 
     fn bad_entry(&self, problem: EntryProblem, cluster: ClusterIndex) -> Error {
@@ -63,12 +68,18 @@ impl Qcow2 {
             EntryProblem::Unaligned(offset) => format!(
                 "Cluster allocation offset {offset} unaligned (guest offset: {guest}, L2 index: {index:#x})"
             ),
+            EntryProblem::Subclusters(bitmap) => format!(
+                "Invalid cluster entry found (guest offset: {guest}, L2 index: {index:#x}, subclusters: {bitmap:#018x})"
+            ),
             other => format!("{other} (guest offset: {guest}, L2 index: {index:#x})"),
         })
     }
 
     /// The longest run of one kind at the start of a range that lies within `slice`.
     pub fn run_in(&self, slice: &Slice, offset: u64, len: u64) -> Result<Run> {
+        if self.geometry.has_extended_l2() {
+            return self.run_in_extended(slice, offset, len);
+        }
         let size = self.geometry.cluster_size();
         let within = self.geometry.within(offset);
         let first = self.cluster_of(offset);
@@ -117,6 +128,9 @@ impl Qcow2 {
                 cluster: first,
                 len: (size - within).min(len),
             },
+            L2Entry::Mixed { .. } => {
+                return Err(Error::corrupt("subclusters in an ordinary L2 entry"));
+            }
         })
     }
 

@@ -6,14 +6,13 @@
 use block_core::error::{Error, ErrorKind, Result};
 
 use super::{
-    extensions::{FeatureKind, describe_features},
     header::{Autoclear, Header, Incompatible, invalid},
     units::HostOffset,
 };
 
 impl Header {
     /// What depends on how the image is opened: refuses a corrupt image for writing and one without refcounts, except
-    /// for a check, and everything that [`Self::refuse_unsupported`] refuses.
+    /// for a check, and everything that [`Self::refuse_unsupported`] refuses, except for a check.
     pub fn check_open(&self, read_only: bool, for_check: bool) -> Result<()> {
         if !read_only && !for_check && self.incompatible.contains(Incompatible::CORRUPT) {
             return Err(Error::new(
@@ -44,6 +43,10 @@ impl Header {
                 "bit 1 only with incompatible feature bit 2",
             ));
         }
+        if for_check {
+            // A check follows the metadata of every feature, whether or not the driver can serve it.
+            return Ok(());
+        }
         self.refuse_unsupported(read_only)
     }
 
@@ -56,18 +59,6 @@ impl Header {
                     .with_field(field, value, allowed),
             )
         };
-        let missing = Incompatible::DATA_FILE | Incompatible::EXTENDED_L2;
-        let unsupported = self.incompatible & missing;
-        if !unsupported.is_empty() {
-            let table = &self.extensions.feature_names;
-            let names = describe_features(FeatureKind::Incompatible, unsupported.bits(), table);
-            return refuse(
-                &names,
-                "incompatible_features",
-                format!("{:#x}", self.incompatible.bits()),
-                "dirty (bit 0), corrupt (bit 1) and compression type (bit 3) in this version of the driver",
-            );
-        }
         match self.crypt_method {
             0 => {}
             method => {
