@@ -64,7 +64,7 @@ fn both_codecs_are_read_and_written_as_the_installed_tools_do() {
         for bits in [9, 12, 16, 21] {
             let size = 1usize << bits;
             // The last cluster is cut by the end of the disk.
-            let mut raw = text(bits, size * 5 + (size / 2 & !511));
+            let mut raw = text(bits, size * 5 + ((size / 2) & !511));
             raw[size..size * 2].fill(0);
             let mut rng = SmallRng::seed_from_u64(7);
             rng.fill(&mut raw[size * 3..size * 4]);
@@ -308,7 +308,7 @@ fn damaged_compressed_data_fails_the_read_of_its_cluster_alone() {
                 .unwrap();
             assert_same(
                 &handle.read(1 << 16, 1 << 16).await.unwrap(),
-                &[1; 65536],
+                &vec![1; 65536],
                 codec,
             );
             rig.close(handle).await.unwrap();
