@@ -11,4 +11,5 @@ pub mod progress;
 pub mod session;
 pub mod signals;
 pub mod size;
+pub mod snapshots;
 pub mod trace;

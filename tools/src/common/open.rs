@@ -74,6 +74,16 @@ pub async fn open_quietly(
     image: ImageSpec<'_>,
     access: Access,
 ) -> block_core::Result<BlockHandle> {
+    open_with(session, image, access, &[]).await
+}
+
+/// The same, with more options for the node.
+pub async fn open_with(
+    session: &Session,
+    image: ImageSpec<'_>,
+    access: Access,
+    more: &[(&str, &str)],
+) -> block_core::Result<BlockHandle> {
     let how = OpenOptions {
         implicit: ImplicitOpens::Permit,
         no_backing: access.no_backing,
@@ -91,6 +101,9 @@ pub async fn open_quietly(
         let mut options = parse_image_opts(image.name)?;
         let named = options.get_str("driver").map(str::to_owned);
         common(&mut options, access);
+        for (key, value) in more {
+            options.set(key, *value);
+        }
         if named.as_deref().is_some_and(is_protocol) {
             bare(session, &mut options);
         }
@@ -98,6 +111,9 @@ pub async fn open_quietly(
         (opened, named.is_none())
     } else {
         common(&mut node, access);
+        for (key, value) in more {
+            node.set(key, *value);
+        }
         if image.format.is_some_and(is_protocol) {
             bare(session, &mut node);
         }
