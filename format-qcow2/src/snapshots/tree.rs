@@ -102,12 +102,14 @@ pub(super) fn references(
             ))
         })?;
         let (first, last) = match entry {
-            L2Entry::Unallocated | L2Entry::ZeroPlain => continue,
-            L2Entry::Normal { host, .. } | L2Entry::ZeroAllocated { host, .. } => {
-                let cluster = geometry.host_cluster_of(host).0;
+            L2Entry::Compressed(run) => run.clusters(geometry),
+            entry => {
+                let Some(space) = entry.space() else {
+                    continue;
+                };
+                let cluster = geometry.host_cluster_of(space.host).0;
                 (cluster, cluster)
             }
-            L2Entry::Compressed(run) => run.clusters(geometry),
         };
         for cluster in first..=last {
             match runs.last_mut() {
@@ -129,12 +131,8 @@ pub(super) fn references(
 
 /// The host cluster that the COPIED flag of an entry is about, if the entry has one.
 fn flagged_cluster(raw: RawEntry, geometry: Geometry) -> Option<u64> {
-    match L2Entry::decode(raw, geometry) {
-        Ok(L2Entry::Normal { host, .. } | L2Entry::ZeroAllocated { host, .. }) => {
-            Some(geometry.host_cluster_of(host).0)
-        }
-        _ => None,
-    }
+    let space = L2Entry::decode(raw, geometry).ok()?.space()?;
+    Some(geometry.host_cluster_of(space.host).0)
 }
 
 /// The host clusters that the COPIED flags of a table's entries are about, with the place of each entry.
