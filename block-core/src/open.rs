@@ -16,6 +16,7 @@ use parking_lot::Mutex;
 use serde_json::Value;
 
 use crate::{
+    bitmap,
     driver::DriverKind,
     error::{Error, ErrorKind, Operation, Result},
     graph::{Graph, NodeSpec},
@@ -402,10 +403,28 @@ async fn open_driver(
     match added {
         Ok(node) => {
             children.keep();
-            Ok(node)
+            with_bitmaps(context, node).await
         }
         Err(error) => {
             children.release().await;
+            Err(error)
+        }
+    }
+}
+
+/// Lets a node that was just opened load its bitmaps; without them it isn't open.
+async fn with_bitmaps(context: &OpenContext, node: Arc<Node>) -> Result<Arc<Node>> {
+    if context.how.for_check {
+        return Ok(node);
+    }
+    let fresh = Fresh::new(&context.graph, node.clone());
+    let loaded = bitmap::load(&node).await;
+    fresh.keep()?;
+    match loaded {
+        Ok(()) => Ok(node),
+        Err(error) => {
+            // The first error is what the user has to see.
+            let _ = context.graph.release(&node).await;
             Err(error)
         }
     }

@@ -3,6 +3,9 @@
 
 #![allow(dead_code, reason = "not every test program uses all of it")]
 
+#[path = "../../../format-qcow2/tests/bitmap_files/mod.rs"]
+mod bitmap_files;
+
 use std::{
     fs,
     os::unix::process::CommandExt,
@@ -132,6 +135,36 @@ impl SideBySide {
                 self.differences
                     .push(format!("check of {name}: {:?}", Said::of(&checked)));
             }
+        }
+    }
+
+    /// Both sides' images have the same bitmaps with the same bits, in the same order.
+    pub fn same_bitmaps(&mut self, name: &str) {
+        let read = |dir: &tempfile::TempDir| {
+            let image = fs::read(dir.path().join(name)).unwrap();
+            let mut found = bitmap_files::stored(&image);
+            // Where they are is nobody's business.
+            for bitmap in &mut found {
+                (bitmap.entry, bitmap.table) = (0, 0);
+            }
+            found
+        };
+        let (theirs, ours) = (read(&self.theirs), read(&self.ours));
+        if theirs != ours {
+            let names = |list: &[bitmap_files::StoredBitmap]| -> Vec<_> {
+                list.iter()
+                    .map(|bitmap| {
+                        let dirty = bitmap.bits.iter().filter(|bit| **bit).count();
+                        format!("{} {:x} {dirty}", bitmap.name, bitmap.flags)
+                    })
+                    .collect()
+            };
+            let what = format!(
+                "bitmaps of {name}: {:?}, {:?}",
+                names(&theirs),
+                names(&ours)
+            );
+            self.differences.push(what);
         }
     }
 
