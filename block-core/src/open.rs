@@ -128,6 +128,11 @@ impl FreshChildren<'_> {
         self.list.lock().clear();
     }
 
+    /// The file that the node was to be opened on: whoever reads an error of its driver wants to know which it was.
+    fn filename(&self) -> Option<String> {
+        self.list.lock().first()?.filename()
+    }
+
     /// Closes them, the last first.
     async fn release(&self) {
         loop {
@@ -406,8 +411,15 @@ async fn open_driver(
             with_bitmaps(context, node).await
         }
         Err(error) => {
+            let file = match error.file() {
+                None => children.filename(),
+                Some(_) => None,
+            };
             children.release().await;
-            Err(error)
+            Err(match file {
+                Some(file) => error.with_file(file),
+                None => error,
+            })
         }
     }
 }

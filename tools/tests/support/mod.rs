@@ -92,6 +92,21 @@ impl SideBySide {
         }
     }
 
+    /// Runs one command line with our program alone, on a copy of the images of its own.
+    pub fn ours_alone(&self, line: &str) -> Output {
+        let args: Vec<&str> = line.split_whitespace().collect();
+        let dir = tempfile::tempdir().unwrap();
+        let copied = Command::new("cp")
+            .arg("-a")
+            .arg(self.ours.path().join("."))
+            .arg(dir.path())
+            .status()
+            .unwrap();
+        assert!(copied.success());
+        let blk = Path::new(env!("CARGO_BIN_EXE_blk"));
+        Self::run(blk, dir.path(), &args)
+    }
+
     /// Runs one command line on both sides; only the exit status is compared.
     pub fn silently(&mut self, line: &str) {
         let args: Vec<&str> = line.split_whitespace().collect();
