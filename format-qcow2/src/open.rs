@@ -25,11 +25,13 @@ use crate::{
     bitmaps::Stored,
     cache::slices::{SliceCache, load_refcounts},
     claims::Claims,
+    compress::Codec,
     counters::Counters,
-    create,
+    create, data_file,
     driver::prepare_for_writing,
     header_update,
     image::Qcow2,
+    io::compressed::PackingOrder,
     layout::{Header, header},
     measure,
     meta::Meta,
@@ -41,7 +43,7 @@ use crate::{
 
 /// Opens, creates and measures qcow2 images.
 ///
-/// Options of a node besides `file` and `backing`, which [`block_core::BlockHandle::reopen`] can change:
+/// Options of a node besides `file`, `backing` and `data-file`, which [`block_core::BlockHandle::reopen`] can change:
 ///
 /// - `lazy-refcounts`: refcounts may be stale on disk while the dirty bit says so; as the header has it by default;
 /// - `pass-discard-request` (as `discard`), `pass-discard-snapshot` (on), `pass-discard-other` (off): which freed space is
@@ -110,11 +112,13 @@ async fn open_image(
     options: &mut Options,
     file: &Arc<Node>,
     safeguards: bool,
-) -> Result<(Qcow2, Header)> {
+) -> Result<(Qcow2, Header, Option<Arc<Node>>)> {
     let child = Child::unattached(file.clone());
     let mut header = header_update::read_header(&child).await?;
     let read_only = context.node.read_only || file.driver().is_read_only();
     header.check_open(read_only, context.how.for_check)?;
+    // Before anything is written to the image: it may be missing, or not be permitted.
+    let data = data_file::open(context, options, file, &header).await?;
     if !context.how.for_check {
         header.check_inside(child.length())?;
     }
@@ -178,6 +182,9 @@ async fn open_image(
         size: AtomicU64::new(size),
         is_view,
         uncertain: AtomicBool::new(false),
+        raw_data: AtomicBool::new(header.has_raw_data_file()),
+        codec: Codec::from_type(header.compression_type).unwrap_or_default(),
+        packing_order: PackingOrder::default(),
         read_only: AtomicBool::new(read_only),
         names_backing: AtomicBool::new(header.backing_file.is_some()),
         // What is opened for a check alone may need more than this driver can do: it serves no requests then.
@@ -202,19 +209,11 @@ async fn open_image(
         cached_refcount_blocks: AtomicUsize::new(0),
         cleaner: AtomicU64::new(0),
     };
-    Ok((image, header))
+    Ok((image, header, data))
 }
 
 /// Options that only make sense for images that are refused.
 fn refuse_foreign(options: &mut Options) -> Result<()> {
-    if !matches!(
-        options.take("data-file"),
-        None | Some(serde_json::Value::Null)
-    ) {
-        return Err(Error::invalid(
-            "'data-file' can only be set for images with an external data file",
-        ));
-    }
     if options.take("encrypt").is_some() {
         return Err(Error::invalid(
             "No encryption in image header, but options specified a format",
@@ -247,7 +246,7 @@ impl DriverFactory for Qcow2Factory {
                 |name| error.duplicate().with_file(name),
             )
         };
-        let (image, header) = open_image(&context, &mut options, &file, self.safeguards)
+        let (image, header, data) = open_image(&context, &mut options, &file, self.safeguards)
             .await
             .map_err(named)?;
         let name = header.backing_file_name();
@@ -256,6 +255,9 @@ impl DriverFactory for Qcow2Factory {
             .open_backing(&mut options, &file, name.as_deref(), format)
             .await?;
         let mut edges = vec![(ChildRole::File, "file".to_owned(), file.clone())];
+        if let Some(data) = data {
+            edges.push((ChildRole::DataFile, "data-file".to_owned(), data));
+        }
         if let Some(backing) = backing {
             edges.push((ChildRole::Backing, "backing".to_owned(), backing));
         }

@@ -129,6 +129,8 @@ impl Qcow2 {
         self.writeback.failure.note(written)?;
         self.writeback.failure.flush(file).await?;
         meta.header = header;
+        self.raw_data
+            .store(meta.header.has_raw_data_file(), Ordering::Release);
         self.settings.apply(settings);
         Ok(())
     }

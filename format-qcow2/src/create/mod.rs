@@ -107,7 +107,25 @@ const CHUNK: usize = 1 << 20;
 /// A creation that is cut off leaves storage without a header, which no driver takes for an image.
 pub async fn create(context: CreateContext, options: Options) -> Result<()> {
     let parameters = Parameters::from_options(options)?;
-    create_in(context.file()?, &parameters).await
+    let Some(name) = &parameters.data_file else {
+        return create_in(context.file()?, &parameters).await;
+    };
+    // Nothing is made, and no file emptied, for an image that can't be.
+    Plan::new(&parameters)?.header(&parameters).encode()?;
+    let mut storage = Options::new().with("size", parameters.size);
+    match parameters.preallocation {
+        Preallocation::Off | Preallocation::Metadata => {}
+        Preallocation::Falloc => storage.set("preallocation", "falloc"),
+        Preallocation::Full => storage.set("preallocation", "full"),
+    }
+    let node = context.create_sibling(name, storage).await?;
+    let created = async {
+        Child::unattached(node.clone()).flush().await?;
+        create_in(context.file()?, &parameters).await
+    }
+    .await;
+    let released = context.graph().release(&node).await;
+    created.and(released)
 }
 
 /// Makes a new image in `file`.
@@ -120,8 +138,8 @@ pub async fn create_in(file: &Child, parameters: &Parameters) -> Result<()> {
     prepare_storage(file, &plan, parameters.preallocation).await?;
     write_refcounts(file, &plan).await?;
     write_l1(file, &plan).await?;
-    if plan.data_clusters > 0 {
-        write_l2(file, &plan).await?;
+    if plan.mapped_clusters > 0 {
+        write_l2(file, &plan, parameters.data_file_raw).await?;
     }
     file.flush().await?;
     file.write(0, header_cluster, RequestFlags::empty()).await?;
@@ -234,7 +252,7 @@ async fn write_l1(file: &Child, plan: &Plan) -> Result<()> {
 }
 
 /// The L2 tables of a preallocated image: every guest cluster has a host cluster of its own.
-async fn write_l2(file: &Child, plan: &Plan) -> Result<()> {
+async fn write_l2(file: &Child, plan: &Plan, raw_data: bool) -> Result<()> {
     let geometry = plan.geometry;
     let cluster_size = geometry.cluster_size();
     let tables_at_once = (CHUNK as u64 / cluster_size).max(1);
@@ -243,11 +261,17 @@ async fn write_l2(file: &Child, plan: &Plan) -> Result<()> {
         let count = tables_at_once.min(plan.l2_tables - table);
         let first = table * geometry.l2_entries();
         let last = plan
-            .data_clusters
+            .mapped_clusters
             .min(first + count * geometry.l2_entries());
         let words = (first..last).flat_map(|cluster| {
-            let host = HostOffset(plan.data_offset().0 + cluster * cluster_size);
-            let entry = if geometry.has_extended_l2() {
+            let start = if geometry.has_data_file() {
+                0
+            } else {
+                plan.data_offset().0
+            };
+            let host = HostOffset(start + cluster * cluster_size);
+            // A raw data file shows all that it has; there is no backing file then.
+            let entry = if geometry.has_extended_l2() && !raw_data {
                 // The space is reserved, and hides nothing of a backing file.
                 let space = Some(Space { host, copied: true });
                 L2Entry::from_parts(space, Subclusters::UNALLOCATED)

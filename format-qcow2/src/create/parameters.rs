@@ -9,7 +9,10 @@ use block_core::{
 };
 use serde_json::Value;
 
-use crate::layout::{Geometry, extensions::MAX_BACKING_FORMAT, header::MAX_BACKING_NAME};
+use crate::{
+    compress::Codec,
+    layout::{Geometry, extensions::MAX_BACKING_FORMAT, header::MAX_BACKING_NAME},
+};
 
 /// The parameters of a new image.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,8 +27,14 @@ pub struct Parameters {
     pub refcount_order: u32,
     /// Whether refcount updates may be postponed.
     pub lazy_refcounts: bool,
+    /// How compressed clusters are going to be compressed.
+    pub codec: Codec,
     /// Whether L2 entries are extended: 32 subclusters in each cluster.
     pub extended_l2: bool,
+    /// The external data file's name for the header.
+    pub data_file: Option<String>,
+    /// Whether the data file by itself has to be a raw image of the disk.
+    pub data_file_raw: bool,
     /// What is allocated from the start.
     pub preallocation: Preallocation,
     /// The backing file's name for the header.
@@ -42,7 +51,10 @@ impl Default for Parameters {
             cluster_bits: 16,
             refcount_order: 4,
             lazy_refcounts: false,
+            codec: Codec::Zlib,
             extended_l2: false,
+            data_file: None,
+            data_file_raw: false,
             preallocation: Preallocation::Off,
             backing_file: None,
             backing_format: None,
@@ -146,8 +158,10 @@ impl Parameters {
             )
             .with_field("lazy_refcounts", "on", "off"));
         }
+        let codec = take_codec(&mut options, version)?;
         let extended_l2 = take_extended_l2(&mut options, version, cluster_size)?;
-        refuse_features(&mut options, version)?;
+        let (data_file, data_file_raw) = take_data_file(&mut options, version)?;
+        refuse_features(&mut options)?;
         let preallocation = match options.take_str("preallocation")?.as_deref() {
             None | Some("off") => Preallocation::Off,
             Some("metadata") => Preallocation::Metadata,
@@ -174,13 +188,24 @@ impl Parameters {
         if let Some(key) = options.0.keys().next() {
             return Err(Error::invalid(format!("Invalid parameter '{key}'")));
         }
+        if let Some(name) = &backing_file
+            && data_file_raw
+        {
+            return Err(Error::invalid(
+                "Backing file and data-file-raw cannot be used at the same time",
+            )
+            .with_field("backing_file", name, "none with data_file_raw"));
+        }
         Ok(Self {
             size,
             version,
             cluster_bits,
             refcount_order,
             lazy_refcounts,
+            codec,
             extended_l2,
+            data_file,
+            data_file_raw,
             preallocation,
             backing_file,
             backing_format,
@@ -199,9 +224,24 @@ impl Parameters {
             ordinary
         };
         match geometry {
-            Some(geometry) => geometry,
+            Some(geometry) => geometry.with_data_file(self.data_file.is_some()),
             None => panic!("the parameters were checked when they were read"),
         }
+    }
+}
+
+fn take_codec(options: &mut Options, version: u32) -> Result<Codec> {
+    let Some(name) = options.take_str("compression_type")? else {
+        return Ok(Codec::Zlib);
+    };
+    match Codec::from_name(&name) {
+        Some(codec) if codec != Codec::Zlib && version < 3 => Err(Error::invalid(
+            "Non-zlib compression type is only supported with compatibility level 1.1 and above (use \
+             version=v3 or greater)",
+        )
+        .with_field("compression_type", name, "zlib")),
+        Some(codec) => Ok(codec),
+        None => Err(not_accepted("compression-type", &name, "zlib or zstd")),
     }
 }
 
@@ -224,40 +264,32 @@ fn take_extended_l2(options: &mut Options, version: u32, cluster_size: u64) -> R
     Ok(wanted)
 }
 
+fn take_data_file(options: &mut Options, version: u32) -> Result<(Option<String>, bool)> {
+    let name = options.take_str("data_file")?;
+    let raw = options.take_switch("data_file_raw")?.unwrap_or(false);
+    if let Some(name) = &name
+        && version < 3
+    {
+        return Err(Error::invalid(
+            "External data files are only supported with compatibility level 1.1 and above (use \
+             version=v3 or greater)",
+        )
+        .with_field("data_file", name, "none"));
+    }
+    if raw && name.is_none() {
+        return Err(
+            Error::invalid("data-file-raw requires data-file").with_field(
+                "data_file_raw",
+                "on",
+                "off",
+            ),
+        );
+    }
+    Ok((name, raw))
+}
+
 /// Takes the options of features that have an issue of their own out, and refuses those that ask for them.
-fn refuse_features(options: &mut Options, version: u32) -> Result<()> {
-    match options.take_str("compression_type")?.as_deref() {
-        None | Some("zlib") => {}
-        Some("zstd") if version < 3 => {
-            return Err(Error::invalid(
-                "Non-zlib compression type is only supported with compatibility level 1.1 and above (use \
-                 version=v3 or greater)",
-            ));
-        }
-        Some("zstd") => {
-            return Err(refused(
-                "compression type zstd",
-                "compression_type",
-                "zstd",
-                "zlib",
-            ));
-        }
-        Some(other) => return Err(not_accepted("compression-type", other, "zlib")),
-    }
-    let data_file = options.take_str("data_file")?;
-    let data_file_raw = options.take_switch("data_file_raw")?.unwrap_or(false);
-    if let Some(name) = data_file {
-        if version < 3 {
-            return Err(Error::invalid(
-                "External data files are only supported with compatibility level 1.1 and above (use \
-                 version=v3 or greater)",
-            ));
-        }
-        return Err(refused("an external data file", "data_file", &name, "none"));
-    }
-    if data_file_raw {
-        return Err(Error::invalid("data-file-raw requires data-file"));
-    }
+fn refuse_features(options: &mut Options) -> Result<()> {
     if options.take_switch("encryption")?.unwrap_or(false) {
         return Err(refused("AES encryption", "encryption", "on", "off"));
     }
@@ -353,7 +385,7 @@ mod tests {
     #[test]
     fn every_option_is_read() {
         let all = read(
-            "size=1G,compat=1.1,cluster_size=4k,refcount_bits=1,lazy_refcounts=on,compression_type=zlib,\
+            "size=1G,compat=1.1,cluster_size=4k,refcount_bits=1,lazy_refcounts=on,compression_type=zstd,\
              extended_l2=off,data_file_raw=off,encryption=off,backing_file=a,backing_fmt=raw",
         )
         .unwrap();
@@ -365,7 +397,10 @@ mod tests {
                 cluster_bits: 12,
                 refcount_order: 0,
                 lazy_refcounts: true,
+                codec: Codec::Zstd,
                 extended_l2: false,
+                data_file: None,
+                data_file_raw: false,
                 preallocation: Preallocation::Off,
                 backing_file: Some("a".into()),
                 backing_format: Some("raw".into()),
@@ -502,8 +537,6 @@ mod tests {
     #[test]
     fn features_with_an_issue_of_their_own_are_refused_by_name() {
         for (text, name) in [
-            ("compression_type=zstd", "zstd"),
-            ("data_file=x", "external data file"),
             ("encryption=on", "encryption"),
             ("encrypt.format=luks,encrypt.key-secret=s", "encryption"),
         ] {

@@ -6,7 +6,6 @@
 use block_core::error::{Error, ErrorKind, Result};
 
 use super::{
-    extensions::{FeatureKind, describe_features},
     header::{Autoclear, Header, Incompatible, invalid},
     units::HostOffset,
 };
@@ -59,18 +58,6 @@ impl Header {
                     .with_field(field, value, allowed),
             )
         };
-        let missing = Incompatible::DATA_FILE | Incompatible::COMPRESSION;
-        let unsupported = self.incompatible & missing;
-        if !unsupported.is_empty() {
-            let table = &self.extensions.feature_names;
-            let names = describe_features(FeatureKind::Incompatible, unsupported.bits(), table);
-            return refuse(
-                &names,
-                "incompatible_features",
-                format!("{:#x}", self.incompatible.bits()),
-                "dirty (bit 0) and corrupt (bit 1) in this version of the driver",
-            );
-        }
         match self.crypt_method {
             0 => {}
             method => {

@@ -40,6 +40,8 @@ pub struct Access {
     pub force_share: bool,
     /// Without its backing file.
     pub no_backing: bool,
+    /// Leave external data files alone.
+    pub no_data_file: bool,
     /// For check or repair.
     pub for_check: bool,
     /// Cache mode.
@@ -85,6 +87,7 @@ pub async fn open_with(
     let how = OpenOptions {
         implicit: ImplicitOpens::Permit,
         no_backing: access.no_backing,
+        no_data_file: access.no_data_file,
         for_check: access.for_check,
     };
     let is_protocol = |driver: &str| {
