@@ -1,8 +1,11 @@
 //! What images say of themselves: info, check reports, progress. Plain data; the tools turn it into text and JSON.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, AtomicU64, Ordering},
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
 };
 
 use serde_json::Value;
@@ -94,6 +97,65 @@ pub struct CheckReport {
     pub findings: Vec<Finding>,
     /// Why the repair that was asked for was not begun; the image is as it was.
     pub refused: Option<ErrorKind>,
+    /// Ranges of the disk whose bytes may not be what was written there, because their place in the file was used for
+    /// something else as well; bounded like `findings`. A repair gives each its own place and leaves the bytes alone.
+    pub affected: Vec<Affected>,
+}
+
+/// A range of the virtual disk that shared its place in the image file with something else.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Affected {
+    /// First byte of the range on the virtual disk.
+    pub start: u64,
+    /// Its bytes.
+    pub length: u64,
+    /// The internal snapshot that the range belongs to; `None` for the disk as it is.
+    pub snapshot: Option<String>,
+    /// What else was there: "data", "compressed data", or the name of a kind of metadata.
+    pub with: String,
+    /// For data, where on the virtual disk that is.
+    pub with_start: Option<u64>,
+    /// For data of an internal snapshot, its name.
+    pub with_snapshot: Option<String>,
+    /// Whether a repair has given the range a place of its own.
+    pub separated: bool,
+}
+
+impl Affected {
+    /// Whether `next` goes on where this range ends, in every respect.
+    fn continues(&self, next: &Self) -> bool {
+        let end = self.start.saturating_add(self.length);
+        let with = self
+            .with_start
+            .map(|start| start.saturating_add(self.length));
+        end == next.start
+            && with == next.with_start
+            && self.with == next.with
+            && self.snapshot == next.snapshot
+            && self.with_snapshot == next.with_snapshot
+            && self.separated == next.separated
+    }
+}
+
+impl fmt::Display for Affected {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let snapshot = |f: &mut fmt::Formatter<'_>, name: &Option<String>| match name {
+            Some(name) => write!(f, " of snapshot '{name}'"),
+            None => Ok(()),
+        };
+        write!(
+            f,
+            "Affected: guest range offset={:#x} length={:#x}",
+            self.start, self.length
+        )?;
+        snapshot(f, &self.snapshot)?;
+        let verb = if self.separated { "shared" } else { "shares" };
+        write!(f, " {verb} its place in the file with {}", self.with)?;
+        if let Some(start) = self.with_start {
+            write!(f, " at guest offset={start:#x}")?;
+        }
+        snapshot(f, &self.with_snapshot)
+    }
 }
 
 impl CheckReport {
@@ -118,6 +180,32 @@ impl CheckReport {
             message: message.into(),
             repaired,
         });
+    }
+
+    /// Adds the counts of problems and the findings of `other`; its statistics are left out.
+    pub fn absorb(&mut self, other: Self) {
+        self.check_errors += other.check_errors;
+        self.corruptions += other.corruptions;
+        self.leaks += other.leaks;
+        self.corruptions_fixed += other.corruptions_fixed;
+        self.leaks_fixed += other.leaks_fixed;
+        for finding in other.findings {
+            self.note(finding);
+        }
+        for affected in other.affected {
+            self.affect(affected);
+        }
+    }
+
+    /// Adds a range that was affected; one that goes on where the last one ended becomes a part of it.
+    pub fn affect(&mut self, affected: Affected) {
+        if let Some(last) = self.affected.last_mut()
+            && last.continues(&affected)
+        {
+            last.length += affected.length;
+        } else if self.affected.len() < Self::MAX_FINDINGS {
+            self.affected.push(affected);
+        }
     }
 
     /// Adds a finding that is counted elsewhere.

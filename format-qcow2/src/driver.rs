@@ -64,7 +64,8 @@ impl Qcow2 {
         let report = check::run(file, &mut header, mode, progress).await;
         if mode != CheckMode::ReadOnly {
             self.reload(&mut meta, request).await?;
-            if !meta.header.is_corrupt() {
+            let served = meta.header.refuse_unsupported(self.is_read_only()).is_ok();
+            if !meta.header.is_corrupt() && served {
                 self.shut.store(false, Ordering::Release);
             }
         }
@@ -170,7 +171,7 @@ impl BlockDriver for Qcow2 {
             .map_or_else(Limits::default, block_core::request::Child::limits);
         Limits {
             request_alignment: 1,
-            zeroes_alignment: size,
+            zeroes_alignment: self.geometry.subcluster_size(),
             discard_alignment: size,
             serialising_granularity: size,
             opt_transfer: size,

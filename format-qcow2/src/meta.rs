@@ -22,7 +22,7 @@ use crate::{
         refcounts::RefcountStore,
         slice::{NumberSet, Slice, SliceIndex},
     },
-    layout::{ClusterIndex, Geometry, Header, HostOffset, L2Entry, RawEntry},
+    layout::{ClusterIndex, Geometry, Header, HostOffset, L2Entry, RawEntry, Space},
     overlap::MetadataMap,
 };
 
@@ -65,13 +65,6 @@ pub(crate) fn link_of(raw: RawEntry, cluster: ClusterIndex, geometry: Geometry) 
     }
     let guest = geometry.cluster_start(cluster).0;
     match L2Entry::decode(raw, geometry).ok()? {
-        L2Entry::Unallocated | L2Entry::ZeroPlain => None,
-        L2Entry::Normal { host, copied } | L2Entry::ZeroAllocated { host, copied } => Some(Link {
-            guest,
-            host: host.0,
-            len: geometry.cluster_size(),
-            shared: !copied,
-        }),
         L2Entry::Compressed(run) => {
             let (first, last) = run.clusters(geometry);
             Some(Link {
@@ -81,6 +74,12 @@ pub(crate) fn link_of(raw: RawEntry, cluster: ClusterIndex, geometry: Geometry) 
                 shared: true,
             })
         }
+        entry => entry.space().map(|Space { host, copied }| Link {
+            guest,
+            host: host.0,
+            len: geometry.cluster_size(),
+            shared: !copied,
+        }),
     }
 }
 

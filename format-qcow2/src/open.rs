@@ -201,7 +201,8 @@ async fn open_image(
         size: AtomicU64::new(header.disk_size()),
         read_only: AtomicBool::new(read_only),
         names_backing: AtomicBool::new(header.backing_file.is_some()),
-        shut: AtomicBool::new(false),
+        // What is opened for a check alone may need more than this driver can do: it serves no requests then.
+        shut: AtomicBool::new(header.refuse_unsupported(read_only).is_err()),
         l1: ArcSwap::from_pointee(l1),
         metadata: metadata.clone(),
         slices: SliceCache::new(),

@@ -1,7 +1,7 @@
 //! Preallocation of clusters beyond the end of the disk, before it grows over them.
 //!
 //! The clusters become ordinary data clusters, so their host ranges are made to read as zeroes before they are linked:
-//! a recycled cluster must not show what it held before.
+//! a recycled cluster must not show what it held before. With extended L2 entries the space is only reserved.
 
 use std::sync::Arc;
 
@@ -32,8 +32,9 @@ impl Qcow2 {
         new: u64,
         how: Preallocation,
     ) -> Result<()> {
-        // The cluster that the old end lies in shows the backing file, which zeroes must not cover.
-        let mut at = if self.has_backing(request) {
+        // The cluster that the old end lies in shows the backing file, which zeroes must not cover. Where L2 entries are
+        // extended, space covers nothing.
+        let mut at = if self.has_backing(request) && !self.geometry.has_extended_l2() {
             self.geometry.clusters_for(old)
         } else {
             old >> self.geometry.cluster_bits()
@@ -68,9 +69,10 @@ impl Qcow2 {
             let slice = self.slice_for_update(&mut meta, file, index).await?;
             let free = |cluster: &u64| {
                 let raw = slice.load(self.slice_entry(ClusterIndex(*cluster)));
-                [L2Entry::Unallocated, L2Entry::ZeroPlain]
-                    .iter()
-                    .any(|entry| raw == entry.encode(self.geometry))
+                // Whoever gets to a damaged entry meets the error.
+                L2Entry::decode(raw, self.geometry).is_ok_and(|entry| {
+                    entry.space().is_none() && !matches!(entry, L2Entry::Compressed(_))
+                })
             };
             let Some(start) = (at..stop).find(free) else {
                 return Ok(stop);
@@ -94,8 +96,14 @@ impl Qcow2 {
         for (n, host) in allocation.clusters().enumerate() {
             let entry = self.slice_entry(ClusterIndex(start + n as u64));
             let host = self.geometry.host_start(host);
-            let new = L2Entry::Normal { host, copied: true }.encode(self.geometry);
-            meta.set_entry(index, &slice, entry, new);
+            let new = if self.geometry.has_extended_l2() {
+                // What the subclusters show stays what it is.
+                let old = self.decode(slice.load(entry), ClusterIndex(start + n as u64))?;
+                Self::with_data(old, host, 0)
+            } else {
+                L2Entry::Normal { host, copied: true }
+            };
+            meta.set_entry(index, &slice, entry, new.encode(self.geometry));
             meta.unlinked.remove(&(host.0 >> bits));
         }
         meta.linked = true;

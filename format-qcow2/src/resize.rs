@@ -21,7 +21,7 @@ use crate::{
     cache::slices,
     header_update,
     image::{L1Table, Qcow2},
-    io::zero::Change,
+    io::{map::Run, zero::Change},
     layout::{ClusterIndex, HostCluster, entry, header::MAX_L1_BYTES},
     meta::Meta,
 };
@@ -214,15 +214,17 @@ impl Qcow2 {
         let size = self.geometry.cluster_size();
         // What is left of the last cluster must not come back when the disk grows again.
         let edge = new.next_multiple_of(size).min(old);
-        if new < edge {
-            let (run, pin) = self.locate(request.file()?, new, edge - new).await?;
+        let mut at = new;
+        while at < edge {
+            let (run, pin) = self.locate(request.file()?, at, edge - at).await?;
             drop(pin);
-            use crate::io::map::Run;
+            let next = at + run.len();
             if matches!(run, Run::Data { .. } | Run::Compressed { .. })
                 && !mutant::is_active("qcow2-shrink-leaves-tail")
             {
-                self.write_zero_data(request, new, edge).await?;
+                self.write_zero_data(request, at, next).await?;
             }
+            at = next;
         }
         let first = ClusterIndex(new.div_ceil(size));
         let end = ClusterIndex(old.div_ceil(size));

@@ -132,8 +132,9 @@ fn the_counts_of_good_images_are_qemu_imgs() {
     }
 }
 
+/// One bit can't say that a cluster is used twice: only copies can repair it.
 #[test]
-fn a_refcount_that_does_not_fit_stays_a_corruption() {
+fn a_doubly_used_cluster_whose_refcount_does_not_fit_gets_copies() {
     let Some(lab) = Lab::new() else { return };
     let options = "refcount_bits=1";
     lab.qemu_img(&[
@@ -149,16 +150,17 @@ fn a_refcount_that_does_not_fit_stays_a_corruption() {
     lab.qemu_io("bit.qcow2", &["write 0 128k"]);
     let image = Image::load(&lab.path("bit.qcow2"));
     image.put64(L2 + 8, (5 * C) | COPIED);
-    for mode in [CheckMode::ReadOnly, CheckMode::RepairAll] {
-        let report = image.check(mode).unwrap();
-        assert_eq!(exit_status(&report), 2, "{report:?}");
-        assert!(
-            report
-                .findings
-                .iter()
-                .any(|finding| finding.message.contains("overflow"))
-        );
-    }
+    let report = image.check(CheckMode::ReadOnly).unwrap();
+    assert_eq!(exit_status(&report), 2, "{report:?}");
+    let overflow = |report: &CheckReport| {
+        let mut findings = report.findings.iter();
+        findings.any(|finding| finding.message.contains("overflow"))
+    };
+    assert!(overflow(&report));
+    let report = image.check(CheckMode::RepairAll).unwrap();
+    assert_eq!(exit_status(&report), 0, "{report:?}");
+    image.save(&lab.path("bit.qcow2"));
+    assert_eq!(lab.status(&["check", "-f", "qcow2", "bit.qcow2"]), 0);
 }
 
 #[test]
@@ -178,58 +180,6 @@ fn a_read_error_is_a_check_error_and_frees_nothing() {
                 .iter()
                 .any(|event| matches!(event, Event::Write(..)))
         );
-    }
-}
-
-#[test]
-fn images_with_features_that_are_not_understood_are_not_miscounted() {
-    let Some(lab) = Lab::new() else { return };
-    lab.qemu_img(&["create", "-q", "-f", "qcow2", "a.qcow2", "1M"]);
-    lab.qemu_img(&["snapshot", "-c", "s", "a.qcow2"]);
-    lab.qemu_img(&["create", "-q", "-f", "qcow2", "b.qcow2", "1M"]);
-    lab.qemu_img(&["bitmap", "--add", "b.qcow2", "b"]);
-    lab.qemu_img(&[
-        "create",
-        "-q",
-        "-f",
-        "qcow2",
-        "-o",
-        "extended_l2=on",
-        "c.qcow2",
-        "1M",
-    ]);
-    lab.qemu_img(&[
-        "create",
-        "-q",
-        "-f",
-        "qcow2",
-        "-o",
-        "compression_type=zstd",
-        "d.qcow2",
-        "1M",
-    ]);
-    lab.qemu_img(&[
-        "create",
-        "-q",
-        "-f",
-        "qcow2",
-        "-o",
-        "data_file=e.raw",
-        "e.qcow2",
-        "1M",
-    ]);
-    for (file, name) in [
-        ("a.qcow2", "internal snapshots"),
-        ("b.qcow2", "persistent bitmaps"),
-        ("c.qcow2", "extended L2 entries"),
-        ("d.qcow2", "compression type"),
-        ("e.qcow2", "external data file"),
-    ] {
-        for mode in [CheckMode::ReadOnly, CheckMode::RepairAll] {
-            let error = Image::load(&lab.path(file)).check(mode).unwrap_err();
-            assert_eq!(error.errno(), 95, "{file}: {error}");
-            assert!(error.reason().contains(name), "{file}: {error}");
-        }
     }
 }
 

@@ -28,6 +28,9 @@ fn an_image_is_byte_for_byte_the_one_that_qemu_img_makes() {
         "backing_file=base.raw,backing_fmt=raw",
         "compat=0.10,backing_file=base.raw,backing_fmt=raw",
         "cluster_size=512,backing_file=base.raw,backing_fmt=raw",
+        "extended_l2=on",
+        "extended_l2=on,cluster_size=16k,refcount_bits=1",
+        "extended_l2=on,cluster_size=2M,backing_file=base.raw,backing_fmt=raw",
     ] {
         for size in ["0", "512", "1000", "3M", "64M", "1G"] {
             if size == "1G" && options.contains("cluster_size=512") {
@@ -71,6 +74,9 @@ fn every_new_image_is_clean_and_reads_as_zeroes_for_qemu_img() {
         "preallocation=falloc,size=5M",
         "preallocation=full,size=5M,refcount_bits=32",
         "preallocation=full,cluster_size=1k,size=1025k",
+        "extended_l2=on,preallocation=metadata,cluster_size=16k,size=20M",
+        "extended_l2=on,preallocation=metadata,size=300M",
+        "extended_l2=on,preallocation=full,size=5M",
     ] {
         let image = Image::create(options).unwrap();
         image.save(&lab.path("ours.qcow2"));
@@ -150,7 +156,7 @@ fn the_header_is_written_last_and_behind_a_flush() {
 fn options_that_are_refused_leave_the_storage_untouched() {
     for options in [
         "size=129G,cluster_size=512",
-        "size=1M,extended_l2=on",
+        "size=1M,extended_l2=on,cluster_size=8k",
         "size=1M,x=y",
     ] {
         assert!(Image::create(options).is_err(), "{options}");

@@ -13,7 +13,6 @@ fn features_that_are_not_supported_yet_are_refused_by_name() {
     let data = scratch.path().join("data.raw");
     let external = format!("data_file={}", data.to_str().unwrap());
     let cases = [
-        ("extended_l2=on", "extended L2"),
         ("compression_type=zstd", "compression type"),
         (external.as_str(), "external data file"),
     ];

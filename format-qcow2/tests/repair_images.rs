@@ -59,11 +59,7 @@ fn repairs_leave_what_qemu_img_calls_clean() {
 #[test]
 fn a_repair_counts_what_it_fixed_as_qemu_img_does() {
     let Some(lab) = Lab::new() else { return };
-    for name in [
-        "doubly used cluster",
-        "refcount of data zero",
-        "refcount block missing",
-    ] {
+    for name in ["refcount of data zero", "refcount block missing"] {
         let damage = DAMAGES.iter().find(|damage| damage.name == name).unwrap();
         let image = damaged(&lab, damage);
         image.save(&lab.path("damaged.qcow2"));
@@ -247,7 +243,7 @@ fn the_dirty_and_corrupt_bits_are_cleared_when_all_is_well() {
     assert_eq!(image.get64(72), 0);
     // Not while there is corruption left.
     image.put64(72, 2);
-    image.put64(L2 + 8, (6 * C) | COPIED | 2);
+    image.put64(L2 + 8, ((1 << 32) + 6 * C) | COPIED);
     image.check(CheckMode::RepairAll).unwrap();
     assert_eq!(image.get64(72), 2);
 }

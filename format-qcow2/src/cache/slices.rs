@@ -129,12 +129,10 @@ impl Qcow2 {
         }
         slice.is_suspect(self.metadata.generation(), || {
             let hosts = (0..slice.len()).filter_map(|at| {
-                match L2Entry::decode(slice.load(at), self.geometry) {
-                    Ok(L2Entry::Normal { host, .. } | L2Entry::ZeroAllocated { host, .. }) => {
-                        Some(self.geometry.host_cluster_of(host).0)
-                    }
-                    _ => None,
-                }
+                let space = L2Entry::decode(slice.load(at), self.geometry)
+                    .ok()?
+                    .space()?;
+                Some(self.geometry.host_cluster_of(space.host).0)
             });
             self.metadata.overlaps(hosts)
         })

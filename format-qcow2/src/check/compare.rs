@@ -7,13 +7,16 @@ use block_core::{
 };
 
 use super::{
+    counts::Bits,
     stored::{BlockPlace, Stored},
     walk::{Walk, stop_if_cancelled},
 };
-use crate::layout::{Header, HostCluster, Refcounts};
+use crate::layout::{Header, Refcounts};
 
 /// Findings about one block that can't be read are given with their text up to this many; all are counted.
 const MAX_UNREADABLE_TEXTS: u64 = 1000;
+/// Clusters that are compared at once.
+const STEP: u64 = 4096;
 
 /// What [`compare`] does about differences.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,19 +35,26 @@ impl Fix {
 
     /// What `mode` allows. Leaks are left alone while a part of the mapping can't be followed: what looks like a leak
     /// may be the user's data.
-    pub fn allowed(mode: CheckMode, walk: &Walk<'_>) -> Self {
+    pub fn allowed(mode: CheckMode, walk: &Walk<'_>, keep_leaks: bool) -> Self {
         Self {
-            leaks: mode != CheckMode::ReadOnly && !walk.incomplete,
+            leaks: mode != CheckMode::ReadOnly && !walk.incomplete && !keep_leaks,
             errors: mode == CheckMode::RepairAll,
         }
     }
 }
 
 /// What the comparison found, besides what is in the report.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Default)]
 pub(super) struct Outcome {
     /// A cluster in use has the stored refcount 0, or none that can be read.
     pub rebuild: bool,
+    /// Clusters whose refcount is exactly 1, after the corrections.
+    pub unique: Bits,
+    /// Clusters with several references that may be more than the format allows: metadata with something else, or
+    /// more than the refcount says.
+    pub suspicious: Bits,
+    /// A refcount other than 0 and 1, or another number of references: COPIED flags can't all be set.
+    pub shared: bool,
 }
 
 struct Comparison<'w, 'a> {
@@ -81,6 +91,7 @@ pub(super) async fn compare(
         .refcount_table_entries()
         .min(clusters.div_ceil(per_block));
     progress.add_total(blocks);
+    let mut references = vec![0; STEP as usize];
     for index in 0..blocks {
         stop_if_cancelled(progress)?;
         progress.advance(1);
@@ -94,17 +105,27 @@ pub(super) async fn compare(
             Ok(Some(block)) => {
                 // A copy, so that corrections can go to the block meanwhile. It is one cluster.
                 let block = block.to_vec();
-                for cluster in first..last {
-                    let at = geometry.refcount_block_index(HostCluster(cluster)) as usize;
-                    let value = refcounts.get(&block, at);
-                    if value == walk.counts.get(cluster) {
-                        // The common case, without a future.
-                        if value > 0 {
-                            state.end = cluster + 1;
+                let mut base = first;
+                while base < last {
+                    let references = &mut references[..STEP.min(last - base) as usize];
+                    walk.counts.read(base, references);
+                    let at = (base - first) as usize;
+                    for (index, references) in references.iter().enumerate() {
+                        let value = refcounts.get(&block, at + index);
+                        let cluster = base + index as u64;
+                        if value == *references && value <= 1 {
+                            // The common case, without a future.
+                            if value > 0 {
+                                state.end = cluster + 1;
+                                state.outcome.unique.insert(cluster)?;
+                            }
+                            continue;
                         }
-                        continue;
+                        state
+                            .cluster(cluster, value, *references, stored, report)
+                            .await?;
                     }
-                    state.cluster(cluster, value, stored, report).await?;
+                    base += STEP;
                 }
                 continue;
             }
@@ -123,6 +144,7 @@ pub(super) async fn compare(
         let mut from = first;
         while let Some(cluster) = walk.counts.next_used(from, last) {
             state.end = cluster + 1;
+            state.suspect(cluster, 0, walk.counts.get(cluster))?;
             from = cluster + 1;
         }
     }
@@ -144,8 +166,24 @@ impl Comparison<'_, '_> {
     ) -> Result<()> {
         let mut from = first;
         while let Some(cluster) = self.walk.counts.next_used(from, last) {
-            self.cluster(cluster, 0, stored, report).await?;
+            let references = self.walk.counts.get(cluster);
+            self.cluster(cluster, 0, references, stored, report).await?;
             from = cluster + 1;
+        }
+        Ok(())
+    }
+
+    /// Notes a cluster with several references unless they are what the format allows.
+    fn suspect(&mut self, cluster: u64, refcount: u64, references: u64) -> Result<()> {
+        if references < 2 {
+            return Ok(());
+        }
+        let tables = self.walk.l2_references.get(cluster);
+        if refcount < references
+            || self.walk.metadata.contains(cluster)
+            || (tables > 0 && tables != references)
+        {
+            self.outcome.suspicious.insert(cluster)?;
         }
         Ok(())
     }
@@ -154,25 +192,45 @@ impl Comparison<'_, '_> {
         &mut self,
         cluster: u64,
         refcount: u64,
+        references: u64,
         stored: &mut Stored<'_>,
         report: &mut CheckReport,
     ) -> Result<()> {
-        let references = self.walk.counts.get(cluster);
         if refcount > 0 || references > 0 {
             self.end = cluster + 1;
         }
+        self.outcome.shared = true;
+        self.suspect(cluster, refcount, references)?;
+        let after = self
+            .correct(cluster, refcount, references, stored, report)
+            .await?;
+        if after == 1 {
+            self.outcome.unique.insert(cluster)?;
+        }
+        Ok(())
+    }
+
+    /// Reports a difference and corrects it if it may. Gives back the refcount afterwards.
+    async fn correct(
+        &mut self,
+        cluster: u64,
+        refcount: u64,
+        references: u64,
+        stored: &mut Stored<'_>,
+        report: &mut CheckReport,
+    ) -> Result<u64> {
         if refcount == references {
-            return Ok(());
+            return Ok(refcount);
         }
         let difference = format!("cluster {cluster} refcount={refcount} reference={references}");
         if refcount > references {
             if self.fix.leaks {
                 stored.set(cluster, references).await?;
                 report.add(Severity::Leak, true, format!("Repairing {difference}"));
-            } else {
-                report.add(Severity::Leak, false, format!("Leaked {difference}"));
+                return Ok(references);
             }
-            return Ok(());
+            report.add(Severity::Leak, false, format!("Leaked {difference}"));
+            return Ok(refcount);
         }
         if refcount == 0 {
             // Nothing tells how much else is missing: new structures are safer than patched ones.
@@ -194,9 +252,10 @@ impl Comparison<'_, '_> {
                 true,
                 format!("Repairing {difference}"),
             );
+            return Ok(references);
         } else {
             report.add(Severity::Corruption, false, format!("ERROR {difference}"));
         }
-        Ok(())
+        Ok(refcount)
     }
 }

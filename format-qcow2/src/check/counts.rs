@@ -1,71 +1,167 @@
-//! References counted per host cluster: two bytes for each cluster near one that is referenced, nothing for the rest
-//! of a sparse file. No I/O.
+//! Numbers and marks per host cluster, in as few bits as they need: half a byte for each cluster near one that is
+//! referenced, more only where a count asks for it, nothing for the rest of a sparse file. No I/O.
+//!
+//! Counts up to 65535 never take more than two bytes. Larger ones take eight: an image can only have them with more
+//! references to one cluster than a refcount of the usual width can say.
 
 use std::collections::{BTreeMap, btree_map::Entry};
 
 use block_core::error::{Error, ErrorKind, Result};
 
 /// Clusters in one chunk.
-const CHUNK: u64 = 4096;
-/// Stands for a count that is kept in `large`.
-const LARGE: u16 = u16::MAX;
+pub(super) const CHUNK: u64 = 4096;
+
+/// The counts of one chunk.
+#[derive(Debug)]
+enum Chunk {
+    /// Up to 15 each; the even cluster's count is in the low half.
+    Nibbles(Box<[u8]>),
+    /// Up to 255.
+    Bytes(Box<[u8]>),
+    /// Up to 65535.
+    Words(Box<[u16]>),
+    /// Any.
+    Full(Box<[u64]>),
+}
+
+fn allocate<T: Clone>(len: usize, value: T) -> Result<Box<[T]>> {
+    let mut all = Vec::new();
+    all.try_reserve_exact(len).map_err(|error| {
+        Error::new(
+            ErrorKind::OutOfMemory,
+            "no memory for the references of the image",
+        )
+        .with_source(error)
+    })?;
+    all.resize(len, value);
+    Ok(all.into_boxed_slice())
+}
+
+impl Chunk {
+    fn new() -> Result<Self> {
+        Ok(Self::Nibbles(allocate(CHUNK as usize / 2, 0)?))
+    }
+
+    const fn max(&self) -> u64 {
+        match self {
+            Self::Nibbles(_) => 15,
+            Self::Bytes(_) => u8::MAX as u64,
+            Self::Words(_) => u16::MAX as u64,
+            Self::Full(_) => u64::MAX,
+        }
+    }
+
+    fn get(&self, at: usize) -> u64 {
+        match self {
+            Self::Nibbles(all) => (all[at / 2] >> (at % 2 * 4) & 15).into(),
+            Self::Bytes(all) => all[at].into(),
+            Self::Words(all) => all[at].into(),
+            Self::Full(all) => all[at],
+        }
+    }
+
+    fn put(&mut self, at: usize, value: u64) {
+        match self {
+            Self::Nibbles(all) => {
+                let shift = at % 2 * 4;
+                let byte = &mut all[at / 2];
+                *byte = *byte & !(15 << shift) | (value as u8) << shift;
+            }
+            Self::Bytes(all) => all[at] = value as u8,
+            Self::Words(all) => all[at] = value as u16,
+            Self::Full(all) => all[at] = value,
+        }
+    }
+
+    /// The same counts with room for `value`.
+    fn widened(&self, value: u64) -> Result<Self> {
+        let len = CHUNK as usize;
+        let mut wide = match value {
+            0..=0xff => Self::Bytes(allocate(len, 0)?),
+            0x100..=0xffff => Self::Words(allocate(len, 0)?),
+            _ => Self::Full(allocate(len, 0)?),
+        };
+        for at in 0..len {
+            wide.put(at, self.get(at));
+        }
+        Ok(wide)
+    }
+
+    fn add(&mut self, at: usize, by: u64) -> Result<u64> {
+        let new = self.get(at).saturating_add(by);
+        if new > self.max() {
+            *self = self.widened(new)?;
+        }
+        self.put(at, new);
+        Ok(new)
+    }
+}
 
 /// How often each host cluster is referenced. Counts saturate at `u64::MAX`.
 #[derive(Debug, Default)]
 pub(super) struct Counts {
-    chunks: BTreeMap<u64, Box<[u16]>>,
-    /// The counts that don't fit; their slot holds [`LARGE`].
-    large: BTreeMap<u64, u64>,
+    chunks: BTreeMap<u64, Chunk>,
 }
 
 impl Counts {
+    fn chunk(&mut self, key: u64) -> Result<&mut Chunk> {
+        Ok(match self.chunks.entry(key) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => entry.insert(Chunk::new()?),
+        })
+    }
+
     /// Adds `by` references to `cluster` and gives back the new count.
     ///
     /// # Errors
     /// ENOMEM.
     pub fn add(&mut self, cluster: u64, by: u64) -> Result<u64> {
-        let (key, at) = (cluster / CHUNK, (cluster % CHUNK) as usize);
-        let chunk = match self.chunks.entry(key) {
-            Entry::Occupied(entry) => entry.into_mut(),
-            Entry::Vacant(entry) => {
-                let mut chunk = Vec::new();
-                chunk.try_reserve_exact(CHUNK as usize).map_err(|error| {
-                    Error::new(
-                        ErrorKind::OutOfMemory,
-                        "no memory for the references of the image",
-                    )
-                    .with_source(error)
-                })?;
-                chunk.resize(CHUNK as usize, 0);
-                entry.insert(chunk.into_boxed_slice())
+        self.chunk(cluster / CHUNK)?
+            .add((cluster % CHUNK) as usize, by)
+    }
+
+    /// Adds `by` references to each of `len` clusters from `first` on.
+    ///
+    /// # Errors
+    /// ENOMEM.
+    pub fn add_run(&mut self, first: u64, len: u64, by: u64) -> Result<()> {
+        let (mut at, end) = (first, first.saturating_add(len));
+        while at < end {
+            let base = at / CHUNK * CHUNK;
+            let until = end.min(base + CHUNK);
+            let chunk = self.chunk(base / CHUNK)?;
+            for cluster in at..until {
+                chunk.add((cluster - base) as usize, by)?;
             }
-        };
-        let slot = &mut chunk[at];
-        let old = if *slot == LARGE {
-            self.large.get(&cluster).copied().unwrap_or(LARGE.into())
-        } else {
-            u64::from(*slot)
-        };
-        let new = old.saturating_add(by);
-        if new >= LARGE.into() {
-            *slot = LARGE;
-            self.large.insert(cluster, new);
-        } else {
-            *slot = new as u16;
+            at = until;
         }
-        Ok(new)
+        Ok(())
     }
 
     /// The references to `cluster`.
     pub fn get(&self, cluster: u64) -> u64 {
-        match self
-            .chunks
+        self.chunks
             .get(&(cluster / CHUNK))
-            .map(|chunk| chunk[(cluster % CHUNK) as usize])
-        {
-            None => 0,
-            Some(LARGE) => self.large.get(&cluster).copied().unwrap_or(LARGE.into()),
-            Some(count) => count.into(),
+            .map_or(0, |chunk| chunk.get((cluster % CHUNK) as usize))
+    }
+
+    /// The references to the clusters from `first` on, into `out`.
+    pub fn read(&self, first: u64, out: &mut [u64]) {
+        let mut done = 0;
+        while done < out.len() {
+            let at = first + done as u64;
+            let start = (at % CHUNK) as usize;
+            let len = (CHUNK as usize - start).min(out.len() - done);
+            let part = &mut out[done..done + len];
+            match self.chunks.get(&(at / CHUNK)) {
+                None => part.fill(0),
+                Some(chunk) => {
+                    for (index, value) in part.iter_mut().enumerate() {
+                        *value = chunk.get(start + index);
+                    }
+                }
+            }
+            done += len;
         }
     }
 
@@ -79,12 +175,63 @@ impl Counts {
             .find_map(|(key, chunk)| {
                 let base = key * CHUNK;
                 let first = from.saturating_sub(base).min(CHUNK) as usize;
-                chunk[first..]
-                    .iter()
-                    .position(|count| *count != 0)
-                    .map(|at| base + (first + at) as u64)
+                (first..CHUNK as usize)
+                    .find(|at| chunk.get(*at) != 0)
+                    .map(|at| base + at as u64)
                     .filter(|cluster| *cluster < end)
             })
+    }
+}
+
+const WORDS: usize = CHUNK as usize / 64;
+
+/// A set of host clusters, one bit for each cluster near a member.
+#[derive(Debug, Default)]
+pub(super) struct Bits {
+    chunks: BTreeMap<u64, Box<[u64]>>,
+}
+
+impl Bits {
+    /// Adds a cluster. Says whether it is new.
+    ///
+    /// # Errors
+    /// ENOMEM.
+    pub fn insert(&mut self, cluster: u64) -> Result<bool> {
+        let chunk = match self.chunks.entry(cluster / CHUNK) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => entry.insert(allocate(WORDS, 0)?),
+        };
+        let at = (cluster % CHUNK) as usize;
+        let (word, bit) = (&mut chunk[at / 64], 1 << (at % 64));
+        let new = *word & bit == 0;
+        *word |= bit;
+        Ok(new)
+    }
+
+    /// Whether a cluster is in the set.
+    pub fn contains(&self, cluster: u64) -> bool {
+        let at = (cluster % CHUNK) as usize;
+        self.chunks
+            .get(&(cluster / CHUNK))
+            .is_some_and(|chunk| chunk[at / 64] >> (at % 64) & 1 != 0)
+    }
+
+    /// Whether nothing is in it.
+    pub fn is_empty(&self) -> bool {
+        self.chunks.is_empty()
+    }
+
+    /// The members from `from` on, ascending.
+    pub fn from(&self, from: u64) -> impl Iterator<Item = u64> + '_ {
+        self.chunks
+            .range(from / CHUNK..)
+            .flat_map(|(key, chunk)| {
+                let base = key * CHUNK;
+                (0..CHUNK)
+                    .filter(|at| chunk[*at as usize / 64] >> (at % 64) & 1 != 0)
+                    .map(move |at| base + at)
+            })
+            .filter(move |cluster| *cluster >= from)
     }
 }
 
@@ -95,16 +242,32 @@ mod tests {
     #[test]
     fn counts_of_any_size_are_kept() {
         let mut counts = Counts::default();
-        assert_eq!(counts.add(7, 65534).unwrap(), 65534);
-        assert_eq!(counts.add(7, 1).unwrap(), 65535);
-        assert_eq!(counts.get(7), 65535);
-        assert_eq!(counts.add(7, 1).unwrap(), 65536);
-        assert_eq!(counts.add(7, u64::MAX).unwrap(), u64::MAX);
-        assert_eq!(counts.get(7), u64::MAX);
-        assert_eq!(
-            (counts.get(6), counts.get(8), counts.get(1 << 50)),
-            (0, 0, 0)
-        );
+        let mut expected = 0u64;
+        counts.add(6, 3).unwrap();
+        for by in [14, 1, 1, 238, 1, 1, 65000, 279, 1, 1, u64::MAX] {
+            expected = expected.saturating_add(by);
+            assert_eq!(counts.add(7, by).unwrap(), expected);
+            assert_eq!(counts.get(7), expected);
+            // The neighbour in the same byte isn't touched, however wide the chunk has become.
+            assert_eq!(
+                (counts.get(6), counts.get(8), counts.get(1 << 50)),
+                (3, 0, 0)
+            );
+        }
+        let mut out = [0; 4];
+        counts.read(5, &mut out);
+        assert_eq!(out, [0, 3, u64::MAX, 0]);
+    }
+
+    #[test]
+    fn runs_cross_chunks() {
+        let mut counts = Counts::default();
+        counts.add_run(CHUNK - 2, CHUNK + 4, 2).unwrap();
+        counts.add_run(CHUNK, 1, 14).unwrap();
+        let mut out = vec![9; CHUNK as usize + 8];
+        counts.read(CHUNK - 4, &mut out);
+        assert_eq!(out[..6], [0, 0, 2, 2, 16, 2]);
+        assert_eq!(out[CHUNK as usize + 4..], [2, 2, 0, 0]);
     }
 
     #[test]
@@ -123,5 +286,21 @@ mod tests {
         assert_eq!(counts.next_used(4, 4095), None);
         assert_eq!(counts.next_used(4, 4096), Some(4095));
         assert_eq!(counts.next_used(5, 5), None);
+    }
+
+    #[test]
+    fn a_set_gives_back_its_members_in_order() {
+        let mut bits = Bits::default();
+        assert!(bits.is_empty());
+        for cluster in [1 << 40, 63, 4096, 64, 4095] {
+            assert!(bits.insert(cluster).unwrap());
+        }
+        assert!(!bits.insert(63).unwrap());
+        assert!(bits.contains(64) && !bits.contains(65) && !bits.contains(1 << 41));
+        assert_eq!(
+            bits.from(0).collect::<Vec<_>>(),
+            [63, 64, 4095, 4096, 1 << 40]
+        );
+        assert_eq!(bits.from(65).collect::<Vec<_>>(), [4095, 4096, 1 << 40]);
     }
 }

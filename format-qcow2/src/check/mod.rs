@@ -1,20 +1,31 @@
 //! Checking and repairing an image (digest, section 12).
 //!
 //! An offline check: it works on the file below the driver, which has written back and quiesced its caches before and
-//! reads everything again afterwards. One pass walks the metadata and counts references (`walk`), compares them with
-//! the stored refcounts (`compare`), and looks at the COPIED flags (`copied`); when the refcount structures
-//! are broken they are made anew (`rebuild`). After a repair a second pass, which changes nothing, decides what is
+//! reads everything again afterwards. One pass walks the metadata and counts references (`walk`, `mapping`, `snapshots`,
+//! `bitmaps`), compares them with the stored refcounts (`compare`), and looks at the COPIED flags (`copied`); when the
+//! refcount structures are broken they are made anew (`rebuild`). Clusters with owners that must not share are told
+//! apart by `owners`, and given copies by `relocate`. After a repair a last pass, which changes nothing, decides what is
 //! left.
 //!
 //! Memory is bounded by two bytes per cluster of the file (and the L1 and refcount tables, whose size the header
-//! check limits); a hostile image costs no more time than its file has bytes.
+//! check limits); a hostile image costs no more time than its file has bytes. Tables are read with several in flight, and
+//! looked at by the environment's CPU workers (`tables`, `table`).
 
+mod bitmaps;
 mod compare;
 mod copied;
 mod counts;
+mod mapping;
+mod owners;
 mod rebuild;
+mod relocate;
+mod snapshots;
 mod stored;
+mod table;
+mod tables;
 mod walk;
+
+use std::collections::BTreeMap;
 
 use block_core::{
     error::{Error, ErrorKind, Operation, Result},
@@ -27,8 +38,13 @@ use crate::{
     layout::{Header, Incompatible},
 };
 use compare::Fix;
+use relocate::Plan;
 use stored::Stored;
 use walk::Walk;
+
+/// Rounds of separating doubly used clusters: each deals with thousands of them, and separated L2 tables uncover their
+/// data.
+const MAX_ROUNDS: u32 = 64;
 
 /// Checks the image in `file` and repairs what `mode` allows. `header` is what the file holds, and is updated when
 /// the repair changes it.
@@ -37,8 +53,7 @@ use walk::Walk;
 /// `Repairing …` for what is being repaired. The counts are those of a pass after the repair, plus what was fixed.
 ///
 /// # Errors
-/// ENOTSUP for images with features whose metadata isn't understood here (their clusters would look like leaks);
-/// ECANCELED; errors of the storage while repairing. Metadata that can't be read is counted as a check error.
+/// Those of [`Header::check_open`] for a check; ECANCELED; errors of the storage while repairing. Metadata that can't be read is counted as a check error.
 ///
 /// # Cancellation
 /// [`Progress::cancel`] stops at the next safe place: what was repaired until then stays, nothing is half done. A
@@ -51,21 +66,73 @@ pub async fn run(
     progress: &Progress,
 ) -> Result<CheckReport> {
     refuse(header)?;
-    let (first, changed) = pass(file, header, mode, progress).await?;
+    let mut done = CheckReport::default();
+    let mut how = How {
+        separate: true,
+        keep_leaks: false,
+    };
+    let mut round = 0;
+    let first = loop {
+        let pass = pass(file, header, mode, how, progress).await?;
+        if !pass.again {
+            break pass;
+        }
+        done.absorb(pass.report);
+        how.keep_leaks |= pass.keep_leaks;
+        round += 1;
+        how.separate = round < MAX_ROUNDS;
+    };
+    let (changed, first) = (first.changed || round > 0, first.report);
     if mode == CheckMode::ReadOnly {
         return Ok(first);
     }
-    let last = if changed {
-        let (mut last, _) = pass(file, header, CheckMode::ReadOnly, progress).await?;
-        last.corruptions_fixed = first.corruptions_fixed;
-        last.leaks_fixed = first.leaks_fixed;
-        last.findings = first.findings;
-        last
+    let mut last = if changed {
+        pass(file, header, CheckMode::ReadOnly, how, progress)
+            .await?
+            .report
     } else {
-        first
+        CheckReport {
+            corruptions_fixed: 0,
+            leaks_fixed: 0,
+            findings: Vec::new(),
+            affected: Vec::new(),
+            ..first.clone()
+        }
     };
+    last.refused = first.refused;
+    last.findings.clear();
+    last.affected.clear();
+    for part in [done, first] {
+        last.corruptions_fixed += part.corruptions_fixed;
+        last.leaks_fixed += part.leaks_fixed;
+        for finding in part.findings {
+            last.note(finding);
+        }
+        for affected in part.affected {
+            last.affect(affected);
+        }
+    }
     clear_bits(file, header, &last).await?;
     Ok(last)
+}
+
+/// What a pass may do, besides what the mode allows.
+#[derive(Debug, Clone, Copy)]
+struct How {
+    /// Give the owners of doubly used clusters copies.
+    separate: bool,
+    /// Free nothing: what looks leaked may belong to what was given up before.
+    keep_leaks: bool,
+}
+
+/// What a pass did.
+struct Pass {
+    report: CheckReport,
+    /// The image was changed.
+    changed: bool,
+    /// What it did calls for another pass; the report has only what was repaired.
+    again: bool,
+    keep_leaks: bool,
 }
 
 /// Refuses an image whose references can't all be counted.
@@ -86,13 +153,14 @@ fn refuse(header: &Header) -> Result<()> {
     })
 }
 
-/// One pass over the image, repairing as `mode` says. Says also whether the image was changed.
+/// One pass over the image, repairing as `mode` says.
 async fn pass(
     file: &Child,
     header: &mut Header,
     mode: CheckMode,
+    how: How,
     progress: &Progress,
-) -> Result<(CheckReport, bool)> {
+) -> Result<Pass> {
     let mut report = CheckReport::default();
     // Findings about refcounts and what holds them: what a rebuild makes good.
     let mut refcounts = CheckReport::default();
@@ -111,28 +179,70 @@ async fn pass(
         // Entries that gave up a reservation are durable before the reservation is freed.
         file.flush().await?;
     }
-    let mut rebuild = mode != CheckMode::ReadOnly && walk.rebuild;
-    let mut fix = Fix::NOTHING;
-    if mode != CheckMode::ReadOnly && !rebuild {
-        // Nothing is patched before all is known: whether refcounts are missing altogether.
-        let mut found = CheckReport::default();
-        let compared = compare::compare(&walk, header, &mut stored, fix, &mut found, progress);
-        rebuild = compared.await?.rebuild;
-        if !rebuild {
-            fix = Fix::allowed(mode, &walk);
-            // What is told here is counted when it is told again, as repaired or left.
-            for mut finding in found.findings {
-                finding.repaired = match finding.severity {
-                    Severity::Leak => fix.leaks,
-                    Severity::Corruption => fix.errors,
-                    Severity::CheckError | Severity::Note => false,
-                };
-                report.note(finding);
+    let end = |report, changed| Pass {
+        report,
+        changed,
+        again: false,
+        keep_leaks: false,
+    };
+    // Nothing is patched before all is known: whether refcounts are missing altogether, who shares what.
+    let mut found = CheckReport::default();
+    let compared = compare::compare(
+        &walk,
+        header,
+        &mut stored,
+        Fix::NOTHING,
+        &mut found,
+        progress,
+    );
+    let mut outcome = compared.await?;
+    let mut rebuild = mode != CheckMode::ReadOnly && (walk.rebuild || outcome.rebuild);
+    let suspicious = std::mem::take(&mut outcome.suspicious);
+    let claims = owners::find_claims(&walk, header, &stored, suspicious, progress).await?;
+    if mode == CheckMode::RepairAll {
+        rebuild |= walk.overlaid;
+        let none = BTreeMap::new();
+        let plan = Plan::new(
+            &mut walk,
+            header,
+            if how.separate { &claims } else { &none },
+        );
+        if !plan.is_empty() {
+            let mut fixed = only_repaired(report.clone());
+            if plan
+                .execute(&walk, &mut stored, header, rebuild, &mut fixed, progress)
+                .await?
+            {
+                return Ok(Pass {
+                    report: fixed,
+                    changed: true,
+                    again: true,
+                    keep_leaks: plan.discards_snapshots(),
+                });
             }
         }
     }
-    compare::compare(&walk, header, &mut stored, fix, &mut refcounts, progress).await?;
-    report.image_end_offset = refcounts.image_end_offset;
+    let drifted = !found.is_clean();
+    if mode == CheckMode::ReadOnly || rebuild || !drifted {
+        report.image_end_offset = found.image_end_offset;
+        refcounts.absorb(found);
+    } else {
+        relocate::drop_stale_bitmaps(&walk, header).await?;
+        let fix = Fix::allowed(mode, &walk, how.keep_leaks);
+        // What is told here is counted when it is told again, as repaired or left.
+        for mut finding in found.findings {
+            finding.repaired = match finding.severity {
+                Severity::Leak => fix.leaks,
+                Severity::Corruption => fix.errors,
+                Severity::CheckError | Severity::Note => false,
+            };
+            report.note(finding);
+        }
+        found = CheckReport::default();
+        outcome = compare::compare(&walk, header, &mut stored, fix, &mut found, progress).await?;
+        report.image_end_offset = found.image_end_offset;
+        refcounts.absorb(found);
+    }
     if rebuild {
         if mode == CheckMode::RepairLeaks {
             absorb(&mut report, refcounts, false);
@@ -142,9 +252,11 @@ async fn pass(
                 "ERROR need to rebuild refcount structures",
             );
             report.refused = Some(ErrorKind::Io);
-            return Ok((report, walk.repaired));
+            return Ok(end(report, walk.repaired));
         }
-        match rebuild::rebuild(file, &walk, &mut stored, header, progress).await {
+        relocate::drop_stale_bitmaps(&walk, header).await?;
+        let fresh = BTreeMap::new();
+        match rebuild::rebuild(file, &walk, &mut stored, header, &fresh, progress).await {
             Ok(()) => {}
             // The image can't be rebuilt; it is as it was.
             Err(error) if error.kind() == ErrorKind::InvalidInput => {
@@ -154,13 +266,16 @@ async fn pass(
                     false,
                     format!("ERROR {}", error.reason()),
                 );
-                return Ok((report, walk.repaired));
+                return Ok(end(report, walk.repaired));
             }
             Err(error) => return Err(error),
         }
         absorb(&mut report, refcounts, true);
         report.add(Severity::Note, true, "Rebuilding refcount structure");
         stored = Stored::open(file, header).await?;
+        // Flags are held against the refcounts that were just made.
+        walk.unflagged = true;
+        outcome = stored_refcounts(&walk, header, &mut stored, progress).await?;
     } else {
         absorb(&mut report, refcounts, false);
         if walk.incomplete && mode != CheckMode::ReadOnly && report.leaks > 0 {
@@ -172,6 +287,20 @@ async fn pass(
         }
         stored.write_back().await?;
     }
+    for (cluster, claim) in &claims {
+        report.add(
+            Severity::Note,
+            false,
+            format!("Cluster {cluster} is doubly used by {}", claim.describe()),
+        );
+    }
+    for affected in claims
+        .values()
+        .flat_map(|claim| claim.affected(&walk, header.disk_size(), false))
+    {
+        report.affect(affected);
+    }
+    drop(claims);
     let fix_flags = match mode {
         CheckMode::ReadOnly => false,
         CheckMode::RepairLeaks => report.corruptions == 0 && report.check_errors == 0,
@@ -181,24 +310,50 @@ async fn pass(
         // A flag that allows overwriting in place never gets ahead of the refcount that it stands for.
         file.flush().await?;
     }
-    copied::check_copied(
-        &mut walk,
-        header,
-        &mut stored,
-        fix_flags,
-        &mut report,
-        progress,
-    )
-    .await?;
+    let past_end = walk.past_end.as_ref().is_none_or(|past| !past.is_empty());
+    if walk.unflagged || outcome.shared || past_end || !walk.unreadable.is_empty() {
+        copied::check_copied(
+            &mut walk,
+            header,
+            &mut stored,
+            outcome.unique,
+            fix_flags,
+            &mut report,
+            progress,
+        )
+        .await?;
+    }
     let changed = report.corruptions_fixed + report.leaks_fixed > 0 || rebuild;
     if changed {
         file.flush().await?;
     }
-    Ok((report, changed))
+    Ok(end(report, changed))
+}
+
+/// What the stored refcounts are, without a word about them.
+async fn stored_refcounts(
+    walk: &Walk<'_>,
+    header: &Header,
+    stored: &mut Stored<'_>,
+    progress: &Progress,
+) -> Result<compare::Outcome> {
+    let mut unused = CheckReport::default();
+    compare::compare(walk, header, stored, Fix::NOTHING, &mut unused, progress).await
+}
+
+/// Leaves out what the next pass finds again.
+fn only_repaired(mut report: CheckReport) -> CheckReport {
+    (report.check_errors, report.corruptions, report.leaks) = (0, 0, 0);
+    report.findings.retain(|finding| finding.repaired);
+    report.affected.clear();
+    report
 }
 
 /// Adds the counts and findings of `other`; with `repaired`, all of them are gone by now.
 fn absorb(report: &mut CheckReport, other: CheckReport, repaired: bool) {
+    if other.image_end_offset.is_some() {
+        report.image_end_offset = other.image_end_offset;
+    }
     report.corruptions_fixed += other.corruptions_fixed;
     report.leaks_fixed += other.leaks_fixed;
     if repaired {

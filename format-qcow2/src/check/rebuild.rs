@@ -4,7 +4,7 @@
 //! switched to them in one write. Until then the image is what it was, and what was written is space that nobody
 //! refers to. The old structures are free afterwards.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use block_core::{
     error::{Error, Result},
@@ -14,6 +14,7 @@ use block_core::{
 };
 
 use super::{
+    counts::Bits,
     stored::Stored,
     walk::{Walk, stop_if_cancelled},
 };
@@ -42,7 +43,8 @@ impl Place {
     }
 }
 
-/// Writes new refcount structures and switches `header` to them.
+/// Writes new refcount structures and switches `header` to them. `fresh` are refcounts of clusters behind the end of the
+/// file that nothing references yet.
 ///
 /// # Errors
 /// EINVAL when the image is too damaged or too large to be rebuilt; the image is unchanged then.
@@ -51,13 +53,14 @@ pub(super) async fn rebuild(
     walk: &Walk<'_>,
     old: &mut Stored<'_>,
     header: &mut Header,
+    fresh: &BTreeMap<u64, u64>,
     progress: &Progress,
 ) -> Result<()> {
     let geometry = walk.geometry;
     let cluster_size = geometry.cluster_size();
     let bits = geometry.cluster_bits();
     let kept = kept_clusters(walk, old).await?;
-    let place = find_place(walk, &kept)?;
+    let place = find_place(walk, &kept, fresh)?;
     let refcounts = Refcounts::from(geometry);
     let per_block = geometry.refcounts_per_block();
     let own = place.start..place.start + place.len();
@@ -79,11 +82,14 @@ pub(super) async fn rebuild(
             from = cluster + 1;
             let references = walk.counts.get(cluster);
             // The old structures are free once the new ones are in use.
-            let ending = walk.structures.get(&cluster).copied().unwrap_or(0);
+            let ending = walk.structures.get(cluster);
             set(cluster, references.saturating_sub(ending))?;
         }
-        for cluster in kept.range(first..last) {
-            set(*cluster, 1)?;
+        for cluster in kept.from(first).take_while(|cluster| *cluster < last) {
+            set(cluster, 1)?;
+        }
+        for (cluster, value) in fresh.range(first..last) {
+            set(*cluster, *value)?;
         }
         for cluster in own.start.max(first)..own.end.min(last) {
             set(cluster, 1)?;
@@ -104,39 +110,60 @@ pub(super) async fn rebuild(
 }
 
 /// Clusters that nothing references as far as could be seen, but whose stored refcount says that they are in use:
-/// while a part of the mapping is unreadable they stay allocated.
-async fn kept_clusters(walk: &Walk<'_>, old: &mut Stored<'_>) -> Result<BTreeSet<u64>> {
-    let mut kept = BTreeSet::new();
+/// while a part of the mapping is unreadable they stay allocated. Where there is no refcount any more, all stay.
+async fn kept_clusters(walk: &Walk<'_>, old: &mut Stored<'_>) -> Result<Bits> {
+    let mut kept = Bits::default();
     if !walk.incomplete {
         return Ok(kept);
     }
     let per_block = walk.geometry.refcounts_per_block();
     let refcounts = Refcounts::from(walk.geometry);
-    for index in 0..old.table().len() as u64 {
-        let first = index * per_block;
-        if first >= walk.clusters() {
-            break;
-        }
-        let Ok(Some(block)) = old.block_bytes(index).await else {
-            continue;
-        };
-        for cluster in first..walk.clusters().min(first + per_block) {
-            let stored = refcounts.get(block, (cluster - first) as usize);
-            if stored > 0 && walk.counts.get(cluster) == 0 {
-                kept.insert(cluster);
+    let lost = walk.rebuild || old.table().iter().all(|entry| *entry == 0);
+    let mut first = 0;
+    while first < walk.clusters() {
+        let last = walk.clusters().min(first + per_block);
+        let block = old.block_bytes(first / per_block).await;
+        // A block that isn't there stands for unused clusters, unless it got lost.
+        let unknown = lost || block.is_err() || walk.counts.next_used(first, last).is_some();
+        let block = block.unwrap_or(None);
+        for cluster in first..last {
+            let stored = match block {
+                Some(block) => refcounts.get(block, (cluster - first) as usize) > 0,
+                None => unknown,
+            };
+            if stored && walk.counts.get(cluster) == 0 {
+                kept.insert(cluster)?;
             }
         }
+        first = last;
     }
     Ok(kept)
 }
 
-/// Room for the new structures behind the end of the file, where no damaged entry points to.
-fn find_place(walk: &Walk<'_>, kept: &BTreeSet<u64>) -> Result<Place> {
+/// The first cluster of a row behind the end of the file that nothing references and no damaged entry points to, from
+/// `from` on.
+///
+/// # Errors
+/// EINVAL when too many entries point there.
+pub(super) fn free_row(walk: &Walk<'_>, from: u64, len: u64) -> Result<u64> {
     let Some(past_end) = &walk.past_end else {
         return Err(Error::invalid(
             "Too many entries point beyond the end of the file to rebuild the refcounts",
         ));
     };
+    // A region may reach into the cluster behind the end.
+    let mut start = from.max(walk.clusters());
+    while walk.counts.get(start) > 0 {
+        start += 1;
+    }
+    while let Some(conflict) = past_end.range(start..start + len).next_back() {
+        start = conflict + 1;
+    }
+    Ok(start)
+}
+
+/// Room for the new structures behind the end of the file, where no damaged entry points to.
+fn find_place(walk: &Walk<'_>, kept: &Bits, fresh: &BTreeMap<u64, u64>) -> Result<Place> {
     let per_block = walk.geometry.refcounts_per_block();
     let cluster_size = walk.geometry.cluster_size();
     let mut needed = BTreeSet::new();
@@ -145,13 +172,15 @@ fn find_place(walk: &Walk<'_>, kept: &BTreeSet<u64>) -> Result<Place> {
         needed.insert(cluster / per_block);
         from = (cluster / per_block + 1) * per_block;
     }
-    needed.extend(kept.iter().map(|cluster| cluster / per_block));
-
-    // A region may reach into the cluster behind the end.
-    let mut start = walk.clusters();
-    while walk.counts.get(start) > 0 {
-        start += 1;
+    let mut from = 0;
+    while let Some(cluster) = kept.from(from).next() {
+        needed.insert(cluster / per_block);
+        from = (cluster / per_block + 1) * per_block;
     }
+    needed.extend(fresh.keys().map(|cluster| cluster / per_block));
+    let behind = fresh.last_key_value().map_or(0, |(cluster, _)| cluster + 1);
+
+    let mut start = free_row(walk, behind, 1)?;
     loop {
         let mut len = 1;
         let place = loop {
@@ -174,9 +203,10 @@ fn find_place(walk: &Walk<'_>, kept: &BTreeSet<u64>) -> Result<Place> {
             }
             len = place.len();
         };
-        let Some(conflict) = past_end.range(start..start + place.len()).next_back() else {
+        let free = free_row(walk, start, place.len())?;
+        if free == start {
             return Ok(place);
-        };
-        start = conflict + 1;
+        }
+        start = free;
     }
 }

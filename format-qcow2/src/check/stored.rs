@@ -29,6 +29,8 @@ pub(super) struct Stored<'a> {
     file: &'a Child,
     geometry: Geometry,
     table: Vec<u64>,
+    /// Why there is no table.
+    unreadable: Option<String>,
     blocks: HashMap<u64, Block>,
     /// Offsets of the cached blocks, oldest first.
     order: VecDeque<u64>,
@@ -46,28 +48,36 @@ pub(super) enum BlockPlace {
 }
 
 impl<'a> Stored<'a> {
-    /// Reads the refcount table. What lies beyond the end of the file counts as zeroes.
+    /// Reads the refcount table. What lies beyond the end of the file counts as zeroes, and so does a table that can't be
+    /// read; [`Self::unreadable`] tells.
     pub async fn open(file: &'a Child, header: &Header) -> Result<Self> {
         // A table has at most 8 MiB: the header was checked.
-        let len = header.refcount_table_bytes() as usize;
-        let table = if len == 0 {
-            Vec::new()
-        } else {
-            let bytes = file
-                .read_padded(header.refcount_table_offset.0, len)
-                .await?;
-            be64s(&bytes).collect()
-        };
+        let offset = header.refcount_table_offset.0;
+        let inside = file.length().saturating_sub(offset).next_multiple_of(8);
+        let len = header.refcount_table_bytes().min(inside) as usize;
+        let (mut table, mut unreadable) = (Vec::new(), None);
+        if len > 0 {
+            match file.read_padded(offset, len).await {
+                Ok(bytes) => table = be64s(&bytes).collect(),
+                Err(error) => unreadable = Some(error.reason()),
+            }
+        }
         Ok(Self {
             file,
             geometry: header.geometry(),
             table,
+            unreadable,
             blocks: HashMap::new(),
             order: VecDeque::new(),
         })
     }
 
-    /// The entries of the table.
+    /// Why the table can't be read.
+    pub fn unreadable(&self) -> Option<&str> {
+        self.unreadable.as_deref()
+    }
+
+    /// The entries of the table that the file has.
     pub fn table(&self) -> &[u64] {
         &self.table
     }

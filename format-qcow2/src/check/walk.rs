@@ -1,52 +1,115 @@
-//! Counts the references that an image's metadata make: header, L1, L2, compressed runs, refcount table and blocks.
+//! Counts the references that an image's metadata make: header, L1 and L2 tables of the disk and of every snapshot, the
+//! snapshot table, the LUKS header, bitmaps, refcount table and blocks.
 //!
-//! It reads each L2 table once, however many L1 entries point to it, and never follows a table that isn't where a
-//! cluster begins. The one thing that it repairs itself is a misaligned reservation of a zero cluster, which holds no
-//! data. Refcounts are compared elsewhere.
+//! This file holds what is known after the walk, and its parts that concern all kinds of metadata; the parts that follow
+//! one kind are in `mapping`, `snapshots` and `bitmaps`. Refcounts are compared elsewhere.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::{collections::BTreeSet, fmt};
 
 use block_core::{
-    buffer::Buffer,
     error::{Error, ErrorKind, Result},
-    flags::RequestFlags,
     image::{CheckMode, CheckReport, Progress, Severity},
     request::Child,
 };
 
 use super::{
-    counts::Counts,
+    bitmaps::NewDirectory,
+    counts::{Bits, Counts},
+    mapping::Tree,
+    snapshots::NewTable,
     stored::{BlockPlace, Stored},
+    table::{Shape, outside},
 };
-use crate::layout::{
-    Geometry, Header, HostOffset, L1Entry, L2Entry,
-    entry::{self, COMPRESSED, COPIED, OFFSET_MASK, ZERO, be64s},
-};
+use crate::layout::{Geometry, Header, entry};
 
 /// Places beyond the end of the file that are referenced; beyond this many, the image can't be rebuilt.
 const MAX_PAST_END: usize = 65536;
+
+/// Metadata other than L2 tables.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Kind {
+    Header,
+    L1Table,
+    SnapshotL1Table,
+    SnapshotTable,
+    LuksHeader,
+    BitmapDirectory,
+    BitmapTable,
+    BitmapData,
+    RefcountTable,
+    RefcountBlock,
+}
+
+impl Kind {
+    /// Made anew, at another place, when the refcounts are rebuilt.
+    pub const fn is_refcounts(self) -> bool {
+        matches!(self, Self::RefcountTable | Self::RefcountBlock)
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Header => "image header",
+            Self::L1Table => "active L1 table",
+            Self::SnapshotL1Table => "inactive L1 table",
+            Self::SnapshotTable => "snapshot table",
+            Self::LuksHeader => "LUKS header",
+            Self::BitmapDirectory => "bitmap directory",
+            Self::BitmapTable => "bitmap table",
+            Self::BitmapData => "bitmap data",
+            Self::RefcountTable => "refcount table",
+            Self::RefcountBlock => "refcount block",
+        })
+    }
+}
+
+/// Where metadata is: first and last cluster.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Place {
+    pub kind: Kind,
+    pub first: u64,
+    pub last: u64,
+}
 
 /// What is known of the image after the walk.
 pub(super) struct Walk<'a> {
     pub file: &'a Child,
     pub geometry: Geometry,
-    pub file_len: u64,
+    pub shape: Shape,
     /// The references that were found.
     pub counts: Counts,
-    /// Those among them that the refcount table and its blocks make, by cluster.
-    pub structures: BTreeMap<u64, u64>,
+    /// Those among them that L1 entries make to L2 tables.
+    pub l2_references: Counts,
+    /// Those that the active L1 table makes, if there are snapshots.
+    pub active_references: Option<Counts>,
+    /// Those that the refcount table and its blocks make.
+    pub structures: Counts,
+    /// Clusters with metadata other than L2 tables, and where the less numerous kinds of it are.
+    pub metadata: Bits,
+    pub places: Vec<Place>,
+    /// The active L1 table first, then those of the snapshots.
+    pub trees: Vec<Tree>,
     /// The active L1 table.
     pub l1: Vec<u64>,
     /// The refcount structures themselves are broken.
     pub rebuild: bool,
+    /// Something else is in the refcount table's clusters: it is to be moved.
+    pub overlaid: bool,
     /// A part of the mapping couldn't be followed: a cluster without references may still hold data.
     pub incomplete: bool,
-    /// Offsets of L2 tables that couldn't be read, which is counted already.
-    pub unreadable: std::collections::HashSet<u64>,
+    /// A standard entry isn't flagged as the only one: COPIED flags need a look.
+    pub unflagged: bool,
+    /// Clusters of L2 tables that couldn't be read, which is counted already.
+    pub unreadable: Bits,
     /// Clusters beyond the end of the file that are referenced; `None` when they are too many.
     pub past_end: Option<BTreeSet<u64>>,
     /// Entries were repaired.
     pub repaired: bool,
+    /// What has to take the snapshot table's place.
+    pub new_snapshots: Option<NewTable>,
+    /// What has to take the bitmap directory's place.
+    pub new_bitmaps: Option<NewDirectory>,
 }
 
 /// Fails when the user asked to stop.
@@ -57,17 +120,9 @@ pub(super) fn stop_if_cancelled(progress: &Progress) -> Result<()> {
     Ok(())
 }
 
-/// Clusters of one L2 table, as `check` counts them.
-#[derive(Default, Clone, Copy)]
-struct TableStatistics {
-    allocated: u64,
-    compressed: u64,
-    fragmented: u64,
-}
-
 impl<'a> Walk<'a> {
-    /// Walks the whole image. `mode` decides whether misaligned reservations are repaired. Findings about the refcount
-    /// structures themselves go to `structures`, all others to `report`.
+    /// Walks the whole image. `mode` decides whether entries are repaired that can be set right where they are. Findings
+    /// about the refcount structures themselves go to `structures`, all others to `report`.
     ///
     /// # Errors
     /// ENOMEM, ECANCELED, and an error of the storage while repairing. What can't be read is counted in `report`.
@@ -83,42 +138,60 @@ impl<'a> Walk<'a> {
         let mut walk = Self {
             file,
             geometry: header.geometry(),
-            file_len: file.length(),
+            shape: Shape::new(header, file.length(), mode == CheckMode::RepairAll),
             counts: Counts::default(),
-            structures: BTreeMap::new(),
+            l2_references: Counts::default(),
+            active_references: None,
+            structures: Counts::default(),
+            metadata: Bits::default(),
+            places: Vec::new(),
+            trees: Vec::new(),
             l1: Vec::new(),
             rebuild: false,
+            overlaid: false,
             incomplete: false,
-            unreadable: std::collections::HashSet::new(),
+            unflagged: false,
+            unreadable: Bits::default(),
             past_end: Some(BTreeSet::new()),
             repaired: false,
+            new_snapshots: None,
+            new_bitmaps: None,
         };
-        report.total_clusters = walk.geometry.clusters_for(header.size);
-        let cluster_size = walk.geometry.cluster_size();
-        walk.count(0, cluster_size, 1, report)?;
-        walk.mapping(header, mode, report, progress).await?;
-        let (table, len) = (
-            header.refcount_table_offset.0,
-            header.refcount_table_bytes(),
-        );
-        if walk.count(table, len, 1, structures)? && len > 0 {
-            let bits = walk.geometry.cluster_bits();
-            for cluster in table >> bits..=(table + len - 1) >> bits {
-                *walk.structures.entry(cluster).or_default() += 1;
-            }
+        let cluster_size = walk.shape.cluster_size();
+        report.total_clusters = header.size.div_ceil(cluster_size);
+        walk.count_metadata(Kind::Header, 0, cluster_size, 1, report)?;
+        let snapshots = walk.snapshot_table(header, report).await?;
+        walk.mapping(header, &snapshots, report, progress).await?;
+        if let Some(luks) = header.extensions.luks {
+            walk.count_metadata(Kind::LuksHeader, luks.offset, luks.len, 1, report)?;
         }
+        walk.bitmaps(header, report, progress).await?;
+        walk.refcount_table(header, structures)?;
         walk.refcount_blocks(stored, structures, progress)?;
         Ok(walk)
     }
 
     /// The clusters of the file, the last one perhaps incomplete.
     pub fn clusters(&self) -> u64 {
-        self.geometry.clusters_for(self.file_len)
+        self.shape.file_len.div_ceil(self.shape.cluster_size())
+    }
+
+    /// Notes clusters that are referenced although the file ends before them.
+    pub fn note_past_end(&mut self, first: u64, clusters: u64) {
+        for cluster in first..first.saturating_add(clusters) {
+            match &mut self.past_end {
+                Some(past) if past.len() < MAX_PAST_END => past.insert(cluster),
+                _ => {
+                    self.past_end = None;
+                    return;
+                }
+            };
+        }
     }
 
     /// Counts `times` references to each cluster that `offset..offset + len` touches. `false` when that lies beyond
     /// the end of the file.
-    fn count(
+    pub fn count(
         &mut self,
         offset: u64,
         len: u64,
@@ -128,252 +201,65 @@ impl<'a> Walk<'a> {
         if len == 0 {
             return Ok(true);
         }
-        let cluster_size = self.geometry.cluster_size();
-        let bits = self.geometry.cluster_bits();
+        let bits = self.shape.cluster_bits;
         let end = offset.saturating_add(len);
         let (first, last) = (offset >> bits, (end - 1) >> bits);
-        if end >= self.file_len.saturating_add(cluster_size) {
+        if self.shape.is_outside(offset, len) {
+            report.add(Severity::Corruption, false, outside(offset, len));
+            self.note_past_end(first, last - first + 1);
+            return Ok(false);
+        }
+        self.counts.add_run(first, last - first + 1, times)?;
+        Ok(true)
+    }
+
+    /// As [`Self::count`], for metadata other than L2 tables, which shares its clusters with nothing.
+    pub fn count_metadata(
+        &mut self,
+        kind: Kind,
+        offset: u64,
+        len: u64,
+        times: u64,
+        report: &mut CheckReport,
+    ) -> Result<bool> {
+        if !self.count(offset, len, times, report)? {
+            return Ok(false);
+        }
+        if len == 0 {
+            return Ok(true);
+        }
+        let bits = self.shape.cluster_bits;
+        let (first, last) = (offset >> bits, (offset + len - 1) >> bits);
+        let mut overlaps = false;
+        for cluster in first..=last {
+            overlaps |= !self.metadata.insert(cluster)?;
+        }
+        if overlaps && !kind.is_refcounts() {
             report.add(
                 Severity::Corruption,
                 false,
-                format!(
-                    "ERROR: counting reference for region exceeding the end of the file by one cluster or more: \
-                     offset {offset:#x} size {len:#x}"
-                ),
+                format!("ERROR {kind} at offset {offset:#x} overlaps other metadata"),
             );
-            for cluster in first..=last {
-                match &mut self.past_end {
-                    Some(past) if past.len() < MAX_PAST_END => past.insert(cluster),
-                    _ => {
-                        self.past_end = None;
-                        break;
-                    }
-                };
-            }
-            return Ok(false);
         }
-        for cluster in first..=last {
-            self.counts.add(cluster, times)?;
+        if !matches!(kind, Kind::BitmapData | Kind::RefcountBlock) {
+            self.places.push(Place { kind, first, last });
         }
         Ok(true)
     }
 
-    async fn mapping(
-        &mut self,
-        header: &Header,
-        mode: CheckMode,
-        report: &mut CheckReport,
-        progress: &Progress,
-    ) -> Result<()> {
-        if header.l1_size == 0 {
-            return Ok(());
-        }
-        // At most 32 MiB: the header was checked.
-        let len = header.l1_bytes() as usize;
-        if !self.count(header.l1_table_offset.0, header.l1_bytes(), 1, report)? {
-            self.incomplete = true;
-        }
-        match self.file.read_padded(header.l1_table_offset.0, len).await {
-            Ok(bytes) => self.l1 = be64s(&bytes).collect(),
-            Err(error) => {
-                report.add(
-                    Severity::CheckError,
-                    false,
-                    format!("ERROR: I/O error in check_refcounts_l1: {}", error.reason()),
-                );
-                self.incomplete = true;
-                return Ok(());
+    fn refcount_table(&mut self, header: &Header, report: &mut CheckReport) -> Result<()> {
+        let (table, len) = (
+            header.refcount_table_offset.0,
+            header.refcount_table_bytes(),
+        );
+        if self.count_metadata(Kind::RefcountTable, table, len, 1, report)? && len > 0 {
+            let bits = self.shape.cluster_bits;
+            for cluster in table >> bits..=(table + len - 1) >> bits {
+                self.structures.add(cluster, 1)?;
+                self.overlaid |= self.counts.get(cluster) > 1;
             }
-        }
-        // An L2 table that several entries share is read once: a hostile L1 table costs no more time than the file
-        // has bytes.
-        let mut sharers: HashMap<u64, u64> = HashMap::new();
-        for raw in &self.l1 {
-            if raw & OFFSET_MASK != 0 {
-                *sharers.entry(raw & OFFSET_MASK).or_default() += 1;
-            }
-        }
-        progress.add_total(2 * sharers.len() as u64);
-        for index in 0..self.l1.len() {
-            let raw = self.l1[index];
-            if raw == 0 {
-                continue;
-            }
-            if L1Entry::reserved_bits(raw) != 0 {
-                report.add(
-                    Severity::Corruption,
-                    false,
-                    format!("ERROR found L1 entry with reserved bits set: {raw:x}"),
-                );
-            }
-            let offset = raw & OFFSET_MASK;
-            if offset == 0 {
-                if raw & COPIED != 0 {
-                    report.add(
-                        Severity::Corruption,
-                        false,
-                        format!(
-                            "ERROR l2_offset=0: L1 entry without a table has the copied flag; L1 entry corrupted \
-                             (l1_index={index} l1_entry={raw:x})"
-                        ),
-                    );
-                    self.incomplete = true;
-                }
-                continue;
-            }
-            // Only the first entry of those that share a table takes it out of the map.
-            let Some(times) = sharers.remove(&offset) else {
-                continue;
-            };
-            stop_if_cancelled(progress)?;
-            let inside = self.count(offset, self.geometry.cluster_size(), times, report)?;
-            if !self.geometry.is_aligned(HostOffset(offset)) {
-                report.add(
-                    Severity::Corruption,
-                    false,
-                    format!(
-                        "ERROR l2_offset={offset:x}: Table is not cluster aligned; L1 entry corrupted"
-                    ),
-                );
-                self.incomplete = true;
-            } else if inside {
-                self.l2_table(offset, times, mode, report).await?;
-            } else {
-                self.incomplete = true;
-            }
-            progress.advance(1);
         }
         Ok(())
-    }
-
-    async fn l2_table(
-        &mut self,
-        offset: u64,
-        times: u64,
-        mode: CheckMode,
-        report: &mut CheckReport,
-    ) -> Result<()> {
-        let len = self.geometry.cluster_size() as usize;
-        let mut table = match self.file.read_padded(offset, len).await {
-            Ok(table) => table,
-            Err(error) => {
-                report.add(
-                    Severity::CheckError,
-                    false,
-                    format!("ERROR: I/O error in check_refcounts_l2: {}", error.reason()),
-                );
-                self.unreadable.insert(offset);
-                self.incomplete = true;
-                return Ok(());
-            }
-        };
-        let mut statistics = TableStatistics::default();
-        let mut expected_next = 0;
-        let mut changed = false;
-        for at in (0..len).step_by(8) {
-            let Some(raw) = be64s(&table[at..at + 8]).next() else {
-                continue;
-            };
-            if raw == 0 {
-                continue;
-            }
-            let replacement = self.l2_entry(
-                raw,
-                times,
-                mode,
-                &mut expected_next,
-                &mut statistics,
-                report,
-            )?;
-            if let Some(replacement) = replacement {
-                table[at..at + 8].copy_from_slice(&replacement.to_be_bytes());
-                changed = true;
-            }
-        }
-        if changed {
-            let bytes = Buffer::from(&table[..]);
-            self.file
-                .write(offset, bytes, RequestFlags::empty())
-                .await?;
-            self.repaired = true;
-        }
-        report.allocated_clusters += statistics.allocated * times;
-        report.compressed_clusters += statistics.compressed * times;
-        report.fragmented_clusters += statistics.fragmented * times;
-        Ok(())
-    }
-
-    /// Counts what one entry references. Gives back what to write in its place.
-    fn l2_entry(
-        &mut self,
-        raw: u64,
-        times: u64,
-        mode: CheckMode,
-        expected_next: &mut u64,
-        statistics: &mut TableStatistics,
-        report: &mut CheckReport,
-    ) -> Result<Option<u64>> {
-        let geometry = self.geometry;
-        if raw & COMPRESSED != 0 {
-            let (offset, len) = compressed_run(raw, geometry);
-            if raw & COPIED != 0 {
-                report.add(
-                    Severity::Corruption,
-                    false,
-                    format!(
-                        "ERROR: coffset={offset:#x}: copied flag must never be set for compressed clusters"
-                    ),
-                );
-            }
-            statistics.allocated += 1;
-            statistics.compressed += 1;
-            // Compressed clusters are fragmented by nature.
-            statistics.fragmented += 1;
-            self.count(offset, len, times, report)?;
-            return Ok(None);
-        }
-        if L2Entry::reserved_bits(raw, geometry) != 0 {
-            report.add(
-                Severity::Corruption,
-                false,
-                format!("ERROR found l2 entry with reserved bits set: {raw:x}"),
-            );
-        }
-        let offset = raw & OFFSET_MASK;
-        if offset == 0 {
-            return Ok(None);
-        }
-        if !geometry.is_aligned(HostOffset(offset)) {
-            if raw & ZERO != 0 && geometry.has_zero_flag() {
-                let fix = mode == CheckMode::RepairAll;
-                report.add(
-                    Severity::Corruption,
-                    fix,
-                    format!(
-                        "{} offset={offset:x}: Preallocated cluster is not properly aligned; L2 entry corrupted.",
-                        if fix { "Repairing" } else { "ERROR" }
-                    ),
-                );
-                if fix {
-                    return Ok(Some(L2Entry::ZeroPlain.encode(geometry).descriptor));
-                }
-            } else {
-                report.add(
-                    Severity::Corruption,
-                    false,
-                    format!(
-                        "ERROR offset={offset:x}: Data cluster is not properly aligned; L2 entry corrupted."
-                    ),
-                );
-            }
-        }
-        statistics.allocated += 1;
-        if *expected_next != 0 && offset != *expected_next {
-            statistics.fragmented += 1;
-        }
-        *expected_next = offset + geometry.cluster_size();
-        self.count(offset, geometry.cluster_size(), times, report)?;
-        Ok(None)
     }
 
     fn refcount_blocks(
@@ -382,7 +268,15 @@ impl<'a> Walk<'a> {
         report: &mut CheckReport,
         progress: &Progress,
     ) -> Result<()> {
-        let bits = self.geometry.cluster_bits();
+        if let Some(reason) = stored.unreadable() {
+            report.add(
+                Severity::CheckError,
+                false,
+                format!("ERROR refcount table can't be read: {reason}"),
+            );
+            self.rebuild = true;
+        }
+        let bits = self.shape.cluster_bits;
         for (index, raw) in stored.table().iter().enumerate() {
             if *raw == 0 {
                 continue;
@@ -402,12 +296,14 @@ impl<'a> Walk<'a> {
                         "ERROR refcount block {index} is not cluster aligned; refcount table entry corrupted"
                     ),
                 ),
-                BlockPlace::At(offset) if offset.0 >= self.file_len => {
+                BlockPlace::At(offset) if offset.0 >= self.shape.file_len => {
                     self.broken(report, format!("ERROR refcount block {index} is outside image"));
                 }
                 BlockPlace::At(offset) => {
-                    let references = self.counts.add(offset.0 >> bits, 1)?;
-                    *self.structures.entry(offset.0 >> bits).or_default() += 1;
+                    let cluster = offset.0 >> bits;
+                    let references = self.counts.add(cluster, 1)?;
+                    self.structures.add(cluster, 1)?;
+                    self.metadata.insert(cluster)?;
                     if references != 1 {
                         self.broken(
                             report,
@@ -425,12 +321,4 @@ impl<'a> Walk<'a> {
         report.add(Severity::Corruption, false, message);
         self.rebuild = true;
     }
-}
-
-/// Offset and length of a compressed run, whatever the bits say.
-fn compressed_run(raw: u64, geometry: Geometry) -> (u64, u64) {
-    let offset_bits = 70 - geometry.cluster_bits();
-    let offset = raw & ((1 << offset_bits) - 1);
-    let sectors = (raw & (COMPRESSED - 1)) >> offset_bits;
-    (offset, (sectors + 1) * 512 - offset % 512)
 }

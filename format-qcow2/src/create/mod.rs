@@ -19,7 +19,7 @@ use block_core::{
 pub use parameters::Parameters;
 pub use plan::Plan;
 
-use crate::layout::{HostOffset, L1Entry, L2Entry, Refcounts};
+use crate::layout::{HostOffset, L1Entry, L2Entry, Refcounts, Space, Subclusters};
 
 /// The options that [`create`] takes, for help texts.
 pub const OPTIONS: &[CreateOption] = &[
@@ -247,9 +247,14 @@ async fn write_l2(file: &Child, plan: &Plan) -> Result<()> {
             .min(first + count * geometry.l2_entries());
         let words = (first..last).flat_map(|cluster| {
             let host = HostOffset(plan.data_offset().0 + cluster * cluster_size);
-            L2Entry::Normal { host, copied: true }
-                .encode(geometry)
-                .words(geometry)
+            let entry = if geometry.has_extended_l2() {
+                // The space is reserved, and hides nothing of a backing file.
+                let space = Some(Space { host, copied: true });
+                L2Entry::from_parts(space, Subclusters::UNALLOCATED)
+            } else {
+                L2Entry::Normal { host, copied: true }
+            };
+            entry.encode(geometry).words(geometry)
         });
         let bytes = encode_table(words, count * cluster_size)?;
         let at = plan.l2_offset().0 + table * cluster_size;

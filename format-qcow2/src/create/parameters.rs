@@ -24,6 +24,8 @@ pub struct Parameters {
     pub refcount_order: u32,
     /// Whether refcount updates may be postponed.
     pub lazy_refcounts: bool,
+    /// Whether L2 entries are extended: 32 subclusters in each cluster.
+    pub extended_l2: bool,
     /// What is allocated from the start.
     pub preallocation: Preallocation,
     /// The backing file's name for the header.
@@ -40,6 +42,7 @@ impl Default for Parameters {
             cluster_bits: 16,
             refcount_order: 4,
             lazy_refcounts: false,
+            extended_l2: false,
             preallocation: Preallocation::Off,
             backing_file: None,
             backing_format: None,
@@ -143,7 +146,8 @@ impl Parameters {
             )
             .with_field("lazy_refcounts", "on", "off"));
         }
-        refuse_features(&mut options, version, cluster_size)?;
+        let extended_l2 = take_extended_l2(&mut options, version, cluster_size)?;
+        refuse_features(&mut options, version)?;
         let preallocation = match options.take_str("preallocation")?.as_deref() {
             None | Some("off") => Preallocation::Off,
             Some("metadata") => Preallocation::Metadata,
@@ -165,6 +169,7 @@ impl Parameters {
             backing_file.as_deref(),
             backing_format.as_deref(),
             preallocation,
+            extended_l2,
         )?;
         if let Some(key) = options.0.keys().next() {
             return Err(Error::invalid(format!("Invalid parameter '{key}'")));
@@ -175,6 +180,7 @@ impl Parameters {
             cluster_bits,
             refcount_order,
             lazy_refcounts,
+            extended_l2,
             preallocation,
             backing_file,
             backing_format,
@@ -186,15 +192,40 @@ impl Parameters {
     /// # Panics
     /// If fields were set to what the format doesn't allow.
     pub fn geometry(&self) -> Geometry {
-        match Geometry::new(self.cluster_bits, self.refcount_order, self.version) {
+        let ordinary = Geometry::new(self.cluster_bits, self.refcount_order, self.version);
+        let geometry = if self.extended_l2 {
+            ordinary.and_then(Geometry::with_extended_l2)
+        } else {
+            ordinary
+        };
+        match geometry {
             Some(geometry) => geometry,
             None => panic!("the parameters were checked when they were read"),
         }
     }
 }
 
+/// Whether L2 entries are to be extended, if this version and cluster size allow it.
+fn take_extended_l2(options: &mut Options, version: u32, cluster_size: u64) -> Result<bool> {
+    let wanted = options.take_switch("extended_l2")?.unwrap_or(false);
+    if wanted && cluster_size < 1 << Geometry::MIN_EXTENDED_CLUSTER_BITS {
+        return Err(Error::invalid(
+            "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes",
+        )
+        .with_field("cluster_size", cluster_size, "at least 16384"));
+    }
+    if wanted && version < 3 {
+        return Err(Error::invalid(
+            "Extended L2 entries are only supported with compatibility level 1.1 and above (use \
+             version=v3 or greater)",
+        )
+        .with_field("compat", "0.10", "1.1 with extended L2 entries"));
+    }
+    Ok(wanted)
+}
+
 /// Takes the options of features that have an issue of their own out, and refuses those that ask for them.
-fn refuse_features(options: &mut Options, version: u32, cluster_size: u64) -> Result<()> {
+fn refuse_features(options: &mut Options, version: u32) -> Result<()> {
     match options.take_str("compression_type")?.as_deref() {
         None | Some("zlib") => {}
         Some("zstd") if version < 3 => {
@@ -212,21 +243,6 @@ fn refuse_features(options: &mut Options, version: u32, cluster_size: u64) -> Re
             ));
         }
         Some(other) => return Err(not_accepted("compression-type", other, "zlib")),
-    }
-    if options.take_switch("extended_l2")?.unwrap_or(false) {
-        if cluster_size < 16384 {
-            return Err(Error::invalid(
-                "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes",
-            )
-            .with_field("cluster_size", cluster_size, "at least 16384"));
-        }
-        if version < 3 {
-            return Err(Error::invalid(
-                "Extended L2 entries are only supported with compatibility level 1.1 and above (use \
-                 version=v3 or greater)",
-            ));
-        }
-        return Err(refused("extended L2 entries", "extended_l2", "on", "off"));
     }
     let data_file = options.take_str("data_file")?;
     let data_file_raw = options.take_switch("data_file_raw")?.unwrap_or(false);
@@ -262,6 +278,7 @@ fn check_backing(
     file: Option<&str>,
     format: Option<&str>,
     preallocation: Preallocation,
+    extended_l2: bool,
 ) -> Result<()> {
     let Some(file) = file else {
         return match format {
@@ -300,7 +317,7 @@ fn check_backing(
             format!("at most {MAX_BACKING_FORMAT} bytes"),
         ));
     }
-    if preallocation != Preallocation::Off {
+    if preallocation != Preallocation::Off && !extended_l2 {
         return Err(Error::invalid(
             "Backing file and preallocation can only be used at the same time if extended_l2 is on",
         )
@@ -348,6 +365,7 @@ mod tests {
                 cluster_bits: 12,
                 refcount_order: 0,
                 lazy_refcounts: true,
+                extended_l2: false,
                 preallocation: Preallocation::Off,
                 backing_file: Some("a".into()),
                 backing_format: Some("raw".into()),
@@ -368,6 +386,15 @@ mod tests {
             let read = read(&format!("size=0,preallocation={text}")).unwrap();
             assert_eq!(read.preallocation, mode);
         }
+    }
+
+    #[test]
+    fn preallocation_goes_with_a_backing_file_if_l2_entries_are_extended() {
+        let parameters =
+            read("size=1M,extended_l2=on,preallocation=metadata,backing_file=a,backing_fmt=raw")
+                .unwrap();
+        assert!(parameters.extended_l2 && parameters.geometry().has_extended_l2());
+        assert_eq!(parameters.preallocation, Preallocation::Metadata);
     }
 
     #[test]
@@ -458,6 +485,11 @@ mod tests {
                 "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes",
             ),
             (
+                "size=1,extended_l2=on,compat=v2",
+                "Extended L2 entries are only supported with compatibility level 1.1 and above (use \
+                 version=v3 or greater)",
+            ),
+            (
                 "size=1,lazy_refcounts=maybe",
                 "Parameter 'lazy_refcounts' expects 'on' or 'off'",
             ),
@@ -471,7 +503,6 @@ mod tests {
     fn features_with_an_issue_of_their_own_are_refused_by_name() {
         for (text, name) in [
             ("compression_type=zstd", "zstd"),
-            ("extended_l2=on", "extended L2"),
             ("data_file=x", "external data file"),
             ("encryption=on", "encryption"),
             ("encrypt.format=luks,encrypt.key-secret=s", "encryption"),

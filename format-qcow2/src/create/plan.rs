@@ -142,6 +142,8 @@ impl Plan {
 
     /// The header of the new image.
     pub fn header(&self, parameters: &Parameters) -> Header {
+        let mut incompatible = Incompatible::empty();
+        incompatible.set(Incompatible::EXTENDED_L2, parameters.extended_l2);
         let mut compatible = Compatible::empty();
         compatible.set(Compatible::LAZY_REFCOUNTS, parameters.lazy_refcounts);
         Header {
@@ -159,7 +161,7 @@ impl Plan {
             refcount_table_clusters: self.refcount_table_clusters as u32,
             nb_snapshots: 0,
             snapshots_offset: HostOffset(0),
-            incompatible: Incompatible::empty(),
+            incompatible,
             compatible,
             autoclear: Autoclear::empty(),
             refcount_order: parameters.refcount_order,

@@ -147,11 +147,12 @@ impl Qcow2 {
     }
 
     fn check_unallocated(&self, raw: RawEntry, cluster: ClusterIndex) -> Result<()> {
-        match self.decode(raw, cluster)? {
-            L2Entry::Unallocated | L2Entry::ZeroPlain => Ok(()),
-            _ => Err(Error::io(
+        let entry = self.decode(raw, cluster)?;
+        if entry.space().is_some() || matches!(entry, L2Entry::Compressed(_)) {
+            return Err(Error::io(
                 "Compressed writes need a cluster that isn't allocated yet",
-            )),
+            ));
         }
+        Ok(())
     }
 }

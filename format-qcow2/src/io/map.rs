@@ -63,12 +63,18 @@ impl Qcow2 {
             EntryProblem::Unaligned(offset) => format!(
                 "Cluster allocation offset {offset} unaligned (guest offset: {guest}, L2 index: {index:#x})"
             ),
+            EntryProblem::Subclusters(bitmap) => format!(
+                "Invalid cluster entry found (guest offset: {guest}, L2 index: {index:#x}, subclusters: {bitmap:#018x})"
+            ),
             other => format!("{other} (guest offset: {guest}, L2 index: {index:#x})"),
         })
     }
 
     /// The longest run of one kind at the start of a range that lies within `slice`.
     pub fn run_in(&self, slice: &Slice, offset: u64, len: u64) -> Result<Run> {
+        if self.geometry.has_extended_l2() {
+            return self.run_in_extended(slice, offset, len);
+        }
         let size = self.geometry.cluster_size();
         let within = self.geometry.within(offset);
         let first = self.cluster_of(offset);
@@ -117,6 +123,9 @@ impl Qcow2 {
                 cluster: first,
                 len: (size - within).min(len),
             },
+            L2Entry::Mixed { .. } => {
+                return Err(Error::corrupt("subclusters in an ordinary L2 entry"));
+            }
         })
     }
 

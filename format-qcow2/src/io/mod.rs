@@ -2,9 +2,11 @@
 //! from the request.
 
 pub(crate) mod compressed;
+pub(crate) mod fill;
 pub(crate) mod map;
 pub(crate) mod read;
 pub(crate) mod status;
+pub(crate) mod subclusters;
 pub(crate) mod window;
 pub(crate) mod write;
 pub(crate) mod zero;

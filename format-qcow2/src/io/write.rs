@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use block_core::{
-    buffer::{Buffer, IoBuf},
+    buffer::IoBuf,
     debug::DebugEvent,
     error::{Error, ErrorKind, Result},
     flags::RequestFlags,
@@ -18,11 +18,7 @@ use block_core::{
 use futures::FutureExt;
 use smallvec::SmallVec;
 
-use super::{
-    map::Run,
-    read::{WINDOW, read_host},
-    window::Window,
-};
+use super::{map::Run, read::WINDOW, window::Window};
 use crate::{
     alloc::{allocator::Allocation, quarantine::Freed},
     cache::slice::Slice,
@@ -34,8 +30,6 @@ use crate::{
 
 /// The most bytes that one allocation step takes.
 const MAX_STEP: u64 = 8 << 20;
-/// From how many bytes of zeroes around a write on the storage is asked to zero them.
-const LARGE_FILL: u64 = 128 << 10;
 
 /// Where a step of a write goes.
 enum Plan {
@@ -50,22 +44,31 @@ enum Plan {
 }
 
 /// Clusters that are going to hold a run of guest clusters.
-struct Place {
-    first: ClusterIndex,
+pub(super) struct Place {
+    pub first: ClusterIndex,
     /// The raw entries that the plan was made with, one for each guest cluster.
-    old: SmallVec<[RawEntry; 4]>,
+    pub old: SmallVec<[RawEntry; 4]>,
     /// Where the clusters go, one piece after the other.
-    target: Target,
+    pub target: Target,
+    /// Where the write begins, in the first cluster.
+    pub offset: u64,
     /// Bytes of the write that it takes.
-    len: u64,
+    pub len: u64,
     /// Keeps what `old` refers to.
     pin: Pin,
 }
 
-enum Target {
+impl Place {
+    /// Where the part of the write that it takes ends, in the last cluster.
+    pub const fn end(&self) -> u64 {
+        self.offset + self.len
+    }
+}
+
+pub(super) enum Target {
     /// New clusters.
     New(Allocation),
-    /// The clusters that zero entries had reserved.
+    /// The clusters' own space, in which some or all subclusters are only reserved.
     Reserved(HostCluster),
 }
 
@@ -164,11 +167,18 @@ impl Qcow2 {
         };
         let mut done = 0;
         while done < len {
-            let run = self.run_in(&slice, offset + done, len - done)?;
-            if done > 0 && matches!(run, Run::Data { copied: true, .. }) {
-                break;
-            }
-            done += run.len();
+            let at = offset + done;
+            let run = self.run_in(&slice, at, len - done)?;
+            done += if done > 0 && matches!(run, Run::Data { copied: true, .. }) {
+                let within = self.geometry.within(at);
+                if within == 0 {
+                    break;
+                }
+                // Subclusters of the cluster that the run before is in: written in one go with that.
+                run.len().min(self.geometry.cluster_size() - within)
+            } else {
+                run.len()
+            };
         }
         Ok(done)
     }
@@ -238,9 +248,9 @@ impl Qcow2 {
             Plan::Place(place) => {
                 let len = place.len;
                 if mutant::is_active("qcow2-link-before-data") {
-                    return self.link_first(request, place, offset, buf).await;
+                    return self.link_first(request, place, buf).await;
                 }
-                self.fill(request, &place, offset, buf.slice(..len as usize))
+                self.fill(request, &place, buf.slice(..len as usize))
                     .await?;
                 let linked = self.link(request, place).await?;
                 Ok(if linked { len } else { 0 })
@@ -253,7 +263,6 @@ impl Qcow2 {
         self: &Arc<Self>,
         request: &Request,
         place: Place,
-        offset: u64,
         buf: &IoBuf,
     ) -> Result<u64> {
         let (len, pin) = (place.len, self.pins.pin());
@@ -265,13 +274,12 @@ impl Qcow2 {
             first: place.first,
             old: place.old.clone(),
             target,
+            offset: place.offset,
             len,
             pin,
         };
         let linked = self.link(request, place).await?;
-        let filled = self
-            .fill(request, &again, offset, buf.slice(..len as usize))
-            .await;
+        let filled = self.fill(request, &again, buf.slice(..len as usize)).await;
         if let Target::New(allocation) = again.target {
             allocation.linked();
         }
@@ -311,21 +319,17 @@ impl Qcow2 {
         for n in 0..wanted.min(slice.len() - at) {
             let raw = slice.load(at + n);
             let entry = self.decode(raw, ClusterIndex(first.0 + n as u64))?;
-            match (entry, reserved) {
-                (L2Entry::ZeroAllocated { host, copied: true }, None) if n == 0 => {
-                    reserved = Some(host);
-                }
-                (L2Entry::ZeroAllocated { host, copied: true }, Some(start))
-                    if host.0 == start.0 + n as u64 * size => {}
-                (
-                    L2Entry::ZeroAllocated { copied: true, .. }
-                    | L2Entry::Normal { copied: true, .. },
-                    _,
-                ) => {
-                    break;
-                }
-                (_, Some(_)) => break,
-                (_, None) => {}
+            let own = match entry.space() {
+                Some(space) if space.copied => Some(space.host),
+                _ => None,
+            };
+            match (own, reserved) {
+                (Some(host), None) if n == 0 => reserved = Some(host),
+                (Some(host), Some(start))
+                    if host.0 == start.0 + n as u64 * size
+                        && !matches!(entry, L2Entry::Normal { .. }) => {}
+                (None, None) => {}
+                _ => break,
             }
             old.push(raw);
         }
@@ -346,6 +350,7 @@ impl Qcow2 {
             first,
             old,
             target,
+            offset,
             len: end,
             pin,
         }))
@@ -360,148 +365,6 @@ impl Qcow2 {
         let first = host.0 >> bits;
         let last = (host.0 + len - 1) >> bits;
         self.metadata.check(first, last - first + 1, self.geometry)
-    }
-
-    /// Writes the data, with what surrounds it in the first and the last cluster, to its place.
-    async fn fill(
-        self: &Arc<Self>,
-        request: &Request,
-        place: &Place,
-        offset: u64,
-        data: IoBuf,
-    ) -> Result<()> {
-        // The child that the clusters are in.
-        let file = self.data(request)?;
-        let size = self.geometry.cluster_size();
-        let start = self.geometry.cluster_start(place.first).0;
-        let stop = start + place.old.len() as u64 * size;
-        let end = offset + place.len;
-        let (head_len, tail_len) = (offset - start, stop - end);
-        let last = place.old.len() - 1;
-        if head_len + tail_len > 0 {
-            file.debug_event(DebugEvent::CowRead).await;
-        }
-        let mut all = IoBuf::new();
-        let mut tail = IoBuf::new();
-        if last == 0 && head_len > 0 && tail_len > 0 && self.is_compressed(place.old[0]) {
-            // Decompress once for both ends.
-            let whole = self.old_view(request, place, 0, 0, size).await?;
-            all = whole.slice(..head_len as usize);
-            tail = whole.slice((size - tail_len) as usize..);
-        } else {
-            if head_len > 0 && mutant::is_active("qcow2-cow-head-zeroed") {
-                all = IoBuf::zeroes(head_len as usize);
-            } else if head_len > 0 {
-                all = self.old_view(request, place, 0, 0, head_len).await?;
-            }
-            if tail_len > 0 {
-                let last = if mutant::is_active("qcow2-cow-tail-of-first-cluster") {
-                    0
-                } else {
-                    last
-                };
-                tail = self
-                    .old_view(request, place, last, size - tail_len, tail_len)
-                    .await?;
-            }
-        }
-        let copied =
-            u64::from(head_len > 0) + u64::from(tail_len > 0 && (last > 0 || head_len == 0));
-        Counters::add(&self.counters.copies_on_write, copied);
-        // In large clusters the storage zeroes faster than zeroes can be written.
-        let surrounded_by_zeroes =
-            head_len + tail_len >= LARGE_FILL && all.is_zero() && tail.is_zero();
-        let data_range = head_len as usize..(head_len + place.len) as usize;
-        all.append(data);
-        all.append(tail);
-        if copied > 0 {
-            // In one go with the data.
-            file.debug_event(DebugEvent::CowWrite).await;
-        }
-        file.debug_event(DebugEvent::WriteAio).await;
-        match &place.target {
-            Target::Reserved(first) => {
-                let host = self.geometry.host_start(*first);
-                file.write(host.0, all, RequestFlags::empty()).await
-            }
-            Target::New(allocation) if surrounded_by_zeroes && allocation.runs().len() == 1 => {
-                let host = self.geometry.host_start(allocation.first());
-                let zeroes = RequestFlags::MAY_UNMAP | RequestFlags::NO_FALLBACK;
-                match file.write_zeroes(host.0, stop - start, zeroes).await {
-                    Ok(()) => {
-                        file.write(
-                            host.0 + head_len,
-                            all.slice(data_range),
-                            RequestFlags::empty(),
-                        )
-                        .await
-                    }
-                    Err(error) if error.kind() == ErrorKind::NotSupported => {
-                        file.write(host.0, all, RequestFlags::empty()).await
-                    }
-                    Err(error) => Err(error),
-                }
-            }
-            Target::New(allocation) => {
-                let mut window = Window::new(WINDOW);
-                for (first, count) in allocation.runs() {
-                    window.room().await;
-                    if window.has_failed() {
-                        break;
-                    }
-                    let piece = all.split_to((count * size) as usize);
-                    let host = self.geometry.host_start(*first);
-                    if all.is_empty() && window.is_idle() {
-                        return file.write(host.0, piece, RequestFlags::empty()).await;
-                    }
-                    window.push(file.write(host.0, piece, RequestFlags::empty()).boxed());
-                }
-                window.finish().await
-            }
-        }
-    }
-
-    fn is_compressed(&self, raw: RawEntry) -> bool {
-        matches!(
-            L2Entry::decode(raw, self.geometry),
-            Ok(L2Entry::Compressed(_))
-        )
-    }
-
-    /// What a part of a guest cluster held when the plan was made.
-    async fn old_view(
-        &self,
-        request: &Request,
-        place: &Place,
-        n: usize,
-        within: u64,
-        len: u64,
-    ) -> Result<IoBuf> {
-        let cluster = ClusterIndex(place.first.0 + n as u64);
-        let zeroes = || IoBuf::zeroes(len as usize);
-        match self.decode(place.old[n], cluster)? {
-            L2Entry::ZeroPlain | L2Entry::ZeroAllocated { .. } => Ok(zeroes()),
-            L2Entry::Unallocated => {
-                if request.backing().is_none()
-                    || mutant::is_active("qcow2-cow-ignores-backing-file")
-                {
-                    return Ok(zeroes());
-                }
-                let guest = self.geometry.cluster_start(cluster).0 + within;
-                let (lent, buf) = Buffer::try_new(len as usize)?.lend();
-                request.read_backing(guest, buf).await?;
-                Ok(lent.reclaim().map_err(|_| kept())?.into())
-            }
-            L2Entry::Normal { host, .. } => {
-                let (lent, buf) = Buffer::try_new(len as usize)?.lend();
-                read_host(self.data(request)?, HostOffset(host.0 + within), buf).await?;
-                Ok(lent.reclaim().map_err(|_| kept())?.into())
-            }
-            L2Entry::Compressed(run) => {
-                let whole = IoBuf::from(self.read_compressed(request, run).await?);
-                Ok(whole.slice(within as usize..(within + len) as usize))
-            }
-        }
     }
 
     /// Links the clusters, if they are still this write's own and the mapping is still the one that it was planned with;
@@ -545,8 +408,17 @@ impl Qcow2 {
                     break;
                 }
             }
+            let old = match self.decode(raw, cluster) {
+                Ok(old) => old,
+                Err(error) => {
+                    result = Err(error);
+                    break;
+                }
+            };
+            // Subclusters that the write doesn't touch stay as they are, whoever changed them.
+            let touched = self.touched(cluster, place.offset, place.end());
             let host = HostOffset(host.0 * size);
-            let new = L2Entry::Normal { host, copied: true }.encode(self.geometry);
+            let new = Self::with_data(old, host, touched).encode(self.geometry);
             meta.set_entry(index, &slice, at + n, new);
             meta.unlinked.remove(&(host.0 / size));
         }
@@ -605,11 +477,6 @@ impl Qcow2 {
     ) -> Result<()> {
         let file = request.file()?;
         let (first, last) = match self.decode(raw, cluster)? {
-            L2Entry::Unallocated | L2Entry::ZeroPlain => return Ok(()),
-            L2Entry::Normal { host, .. } | L2Entry::ZeroAllocated { host, .. } => {
-                let host = self.geometry.host_cluster_of(host).0;
-                (host, host)
-            }
             L2Entry::Compressed(run) => {
                 let (first, last) = run.clusters(self.geometry);
                 if mutant::is_active("qcow2-compressed-frees-first-cluster-only") {
@@ -617,6 +484,13 @@ impl Qcow2 {
                 } else {
                     (first, last)
                 }
+            }
+            entry => {
+                let Some(space) = entry.space() else {
+                    return Ok(());
+                };
+                let host = self.geometry.host_cluster_of(space.host).0;
+                (host, host)
             }
         };
         self.metadata
@@ -634,8 +508,4 @@ fn still_planned(slice: &Slice, at: usize, old: &[RawEntry]) -> bool {
     old.iter()
         .enumerate()
         .all(|(n, raw)| slice.load(at + n) == *raw)
-}
-
-fn kept() -> Error {
-    Error::io("a driver kept a part of a read buffer")
 }

@@ -1,4 +1,5 @@
-//! Zero writes and discards: what each kind of entry becomes (digest, section 5), one slice at a time.
+//! Zero writes and discards: what each kind of entry becomes (digest, section 5), one slice at a time. Zeroes are written to
+//! whole subclusters where L2 entries are extended; space is only given back by the cluster.
 //!
 //! The core sees to it that nothing else that overlaps is with the driver meanwhile; entries change under the metadata lock
 //! all the same, and what they referred to goes to the quarantine.
@@ -6,25 +7,27 @@
 use std::sync::Arc;
 
 use block_core::{
+    buffer::IoBuf,
     error::{Error, ErrorKind, Result},
     flags::RequestFlags,
     mutant,
     request::Request,
 };
 
+use super::{map::Run, subclusters::ALL};
 use crate::{
     alloc::quarantine::Freed,
     image::Qcow2,
-    layout::{ClusterIndex, L2Entry},
+    layout::{ClusterIndex, L2Entry, Space},
     meta::Meta,
 };
 
-/// What happens to whole clusters.
+/// What happens to clusters; to parts of them only when they are to read as zeroes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Change {
     /// They read as zeroes; their space is kept.
     Zero,
-    /// They read as zeroes, and take no space.
+    /// They read as zeroes, and whole ones take no space.
     Unmap,
     /// Their content isn't needed.
     Discard,
@@ -42,17 +45,42 @@ fn changed(entry: L2Entry, change: Change, zero_flag: bool, backing: bool) -> Op
     };
     match (entry, change) {
         (L2Entry::Unallocated, Change::Zero | Change::Unmap) => Some(gone),
-        (L2Entry::Unallocated, Change::Discard) => backing.then_some(gone),
+        // Nothing is in them that could be given back.
+        (L2Entry::Unallocated | L2Entry::Mixed { space: None, .. }, Change::Discard) => {
+            backing.then_some(gone)
+        }
         (L2Entry::ZeroPlain, Change::Full) => Some(gone),
         (L2Entry::ZeroPlain, _) => None,
         (L2Entry::ZeroAllocated { .. }, Change::Zero) => None,
         (L2Entry::Normal { host, copied }, Change::Zero) if zero_flag => {
             Some(L2Entry::ZeroAllocated { host, copied })
         }
+        (
+            L2Entry::Mixed {
+                space: Some(Space { host, copied }),
+                ..
+            },
+            Change::Zero,
+        ) => Some(L2Entry::ZeroAllocated { host, copied }),
         (L2Entry::Unallocated, Change::Full) => None,
         (_, _) => Some(gone),
     }
     .filter(|new| *new != entry)
+}
+
+/// The same for the subclusters of `mask`.
+fn changed_in(
+    entry: L2Entry,
+    mask: u32,
+    change: Change,
+    zero_flag: bool,
+    backing: bool,
+) -> Result<Option<L2Entry>> {
+    if mask == ALL || matches!(change, Change::Discard | Change::Full) {
+        return Ok(changed(entry, change, zero_flag, backing));
+    }
+    let new = Qcow2::with_zeroes(entry, mask)?;
+    Ok((new != entry).then_some(new))
 }
 
 impl Qcow2 {
@@ -71,21 +99,24 @@ impl Qcow2 {
         if !self.geometry.has_zero_flag() && self.has_backing(request) {
             return Err(Error::from_kind(ErrorKind::NotSupported));
         }
-        let size = self.geometry.cluster_size();
+        let unit = self.geometry.subcluster_size();
         let end = offset + len;
-        let first = offset / size;
-        let mut last = end / size;
-        if offset % size != 0 {
-            self.check_partial(request, ClusterIndex(first), offset, end)
+        let mut start = offset - offset % unit;
+        let mut stop = end.next_multiple_of(unit);
+        if start != offset {
+            self.check_partial(request, start, offset, end).await?;
+        }
+        if stop != end && end < self.length() && (start == offset || stop - start > unit) {
+            self.check_partial(request, stop - unit, offset, end)
                 .await?;
         }
-        if end % size != 0 {
-            if end < self.length() && (offset % size == 0 || first != last) {
-                self.check_partial(request, ClusterIndex(last), offset, end)
-                    .await?;
-            }
-            last += 1;
+        if end >= self.length() {
+            // Nothing is behind the disk's end that a part of a cluster could be kept for.
+            stop = end.next_multiple_of(self.geometry.cluster_size());
         }
+        (start, stop) = self
+            .without_compressed_edges(request, start, stop, flags)
+            .await?;
         let change = if flags.contains(RequestFlags::MAY_UNMAP)
             || mutant::is_active("qcow2-zero-always-unmaps")
         {
@@ -93,24 +124,60 @@ impl Qcow2 {
         } else {
             Change::Zero
         };
-        self.change_clusters(request, ClusterIndex(first), ClusterIndex(last), change)
-            .await
+        self.change_range(request, start, stop, change).await
     }
 
-    /// A cluster that is zeroed in part: allowed when its rest reads as zeroes already and no space is in use for data.
+    /// Cuts parts of compressed clusters off both ends of a range that is to be zeroed: zeroes are written there as data.
+    ///
+    /// # Errors
+    /// ENOTSUP when nothing else is to be zeroed, or when that mustn't be done.
+    async fn without_compressed_edges(
+        self: &Arc<Self>,
+        request: &Request,
+        mut start: u64,
+        mut stop: u64,
+        flags: RequestFlags,
+    ) -> Result<(u64, u64)> {
+        let size = self.geometry.cluster_size();
+        let whole = (start, stop);
+        let head = (start % size != 0).then(|| (start, stop.min(start.next_multiple_of(size))));
+        let tail = (stop % size != 0 && (stop - stop % size > start || start % size == 0))
+            .then(|| (start.max(stop - stop % size), stop));
+        for (from, to) in [head, tail].into_iter().flatten() {
+            let (run, pin) = self.locate(request.file()?, from, to - from).await?;
+            drop(pin);
+            if !matches!(run, Run::Compressed { .. }) {
+                continue;
+            }
+            if (from, to) == whole || flags.contains(RequestFlags::NO_FALLBACK) {
+                return Err(Error::from_kind(ErrorKind::NotSupported));
+            }
+            let end = to.min(self.length());
+            self.write_guest(request, from, IoBuf::zeroes((end - from) as usize))
+                .await?;
+            if from == start {
+                start = to;
+            } else {
+                stop = from;
+            }
+        }
+        Ok((start, stop))
+    }
+
+    /// A cluster (or subcluster), from `start` on, that is zeroed in part: allowed when its rest reads as zeroes already and no
+    /// space is in use for data.
     async fn check_partial(
         self: &Arc<Self>,
         request: &Request,
-        cluster: ClusterIndex,
+        start: u64,
         offset: u64,
         end: u64,
     ) -> Result<()> {
-        let start = self.geometry.cluster_start(cluster).0;
-        let stop = (start + self.geometry.cluster_size()).min(self.length());
+        let stop = (start + self.geometry.subcluster_size()).min(self.length());
         let (run, _pin) = self.locate(request.file()?, start, stop - start).await?;
         let zero = match run {
-            super::map::Run::Zero { .. } => true,
-            super::map::Run::Unallocated { .. } => {
+            Run::Zero { .. } => true,
+            Run::Unallocated { .. } => {
                 mutant::is_active("qcow2-partial-zero-takes-whole-cluster")
                     || backing_is_zero(request, start, offset.max(start)).await?
                         && backing_is_zero(request, end.min(stop), stop).await?
@@ -165,22 +232,31 @@ impl Qcow2 {
         end: ClusterIndex,
         change: Change,
     ) -> Result<()> {
+        let start = self.geometry.cluster_start(first).0;
+        let end = self.geometry.cluster_start(end).0;
+        self.change_range(request, start, end, change).await
+    }
+
+    /// Changes a guest range, made of whole subclusters for zeroes and else of whole clusters.
+    async fn change_range(
+        self: &Arc<Self>,
+        request: &Request,
+        start: u64,
+        end: u64,
+        change: Change,
+    ) -> Result<()> {
         let file = request.file()?;
         let backing = self.has_backing(request);
         let zero_flag = self.geometry.has_zero_flag();
         let without_table = changed(L2Entry::Unallocated, change, zero_flag, backing);
-        let mut at = first;
+        let mut at = start;
         while at < end {
-            let offset = self.geometry.cluster_start(at).0;
-            let index = self.slice_of(at);
+            let index = self.slice_of(self.cluster_of(at));
             if without_table.is_none() && self.table_of(index)?.l2.is_none() {
-                at = ClusterIndex(
-                    at.0 + (self.left_in_table(offset) >> self.geometry.cluster_bits()),
-                );
+                at += self.left_in_table(at);
                 continue;
             }
-            let stop =
-                (at.0 + (self.left_in_slice(offset) >> self.geometry.cluster_bits())).min(end.0);
+            let stop = end.min(at + self.left_in_slice(at));
             self.make_room(request).await?;
             // Read it before the lock is taken, as far as that is possible.
             self.slice(file, index).await?;
@@ -196,7 +272,7 @@ impl Qcow2 {
             };
             let late = self.reclaiming(request, step).await?;
             self.punch(file, &late).await;
-            at = ClusterIndex(stop);
+            at = stop;
         }
         self.make_room(request).await
     }
@@ -207,14 +283,14 @@ impl Qcow2 {
         self: &Arc<Self>,
         meta: &mut Meta,
         request: &Request,
-        first: ClusterIndex,
+        start: u64,
         end: u64,
         change: Change,
         backing: bool,
     ) -> Result<Vec<(u64, u64)>> {
         let file = request.file()?;
         let zero_flag = self.geometry.has_zero_flag();
-        let index = self.slice_of(first);
+        let index = self.slice_of(self.cluster_of(start));
         let punch = match change {
             Change::Zero => self.settings.pass_discard_other,
             Change::Unmap | Change::Discard | Change::Full => self.settings.pass_discard,
@@ -223,17 +299,17 @@ impl Qcow2 {
         let slice = self.slice_for_update(meta, file, index).await?;
         let mut freed = Freed::default();
         let mut result = Ok(());
-        for cluster in (first.0..end).map(ClusterIndex) {
+        let clusters = self.cluster_of(start).0..self.geometry.clusters_for(end);
+        for cluster in clusters.map(ClusterIndex) {
             let at = self.slice_entry(cluster);
             let raw = slice.load(at);
             let changes = async {
                 let entry = self.decode(raw, cluster)?;
-                let Some(new) = changed(entry, change, zero_flag, backing) else {
+                let mask = self.touched(cluster, start, end);
+                let Some(new) = changed_in(entry, mask, change, zero_flag, backing)? else {
                     return Ok(None);
                 };
-                if !matches!(new, L2Entry::ZeroAllocated { .. })
-                    && !mutant::is_active("qcow2-discard-leaks")
-                {
+                if new.space().is_none() && !mutant::is_active("qcow2-discard-leaks") {
                     self.unlink(meta, request, raw, cluster, punch, &mut freed)
                         .await?;
                 }
@@ -287,7 +363,7 @@ pub(crate) async fn backing_is_zero(request: &Request, start: u64, end: u64) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::layout::{CompressedRun, HostOffset};
+    use crate::layout::{CompressedRun, HostOffset, Subclusters};
 
     const NORMAL: L2Entry = L2Entry::Normal {
         host: HostOffset(0x50000),
@@ -328,6 +404,49 @@ mod tests {
         }
         for entry in [Unallocated, NORMAL, RESERVED, ZeroPlain, PACKED] {
             assert_eq!(v3(entry, Change::Full, true), Unallocated);
+        }
+    }
+
+    #[test]
+    fn zeroes_in_subclusters_keep_the_space_and_the_other_subclusters() {
+        let some = |entry, mask| changed_in(entry, mask, Change::Unmap, true, true).unwrap();
+        let space = NORMAL.space();
+        let mixed = some(NORMAL, 0b110).unwrap();
+        let subclusters = Subclusters {
+            allocated: !0b110,
+            zero: 0b110,
+        };
+        assert_eq!(mixed, L2Entry::Mixed { space, subclusters });
+        assert_eq!(some(mixed, 0b10), None, "no change");
+        assert_eq!(
+            some(mixed, !0b110),
+            Some(RESERVED),
+            "all of it reads as zeroes"
+        );
+        assert_eq!(some(mixed, ALL), Some(L2Entry::ZeroPlain));
+        let half = some(L2Entry::Unallocated, 0xffff).unwrap();
+        assert_eq!(
+            (half.space(), some(half, !0xffff)),
+            (None, Some(L2Entry::ZeroPlain))
+        );
+        let error = changed_in(PACKED, 1, Change::Zero, true, true).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NotSupported);
+
+        let whole = |entry, change, backing| changed(entry, change, true, backing);
+        assert_eq!(whole(mixed, Change::Zero, true), Some(RESERVED));
+        assert_eq!(
+            whole(mixed, Change::Discard, false),
+            Some(L2Entry::ZeroPlain)
+        );
+        assert_eq!(whole(half, Change::Zero, true), Some(L2Entry::ZeroPlain));
+        assert_eq!(whole(half, Change::Discard, true), Some(L2Entry::ZeroPlain));
+        assert_eq!(
+            whole(half, Change::Discard, false),
+            None,
+            "it reads as zeroes already"
+        );
+        for entry in [mixed, half] {
+            assert_eq!(whole(entry, Change::Full, true), Some(L2Entry::Unallocated));
         }
     }
 }

@@ -67,6 +67,8 @@ pub enum EntryProblem {
     ZeroInVersion2,
     /// A compressed cluster at an offset that no host offset can be.
     CompressedOffset(HostOffset),
+    /// Subclusters that hold data and read as zeroes, or that hold data without a place for it.
+    Subclusters(u64),
 }
 
 impl fmt::Display for EntryProblem {
@@ -79,6 +81,9 @@ impl fmt::Display for EntryProblem {
                     f,
                     "compressed cluster offset {offset} beyond the format's limit"
                 )
+            }
+            Self::Subclusters(bitmap) => {
+                write!(f, "Invalid cluster entry found, subclusters {bitmap:#018x}")
             }
         }
     }
@@ -129,6 +134,87 @@ impl L1Entry {
     }
 }
 
+/// What the 32 subclusters of a cluster are, bit by bit: the second word of an extended L2 entry (digest, section 3.1).
+/// Bit 0 is the first subcluster. Those with neither bit set are unallocated; none has both set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Subclusters {
+    /// They hold data.
+    pub allocated: u32,
+    /// They read as zeroes.
+    pub zero: u32,
+}
+
+/// What one subcluster is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SubclusterKind {
+    /// The backing file decides; zeroes if there is none.
+    Unallocated,
+    /// It reads as zeroes.
+    Zero,
+    /// It holds data.
+    Allocated,
+}
+
+impl Subclusters {
+    /// The backing file decides for all of them.
+    pub const UNALLOCATED: Self = Self {
+        allocated: 0,
+        zero: 0,
+    };
+    /// All hold data.
+    pub const ALLOCATED: Self = Self {
+        allocated: u32::MAX,
+        zero: 0,
+    };
+    /// All read as zeroes.
+    pub const ZERO: Self = Self {
+        allocated: 0,
+        zero: u32::MAX,
+    };
+
+    /// What the subcluster `index` is, and how many from it on are of that kind.
+    pub const fn run(self, index: u32) -> (SubclusterKind, u32) {
+        let (allocated, zero) = (self.allocated >> index, self.zero >> index);
+        let (kind, others) = if allocated & 1 != 0 {
+            (SubclusterKind::Allocated, !allocated)
+        } else if zero & 1 != 0 {
+            (SubclusterKind::Zero, !zero)
+        } else {
+            (SubclusterKind::Unallocated, allocated | zero)
+        };
+        let same = others.trailing_zeros();
+        let left = u32::BITS - index;
+        (kind, if same < left { same } else { left })
+    }
+
+    /// With data in the subclusters of `mask`.
+    #[must_use]
+    pub const fn with_data(self, mask: u32) -> Self {
+        Self {
+            allocated: self.allocated | mask,
+            zero: self.zero & !mask,
+        }
+    }
+
+    /// With zeroes in the subclusters of `mask`.
+    #[must_use]
+    pub const fn with_zeroes(self, mask: u32) -> Self {
+        Self {
+            allocated: self.allocated & !mask,
+            zero: self.zero | mask,
+        }
+    }
+}
+
+/// Where the space of a cluster is, and whether its refcount is exactly 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Space {
+    /// Where the cluster is.
+    pub host: HostOffset,
+    /// Its refcount is exactly 1: what is in it may be overwritten.
+    pub copied: bool,
+}
+
 /// An entry of an L2 table: how a guest cluster is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum L2Entry {
@@ -149,6 +235,14 @@ pub enum L2Entry {
         host: HostOffset,
         /// Its refcount is exactly 1: the reservation may be used.
         copied: bool,
+    },
+    /// Subclusters of several kinds, or space in which none of them holds or hides anything; only with extended entries. What
+    /// is the same for all subclusters is one of the other kinds.
+    Mixed {
+        /// The cluster's space; `None` when no subcluster holds data and none is reserved.
+        space: Option<Space>,
+        /// What each subcluster is.
+        subclusters: Subclusters,
     },
     /// Stored compressed.
     Compressed(CompressedRun),
@@ -227,19 +321,24 @@ impl L2Entry {
     /// Reads an entry. Reserved bits are left to `check`.
     #[inline]
     pub fn decode(raw: RawEntry, geometry: Geometry) -> Result<Self, EntryProblem> {
-        let raw = raw.descriptor;
-        if raw & COMPRESSED != 0 {
-            return CompressedRun::decode(raw, geometry).map(Self::Compressed);
+        let RawEntry { descriptor, bitmap } = raw;
+        if descriptor & COMPRESSED != 0 {
+            return CompressedRun::decode(descriptor, geometry).map(Self::Compressed);
         }
-        let host = HostOffset(raw & OFFSET_MASK);
-        if raw & ZERO != 0 && !geometry.has_zero_flag() {
-            return Err(EntryProblem::ZeroInVersion2);
-        }
+        let host = HostOffset(descriptor & OFFSET_MASK);
         if !geometry.is_aligned(host) {
             return Err(EntryProblem::Unaligned(host));
         }
-        let copied = raw & COPIED != 0;
-        Ok(match (host.0 != 0, raw & ZERO != 0) {
+        let copied = descriptor & COPIED != 0;
+        // A data file's first cluster is at offset 0.
+        let placed = host.0 != 0 || geometry.has_data_file() && copied;
+        if geometry.has_extended_l2() {
+            return Self::decode_extended(placed.then_some(Space { host, copied }), bitmap);
+        }
+        if descriptor & ZERO != 0 && !geometry.has_zero_flag() {
+            return Err(EntryProblem::ZeroInVersion2);
+        }
+        Ok(match (placed, descriptor & ZERO != 0) {
             (false, false) => Self::Unallocated,
             (false, true) => Self::ZeroPlain,
             (true, false) => Self::Normal { host, copied },
@@ -247,18 +346,80 @@ impl L2Entry {
         })
     }
 
-    /// The entry's bits.
-    pub const fn encode(self, geometry: Geometry) -> RawEntry {
-        const fn flag(copied: bool) -> u64 {
-            if copied { COPIED } else { 0 }
+    fn decode_extended(space: Option<Space>, bitmap: u64) -> Result<Self, EntryProblem> {
+        let subclusters = Subclusters {
+            allocated: bitmap as u32,
+            zero: (bitmap >> 32) as u32,
+        };
+        let impossible = if space.is_some() {
+            subclusters.allocated & subclusters.zero
+        } else {
+            subclusters.allocated
+        };
+        if impossible != 0 {
+            return Err(EntryProblem::Subclusters(bitmap));
         }
-        RawEntry::ordinary(match self {
-            Self::Unallocated => 0,
-            Self::ZeroPlain => ZERO,
-            Self::Normal { host, copied } => host.0 | flag(copied),
-            Self::ZeroAllocated { host, copied } => host.0 | flag(copied) | ZERO,
-            Self::Compressed(run) => run.encode(geometry),
+        Ok(Self::from_parts(space, subclusters))
+    }
+
+    /// The entry of a cluster with this space and these subclusters, of which none may hold data without space.
+    pub fn from_parts(space: Option<Space>, subclusters: Subclusters) -> Self {
+        match (space, subclusters) {
+            (None, Subclusters::UNALLOCATED) => Self::Unallocated,
+            (None, Subclusters::ZERO) => Self::ZeroPlain,
+            (Some(Space { host, copied }), Subclusters::ALLOCATED) => Self::Normal { host, copied },
+            (Some(Space { host, copied }), Subclusters::ZERO) => {
+                Self::ZeroAllocated { host, copied }
+            }
+            (space, subclusters) => Self::Mixed { space, subclusters },
+        }
+    }
+
+    /// The space of a cluster that isn't compressed, if it has any.
+    pub const fn space(self) -> Option<Space> {
+        match self {
+            Self::Normal { host, copied } | Self::ZeroAllocated { host, copied } => {
+                Some(Space { host, copied })
+            }
+            Self::Mixed { space, .. } => space,
+            Self::Unallocated | Self::ZeroPlain | Self::Compressed(_) => None,
+        }
+    }
+
+    /// What the subclusters are, all alike where entries aren't extended; `None` for a compressed cluster.
+    pub const fn subclusters(self) -> Option<Subclusters> {
+        Some(match self {
+            Self::Unallocated => Subclusters::UNALLOCATED,
+            Self::Normal { .. } => Subclusters::ALLOCATED,
+            Self::ZeroPlain | Self::ZeroAllocated { .. } => Subclusters::ZERO,
+            Self::Mixed { subclusters, .. } => subclusters,
+            Self::Compressed(_) => return None,
         })
+    }
+
+    /// The entry's bits. What only an extended entry can say needs a geometry that has them.
+    pub fn encode(self, geometry: Geometry) -> RawEntry {
+        if let Self::Compressed(run) = self {
+            return RawEntry::ordinary(run.encode(geometry));
+        }
+        let subclusters = self.subclusters().unwrap_or(Subclusters::UNALLOCATED);
+        let place = self.space().map_or(0, |Space { host, copied }| {
+            host.0 | if copied { COPIED } else { 0 }
+        });
+        if geometry.has_extended_l2() {
+            let Subclusters { allocated, zero } = subclusters;
+            return RawEntry {
+                descriptor: place,
+                bitmap: u64::from(zero) << 32 | u64::from(allocated),
+            };
+        }
+        debug_assert!(!matches!(self, Self::Mixed { .. }));
+        let zero = if subclusters == Subclusters::ZERO {
+            ZERO
+        } else {
+            0
+        };
+        RawEntry::ordinary(place | zero)
     }
 
     /// The reserved bits that are set in the descriptor of a standard (not compressed) entry.
@@ -266,7 +427,11 @@ impl L2Entry {
         if raw & COMPRESSED != 0 {
             return 0;
         }
-        let zero = if geometry.has_zero_flag() { ZERO } else { 0 };
+        let zero = if geometry.has_zero_flag() && !geometry.has_extended_l2() {
+            ZERO
+        } else {
+            0
+        };
         raw & !(OFFSET_MASK | COPIED | zero)
     }
 }
@@ -330,6 +495,108 @@ mod tests {
                 assert_eq!(L2Entry::reserved_bits(raw.descriptor, geometry()), 0);
             }
         }
+    }
+
+    fn extended() -> Geometry {
+        geometry().with_extended_l2().unwrap()
+    }
+
+    #[test]
+    fn the_extended_entries_of_the_specification_decode() {
+        let raw = RawEntry {
+            descriptor: 0x8000_0000_0005_0000,
+            bitmap: 0x0000_0061_0000_0004,
+        };
+        let entry = L2Entry::decode(raw, extended()).unwrap();
+        let space = Some(Space {
+            host: HostOffset(0x50000),
+            copied: true,
+        });
+        let subclusters = Subclusters {
+            allocated: 0b100,
+            zero: 0b110_0001,
+        };
+        assert_eq!(entry, L2Entry::Mixed { space, subclusters });
+        assert_eq!(entry.encode(extended()), raw);
+        assert_eq!(
+            L2Entry::ZeroPlain.encode(extended()),
+            RawEntry {
+                descriptor: 0,
+                bitmap: 0xffff_ffff_0000_0000
+            }
+        );
+        let kinds = [
+            (0, SubclusterKind::Zero, 1),
+            (1, SubclusterKind::Unallocated, 1),
+            (2, SubclusterKind::Allocated, 1),
+            (3, SubclusterKind::Unallocated, 2),
+            (5, SubclusterKind::Zero, 2),
+            (6, SubclusterKind::Zero, 1),
+            (7, SubclusterKind::Unallocated, 25),
+            (31, SubclusterKind::Unallocated, 1),
+        ];
+        for (index, kind, run) in kinds {
+            assert_eq!(subclusters.run(index), (kind, run), "{index}");
+        }
+        for (all, kind) in [
+            (Subclusters::ALLOCATED, SubclusterKind::Allocated),
+            (Subclusters::ZERO, SubclusterKind::Zero),
+            (Subclusters::UNALLOCATED, SubclusterKind::Unallocated),
+        ] {
+            assert_eq!((all.run(0), all.run(31)), ((kind, 32), (kind, 1)));
+        }
+    }
+
+    #[test]
+    fn what_all_subclusters_have_in_common_is_an_ordinary_kind() {
+        let host = HostOffset(0x50000);
+        for (place, bitmap, entry) in [
+            (0, 0, L2Entry::Unallocated),
+            (0, 0xffff_ffff_0000_0000, L2Entry::ZeroPlain),
+            (
+                host.0,
+                0xffff_ffff,
+                L2Entry::Normal {
+                    host,
+                    copied: false,
+                },
+            ),
+            (
+                host.0 | COPIED,
+                0xffff_ffff_0000_0000,
+                L2Entry::ZeroAllocated { host, copied: true },
+            ),
+        ] {
+            let raw = RawEntry {
+                descriptor: place,
+                bitmap,
+            };
+            assert_eq!(L2Entry::decode(raw, extended()), Ok(entry));
+            assert_eq!(entry.encode(extended()), raw);
+        }
+        // The zero flag of ordinary entries is a reserved bit.
+        assert_eq!(L2Entry::reserved_bits(ZERO, extended()), ZERO);
+    }
+
+    #[test]
+    fn impossible_bitmaps_are_problems_unless_the_cluster_is_compressed() {
+        for (descriptor, bitmap) in [
+            (0x50000, 1 << 32 | 1),
+            (0, 1),
+            (0, 0xffff_ffff),
+            (0x8000_0000_0005_0000, u64::MAX),
+        ] {
+            assert_eq!(
+                L2Entry::decode(RawEntry { descriptor, bitmap }, extended()),
+                Err(EntryProblem::Subclusters(bitmap))
+            );
+        }
+        let compressed = RawEntry {
+            descriptor: 0x4040_0000_0005_01da,
+            bitmap: 1,
+        };
+        let entry = L2Entry::decode(compressed, extended()).unwrap();
+        assert!(matches!(entry, L2Entry::Compressed(_)));
     }
 
     #[test]

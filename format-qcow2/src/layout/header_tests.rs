@@ -310,7 +310,6 @@ fn features_with_an_issue_of_their_own_are_refused_by_name() {
     };
     for read_only in [true, false] {
         for (bits, name) in [
-            (Incompatible::EXTENDED_L2, "extended L2 entries"),
             (Incompatible::DATA_FILE, "external data file"),
             (Incompatible::COMPRESSION, "compression type"),
         ] {

@@ -9,7 +9,9 @@ pub mod refcount;
 mod refusal;
 pub mod units;
 
-pub use entry::{CompressedRun, EntryProblem, L1Entry, L2Entry, RawEntry};
+pub use entry::{
+    CompressedRun, EntryProblem, L1Entry, L2Entry, RawEntry, Space, SubclusterKind, Subclusters,
+};
 pub use extensions::Extensions;
 pub use header::{Autoclear, Compatible, Header, Incompatible};
 pub use refcount::Refcounts;

@@ -13,7 +13,7 @@ use super::{
 
 impl Header {
     /// What depends on how the image is opened: refuses a corrupt image for writing and one without refcounts, except
-    /// for a check, and everything that [`Self::refuse_unsupported`] refuses.
+    /// for a check, and everything that [`Self::refuse_unsupported`] refuses, except for a check.
     pub fn check_open(&self, read_only: bool, for_check: bool) -> Result<()> {
         if !read_only && !for_check && self.incompatible.contains(Incompatible::CORRUPT) {
             return Err(Error::new(
@@ -44,6 +44,10 @@ impl Header {
                 "bit 1 only with incompatible feature bit 2",
             ));
         }
+        if for_check {
+            // A check follows the metadata of every feature, whether or not the driver can serve it.
+            return Ok(());
+        }
         self.refuse_unsupported(read_only)
     }
 
@@ -56,8 +60,7 @@ impl Header {
                     .with_field(field, value, allowed),
             )
         };
-        let missing =
-            Incompatible::DATA_FILE | Incompatible::COMPRESSION | Incompatible::EXTENDED_L2;
+        let missing = Incompatible::DATA_FILE | Incompatible::COMPRESSION;
         let unsupported = self.incompatible & missing;
         if !unsupported.is_empty() {
             let table = &self.extensions.feature_names;

@@ -214,7 +214,7 @@ pub const DAMAGES: &[Damage] = &[
         apply: |image| image.put64(L2 + 8, (6 * C) | COPIED | 2),
         same_counts: true,
         status: 2,
-        after: (2, 2),
+        after: (2, 0),
         text: "ERROR found l2 entry with reserved bits set: 8000000000060002",
     },
     Damage {
@@ -222,7 +222,7 @@ pub const DAMAGES: &[Damage] = &[
         apply: |image| image.put64(L1, L2 | COPIED | 2),
         same_counts: true,
         status: 2,
-        after: (2, 2),
+        after: (2, 0),
         text: "ERROR found L1 entry with reserved bits set: 8000000000040002",
     },
     Damage {
@@ -246,7 +246,7 @@ pub const DAMAGES: &[Damage] = &[
         apply: |image| image.put64(L2 + 256, image.get64(L2 + 256) | COPIED),
         same_counts: true,
         status: 2,
-        after: (2, 2),
+        after: (2, 0),
         text: "ERROR: coffset=0xd0000: copied flag must never be set for compressed clusters",
     },
     Damage {

@@ -298,6 +298,17 @@ impl Lab {
         );
     }
 
+    /// As [`Self::check`], of an image named with options and opened with the secret `s`.
+    pub fn check_json(&self, name: &str) -> Value {
+        let secret = "secret,id=s,data=letmein";
+        let output = self.run(
+            "qemu-img",
+            &["check", "--output=json", "--object", secret, name],
+        );
+        serde_json::from_slice(&output.stdout)
+            .unwrap_or_else(|_| panic!("{}", String::from_utf8_lossy(&output.stderr)))
+    }
+
     /// `qemu-img check --output=json`, whatever it finds.
     pub fn check(&self, file: &str) -> Value {
         let output = self.run("qemu-img", &["check", "-f", "qcow2", "--output=json", file]);
