@@ -170,7 +170,7 @@ impl BlockDriver for Qcow2 {
             .primary()
             .map_or_else(Limits::default, block_core::request::Child::limits);
         Limits {
-            request_alignment: 1,
+            request_alignment: if self.encryption.is_some() { 512 } else { 1 },
             zeroes_alignment: self.geometry.subcluster_size(),
             discard_alignment: size,
             serialising_granularity: size,
@@ -289,7 +289,11 @@ impl BlockDriver for Qcow2 {
 
     async fn info(self: Arc<Self>, request: Request) -> Result<ImageInfo> {
         let meta = self.lock_meta(request.file()?).await?;
-        Ok(info::image_info(&meta.header))
+        let mut info = info::image_info(&meta.header);
+        if let (Some(encryption), Some((_, data))) = (&self.encryption, &mut info.format_specific) {
+            info::add_encryption(data, encryption.info().await);
+        }
+        Ok(info)
     }
 
     async fn reopen(self: Arc<Self>, request: Request, changes: Reopen) -> Result<()> {

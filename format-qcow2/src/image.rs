@@ -19,6 +19,7 @@ use crate::{
     cache::{slice::SliceIndex, slices::SliceCache},
     claims::Claims,
     counters::Counters,
+    encryption::Encryption,
     header_update,
     layout::{ClusterIndex, Geometry, GuestOffset, HostOffset, Incompatible, L1Entry},
     meta::Meta,
@@ -90,6 +91,8 @@ pub(crate) struct Qcow2 {
     pub meta: Mutex<Meta>,
     pub writeback: Writeback,
     pub counters: Counters,
+    /// The key of an encrypted image.
+    pub encryption: Option<Encryption>,
     /// Shared with [`Meta`].
     pub tap: Arc<SpaceTap>,
     /// What [`Meta`] last said about its sizes, for decisions made without the lock.

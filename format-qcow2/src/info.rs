@@ -19,6 +19,15 @@ pub fn image_info(header: &Header) -> ImageInfo {
     }
 }
 
+/// Puts the section about encryption where qemu-img has it: behind the refcount width.
+pub(crate) fn add_encryption(data: &mut Value, encryption: Value) {
+    if let Some(map) = data.as_object_mut() {
+        let at = map.keys().position(|key| key == "refcount-bits");
+        let at = at.map_or(map.len(), |at| at + 1);
+        map.shift_insert(at, "encrypt".into(), encryption);
+    }
+}
+
 /// The `data` of the `format-specific` section.
 fn format_specific(header: &Header) -> Value {
     let refcount_bits = header.geometry().refcount_bits();

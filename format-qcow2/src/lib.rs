@@ -53,6 +53,8 @@ pub mod create;
 #[cfg(not(loom))]
 mod driver;
 #[cfg(not(loom))]
+mod encryption;
+#[cfg(not(loom))]
 pub mod header_update;
 #[cfg(not(loom))]
 mod image;

@@ -10,6 +10,9 @@ use crate::create::{Parameters, Plan, plan::too_large};
 /// As in `qemu-img measure`, both numbers count all L2 tables, allocated or not.
 pub fn measure(size: u64, data: &[(u64, u64)], options: Options) -> Result<Measure> {
     let parameters = Parameters::for_size(size, options)?;
+    if parameters.encryption.is_some() && parameters.key_secret.is_none() {
+        return Err(crypto::options::missing_key());
+    }
     let plan = Plan::with_data(&parameters, true).ok_or_else(|| {
         too_large(
             "The image size is too large (try using a larger cluster size)",

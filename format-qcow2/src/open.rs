@@ -26,6 +26,7 @@ use crate::{
     counters::Counters,
     create,
     driver::prepare_for_writing,
+    encryption::Encryption,
     header_update,
     image::{Qcow2, Settings},
     layout::{Geometry, Header, header},
@@ -180,6 +181,7 @@ async fn open_image(
     }
     let backing = options.take("backing");
     refuse_foreign(options)?;
+    let encryption = Encryption::open(context, options, &header, &child).await?;
     let parsed: Qcow2Options = std::mem::take(options).parse()?;
     if let Some(backing) = backing {
         options.set("backing", backing);
@@ -224,6 +226,7 @@ async fn open_image(
         tap,
         writeback,
         counters: Counters::default(),
+        encryption,
         quarantined: AtomicU64::new(0),
         cached_refcount_blocks: AtomicUsize::new(0),
     };
@@ -238,11 +241,6 @@ fn refuse_foreign(options: &mut Options) -> Result<()> {
     ) {
         return Err(Error::invalid(
             "'data-file' can only be set for images with an external data file",
-        ));
-    }
-    if options.take("encrypt").is_some() {
-        return Err(Error::invalid(
-            "No encryption in image header, but options specified a format",
         ));
     }
     Ok(())

@@ -7,6 +7,7 @@ use block_core::{
     error::{Error, Result},
     options::{Options, parse_size},
 };
+use crypto::EncryptionFormat;
 use serde_json::Value;
 
 use crate::layout::{Geometry, extensions::MAX_BACKING_FORMAT, header::MAX_BACKING_NAME};
@@ -32,6 +33,10 @@ pub struct Parameters {
     pub backing_file: Option<String>,
     /// Its format.
     pub backing_format: Option<String>,
+    /// How guest data is encrypted.
+    pub encryption: Option<EncryptionFormat>,
+    /// The id of the secret that it opens with.
+    pub key_secret: Option<String>,
 }
 
 impl Default for Parameters {
@@ -46,6 +51,8 @@ impl Default for Parameters {
             preallocation: Preallocation::Off,
             backing_file: None,
             backing_format: None,
+            encryption: None,
+            key_secret: None,
         }
     }
 }
@@ -161,6 +168,7 @@ impl Parameters {
                 ));
             }
         };
+        let (encryption, key_secret) = take_encryption(&mut options)?;
         let backing_file = options.take_str("backing_file")?;
         let backing_format = options
             .take_str("backing_fmt")?
@@ -174,6 +182,14 @@ impl Parameters {
         if let Some(key) = options.0.keys().next() {
             return Err(Error::invalid(format!("Invalid parameter '{key}'")));
         }
+        if encryption.is_some() && version < 3 && preallocation != Preallocation::Off {
+            // Such clusters can't be marked as zeroes, and what is in them would be decrypted.
+            return Err(Error::unsupported(
+                "Preallocation of encrypted images is only supported with compatibility level 1.1 and above (use \
+                 version=v3 or greater)",
+            )
+            .with_field("preallocation", "on", "off"));
+        }
         Ok(Self {
             size,
             version,
@@ -184,6 +200,8 @@ impl Parameters {
             preallocation,
             backing_file,
             backing_format,
+            encryption,
+            key_secret,
         })
     }
 
@@ -258,20 +276,48 @@ fn refuse_features(options: &mut Options, version: u32) -> Result<()> {
     if data_file_raw {
         return Err(Error::invalid("data-file-raw requires data-file"));
     }
-    if options.take_switch("encryption")?.unwrap_or(false) {
-        return Err(refused("AES encryption", "encryption", "on", "off"));
-    }
-    let keys: Vec<String> = options.0.keys().cloned().collect();
-    for key in keys
-        .iter()
-        .filter(|key| *key == "encrypt" || key.starts_with("encrypt."))
-    {
-        let value = options.take(key).unwrap_or_default();
-        if !value.is_null() {
-            return Err(refused("encryption", key, &value.to_string(), "none"));
+    Ok(())
+}
+
+/// Takes `encrypt.*` and `encryption` out: how the image is encrypted, and the id of the secret.
+fn take_encryption(options: &mut Options) -> Result<(Option<EncryptionFormat>, Option<String>)> {
+    let legacy = options.take_switch("encryption")?;
+    let mut encrypt = match options.take("encrypt") {
+        None | Some(Value::Null) => Options::new(),
+        Some(Value::Object(map)) => Options(map),
+        Some(other) => {
+            return Err(
+                Error::invalid("Parameter 'encrypt' expects an object").with_field(
+                    "encrypt",
+                    other,
+                    "an object",
+                ),
+            );
+        }
+    };
+    let flat: Vec<String> = options.0.keys().cloned().collect();
+    for key in flat {
+        if let Some(name) = key.strip_prefix("encrypt.")
+            && let Some(value) = options.take(&key)
+        {
+            encrypt.set(name, value);
         }
     }
-    Ok(())
+    if let Some(legacy) = legacy {
+        if encrypt.get("format").is_some() {
+            return Err(Error::invalid(
+                "'encrypt.format' and its alias 'encryption' can't be used at the same time",
+            ));
+        }
+        if legacy {
+            encrypt.set("format", "aes");
+        }
+    }
+    if encrypt.0.is_empty() {
+        return Ok((None, None));
+    }
+    let (format, secret) = EncryptionFormat::parse(encrypt)?;
+    Ok((Some(format), secret))
 }
 
 fn check_backing(
@@ -504,8 +550,6 @@ mod tests {
         for (text, name) in [
             ("compression_type=zstd", "zstd"),
             ("data_file=x", "external data file"),
-            ("encryption=on", "encryption"),
-            ("encrypt.format=luks,encrypt.key-secret=s", "encryption"),
         ] {
             let error = read(&format!("size=1,{text}")).expect_err(text);
             assert_eq!(error.errno(), 95, "{text}");

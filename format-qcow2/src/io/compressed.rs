@@ -35,6 +35,7 @@ impl Qcow2 {
         buf: IoBuf,
     ) -> Result<()> {
         self.check_writable()?;
+        self.check_compressible()?;
         let size = self.geometry.cluster_size();
         let end = offset + buf.len() as u64;
         if offset % size != 0 || (end % size != 0 && end != self.length()) {

@@ -72,22 +72,6 @@ impl Header {
                 "dirty (bit 0) and corrupt (bit 1) in this version of the driver",
             );
         }
-        match self.crypt_method {
-            0 => {}
-            method => {
-                let name = if method == 1 {
-                    "AES encryption"
-                } else {
-                    "LUKS encryption"
-                };
-                return refuse(
-                    name,
-                    "crypt_method",
-                    method.to_string(),
-                    "0 in this version of the driver",
-                );
-            }
-        }
         if !read_only && self.nb_snapshots > 0 {
             return refuse(
                 "internal snapshots (the image can only be opened read-only)",
