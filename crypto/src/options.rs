@@ -171,8 +171,12 @@ mod tests {
                 "Parameter 'format' does not accept value 'foo'",
             ),
             (
+                "format=luks,cipher-alg=rot13",
+                "Parameter 'cipher-alg' does not accept value 'rot13'",
+            ),
+            (
                 "format=luks,cipher-alg=des",
-                "Parameter 'cipher-alg' does not accept value 'des'",
+                "Algorithm 'des' not supported",
             ),
             (
                 "format=luks,cipher-alg=cast5-128",

@@ -16,11 +16,10 @@ use block_core::{
     options::Options,
     registry::OpenContext,
     request::{Child, Request},
-    secret::Secrets,
 };
 use crypto::{
     SectorCrypto, legacy_aes,
-    luks::{self, Area, HEADER_LEN, LuksHeader, MasterKey},
+    luks::{self, Area, HEADER_LEN, LuksHeader},
     passphrase,
 };
 use futures::lock::Mutex;
@@ -44,15 +43,12 @@ pub(crate) struct Encryption {
     /// IVs are made of guest offsets, not of host offsets.
     by_guest: bool,
     luks: Option<Luks>,
-    /// Where passwords of changes are looked up.
-    secrets: Arc<Secrets>,
 }
 
 struct Luks {
     pointer: LuksPointer,
     /// The header as it is on disk. Held over a change of key slots.
     header: Mutex<LuksHeader>,
-    master: Option<MasterKey>,
 }
 
 /// The LUKS header and its key material in the image file.
@@ -162,10 +158,10 @@ impl Encryption {
             return Ok(None);
         }
         let graph = context.graph();
-        let secrets = graph.secrets().clone();
+        let secrets = graph.secrets();
         let needed = !context.how.metadata_only && !(context.how.for_check && id.is_none());
         let password = if needed {
-            Some(passphrase(&secrets, id.as_deref())?)
+            Some(passphrase(secrets, id.as_deref())?)
         } else {
             None
         };
@@ -175,7 +171,6 @@ impl Encryption {
                 key: key.transpose()?.map(Arc::new),
                 by_guest: true,
                 luks: None,
-                secrets,
             }));
         };
         let luks = read_luks(file, pointer).await?;
@@ -193,9 +188,7 @@ impl Encryption {
             luks: Some(Luks {
                 pointer,
                 header: Mutex::new(luks),
-                master,
             }),
-            secrets,
         }))
     }
 

@@ -305,6 +305,7 @@ async fn read_parent_cid(context: &CreateContext, name: &str) -> Result<u32> {
         implicit: ImplicitOpens::Permit,
         no_backing: true,
         for_check: false,
+        metadata_only: false,
     };
     let options = Options::new().with("read-only", true);
     let could_not = |error: Error| error.context(format!("Could not open '{name}'"));

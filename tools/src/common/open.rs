@@ -42,6 +42,8 @@ pub struct Access {
     pub no_backing: bool,
     /// For check or repair.
     pub for_check: bool,
+    /// Nothing but what the image says of itself is wanted.
+    pub metadata_only: bool,
     /// Cache mode.
     pub cache: CacheMode,
 }
@@ -61,7 +63,17 @@ pub async fn open(
     image: ImageSpec<'_>,
     access: Access,
 ) -> Result<BlockHandle, Failure> {
-    open_quietly(session, image, access)
+    open_with(session, image, access, Options::new()).await
+}
+
+/// The same, with options of the image's own.
+pub async fn open_with(
+    session: &Session,
+    image: ImageSpec<'_>,
+    access: Access,
+    options: Options,
+) -> Result<BlockHandle, Failure> {
+    attempt(session, image, access, options)
         .await
         .map_err(|error| Failure::open(image.name, &error))
 }
@@ -72,10 +84,20 @@ pub async fn open_quietly(
     image: ImageSpec<'_>,
     access: Access,
 ) -> block_core::Result<BlockHandle> {
+    attempt(session, image, access, Options::new()).await
+}
+
+async fn attempt(
+    session: &Session,
+    image: ImageSpec<'_>,
+    access: Access,
+    mut node: Options,
+) -> block_core::Result<BlockHandle> {
     let how = OpenOptions {
         implicit: ImplicitOpens::Permit,
         no_backing: access.no_backing,
         for_check: access.for_check,
+        metadata_only: access.metadata_only,
     };
     let is_protocol = |driver: &str| {
         session
@@ -83,9 +105,11 @@ pub async fn open_quietly(
             .get(driver)
             .is_ok_and(|factory| factory.kind() == DriverKind::Protocol)
     };
-    let mut node = Options::new();
     let opened = if image.image_opts {
         let mut options = parse_image_opts(image.name)?;
+        for (key, value) in node.0 {
+            options.set_default(&key, value);
+        }
         let named = options.get_str("driver").map(str::to_owned);
         common(&mut options, access);
         if named.as_deref().is_some_and(is_protocol) {

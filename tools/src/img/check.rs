@@ -75,6 +75,7 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
         // The backing file has no part in it; qemu-img insists on it all the same.
         no_backing: !session.program.is_qemu(),
         for_check: true,
+        metadata_only: false,
         cache,
     };
     let handle = open::open(session, image, access).await?;

@@ -49,6 +49,7 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     let follow = parsed.has("backing-chain");
     let access = Access {
         no_backing: true,
+        metadata_only: true,
         force_share: parsed.has("force-share"),
         ..Access::default()
     };
