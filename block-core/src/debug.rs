@@ -163,9 +163,9 @@ pub(crate) fn listens(node: &Node) -> bool {
         .contains(Capabilities::DEBUG_EVENTS)
 }
 
-/// Whether events at a node with these edges are heard by anybody.
+/// Whether events at a node with these edges are heard by anybody. The children know it of themselves already.
 pub(crate) fn heard(edges: &Edges) -> bool {
-    told(edges).is_some_and(|child| listens(child.node()) || heard(&child.node().edges()))
+    told(edges).is_some_and(|child| listens(child.node()) || child.node().is_debugged())
 }
 
 /// Tells the nearest listener, `node` itself included.

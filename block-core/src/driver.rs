@@ -23,6 +23,7 @@ use crate::{
     limits::Limits,
     node::Edges,
     request::Request,
+    snapshot::{NewSnapshot, SnapshotInfo, SnapshotKey},
     status::{DriverStatus, StatusFlags},
 };
 
@@ -95,6 +96,8 @@ bitflags! {
         const GROW = 1 << 17;
         /// `debug_event` wants to be told what drivers above do (a fault injector). Set once and for all.
         const DEBUG_EVENTS = 1 << 18;
+        /// Internal snapshots: `snapshot_create`, `snapshot_apply` and `snapshot_delete`.
+        const SNAPSHOTS = 1 << 19;
     }
 }
 
@@ -358,6 +361,50 @@ pub trait BlockDriver: Send + Sync + 'static {
     /// Drops all data of this layer, so that the backing file shows everywhere.
     async fn make_empty(self: Arc<Self>, request: Request) -> Result<()> {
         let _ = request;
+        Err(Error::from_kind(ErrorKind::NotSupported))
+    }
+
+    /// The internal snapshots of the image, oldest first.
+    async fn snapshot_list(self: Arc<Self>, request: Request) -> Result<Vec<SnapshotInfo>> {
+        let _ = request;
+        Err(Error::from_kind(ErrorKind::NotSupported))
+    }
+
+    /// Keeps the present state of the disk as an internal snapshot. Runs, like the two that follow, under a serialising
+    /// request over the whole node: no guest request is under way. [`Progress::cancel`] stops it with ECANCELED as long
+    /// as nothing has changed for the user.
+    async fn snapshot_create(
+        self: Arc<Self>,
+        request: Request,
+        new: NewSnapshot,
+        progress: Progress,
+    ) -> Result<SnapshotInfo> {
+        let _ = (request, new, progress);
+        Err(Error::from_kind(ErrorKind::NotSupported))
+    }
+
+    /// Makes the disk what it was when a snapshot was taken, its size included. The snapshot stays.
+    async fn snapshot_apply(
+        self: Arc<Self>,
+        request: Request,
+        which: SnapshotKey,
+        progress: Progress,
+    ) -> Result<()> {
+        let _ = (request, which, progress);
+        Err(Error::new(
+            ErrorKind::NotSupported,
+            "Block driver does not support snapshots",
+        ))
+    }
+
+    /// Removes a snapshot, and gives back the space that only it used.
+    async fn snapshot_delete(
+        self: Arc<Self>,
+        request: Request,
+        which: SnapshotKey,
+        progress: Progress,
+    ) -> Result<()> {
+        let _ = (request, which, progress);
         Err(Error::from_kind(ErrorKind::NotSupported))
     }
 

@@ -4,7 +4,7 @@
 //! the whole graph, every driver concerned agrees, and only then anything changes. Data never passes through here.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     fmt,
     sync::{
         Arc,
@@ -349,11 +349,6 @@ impl Graph {
                     node.set_edges(edges.clone());
                 }
             }
-            if !change.edges.is_empty() {
-                for node in topology.nodes.values() {
-                    node.refresh_debugged();
-                }
-            }
             for (id, node) in &change.root_nodes {
                 if let Some(root) = topology.roots.get(id) {
                     root.node.store(node.clone());
@@ -375,8 +370,21 @@ impl Graph {
                 }
             }
             if !change.edges.is_empty() {
+                // The nodes whose edges changed, and all above them.
+                let mut concerned: HashSet<u64> = change.edges.keys().copied().collect();
                 for id in permissions::bottom_up(&topology) {
-                    if let Some(node) = topology.nodes.get(&id) {
+                    let Some(node) = topology.nodes.get(&id) else {
+                        continue;
+                    };
+                    let is_above = || {
+                        let edges = node.edges();
+                        edges
+                            .iter()
+                            .any(|edge| concerned.contains(&edge.child.node().id()))
+                    };
+                    if concerned.contains(&id) || is_above() {
+                        concerned.insert(id);
+                        node.refresh_debugged();
                         node.refresh_limits();
                     }
                 }

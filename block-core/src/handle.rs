@@ -16,7 +16,7 @@ use parking_lot::Mutex;
 use crate::{
     buffer::{Buffer, IoBuf, IoBufMut},
     chain,
-    driver::{Reopen, Truncate},
+    driver::{Capabilities, DriverKind, Reopen, Truncate},
     error::{Error, ErrorKind, Operation, Result},
     flags::{PermissionSet, Permissions, RequestFlags},
     graph::Graph,
@@ -26,6 +26,7 @@ use crate::{
     node::{Edges, Node},
     path::{self, Op, Origin},
     producer::{ProducerId, on_behalf_of},
+    snapshot::{NewSnapshot, SnapshotInfo, SnapshotKey},
     status::BlockStatus,
     tracked::{RequestKind, Tracked, TrackedRange},
 };
@@ -469,6 +470,92 @@ impl BlockHandle {
         .await
     }
 
+    /// The internal snapshots of the image, oldest first. Filters are looked through.
+    ///
+    /// # Errors
+    /// ENOTSUP when the format has none.
+    pub async fn snapshot_list(&self) -> Result<Vec<SnapshotInfo>> {
+        let guard = self.root.enter().await;
+        let node = below_filters(self.root.node.load_full());
+        let driver = node.driver().clone();
+        path::unranged(&node, Some(guard), move |request| {
+            driver.snapshot_list(request)
+        })
+        .await
+    }
+
+    /// Keeps the present state of the disk, with all that has completed, as an internal snapshot. Other requests wait
+    /// meanwhile. Filters are looked through: the disk's content doesn't change.
+    ///
+    /// Cancellation: `progress` stops it at the next safe place, without a trace. When the future is dropped, it runs to
+    /// its end like any request that has reached a driver.
+    ///
+    /// # Errors
+    /// ENOTSUP when the image can't have snapshots; EINVAL when a refcount would overflow; whatever the storage reports.
+    /// Nothing was changed then.
+    pub async fn snapshot_create(
+        &self,
+        new: NewSnapshot,
+        progress: Progress,
+    ) -> Result<SnapshotInfo> {
+        self.need(Permissions::WRITE, Operation::Snapshot, 0, 0)?;
+        let guard = self.root.enter().await;
+        let node = below_filters(self.root.node.load_full());
+        path::settle(&node).await;
+        let driver = node.driver().clone();
+        path::exclusive(&node, Some(guard), move |request| {
+            driver.snapshot_create(request, new, progress)
+        })
+        .await
+    }
+
+    /// Makes the disk what it was when a snapshot was taken, its size included. Other requests wait meanwhile.
+    ///
+    /// Cancellation: as [`Self::snapshot_create`].
+    ///
+    /// # Errors
+    /// EBUSY while the node has dirty bitmaps, which know nothing of what changes; ENOENT; ENOTSUP, also when the handle's
+    /// node is a filter, which would not see the content change.
+    pub async fn snapshot_apply(&self, which: SnapshotKey, progress: Progress) -> Result<()> {
+        let wanted = Permissions::WRITE | Permissions::RESIZE;
+        self.need(wanted, Operation::Snapshot, 0, 0)?;
+        let guard = self.root.enter().await;
+        let node = self.root.node.load_full();
+        path::settle(&node).await;
+        let driver = node.driver().clone();
+        let changed = node.clone();
+        path::exclusive(&node, Some(guard), move |request| {
+            Box::pin(async move {
+                if !changed.bitmaps().is_empty() {
+                    let message = "Device has active dirty bitmaps";
+                    return Err(Error::new(ErrorKind::Busy, message));
+                }
+                let applied = driver.snapshot_apply(request, which, progress).await;
+                // One may have been added meanwhile.
+                changed.resize_bitmaps(changed.length());
+                changed.mark_dirty(0, changed.length());
+                changed.refresh_limits();
+                applied
+            })
+        })
+        .await
+    }
+
+    /// Removes an internal snapshot. Other requests wait meanwhile. Filters are looked through.
+    ///
+    /// Cancellation and errors: as [`Self::snapshot_create`]; ENOENT when there is no such snapshot.
+    pub async fn snapshot_delete(&self, which: SnapshotKey, progress: Progress) -> Result<()> {
+        self.need(Permissions::WRITE, Operation::Snapshot, 0, 0)?;
+        let guard = self.root.enter().await;
+        let node = below_filters(self.root.node.load_full());
+        path::settle(&node).await;
+        let driver = node.driver().clone();
+        path::exclusive(&node, Some(guard), move |request| {
+            driver.snapshot_delete(request, which, progress)
+        })
+        .await
+    }
+
     /// Changes options of the open image, drained. A failed flush is forgotten: from here on the image starts anew.
     pub async fn reopen(&self, changes: Reopen) -> Result<()> {
         let node = self.node();
@@ -535,6 +622,21 @@ impl fmt::Debug for Admission {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Admission at '{}'", self.node.name())
     }
+}
+
+/// The first node on the way down that is no filter, or that has snapshots itself.
+fn below_filters(mut node: Arc<Node>) -> Arc<Node> {
+    while node.driver().kind() == DriverKind::Filter
+        && !node
+            .driver()
+            .capabilities()
+            .contains(Capabilities::SNAPSHOTS)
+    {
+        let edges = node.edges();
+        let Some(child) = edges.primary() else { break };
+        node = child.node().clone();
+    }
+    node
 }
 
 /// Rewrites the backing file's name in the header of `node`.

@@ -10,7 +10,7 @@ use std::{
 
 use serde_json::Value;
 
-use crate::error::ErrorKind;
+use crate::{error::ErrorKind, snapshot::SnapshotInfo};
 
 /// What `info` shows beyond the node's name and length.
 #[derive(Debug, Clone, Default)]
@@ -27,6 +27,8 @@ pub struct ImageInfo {
     pub backing_filename: Option<String>,
     /// The backing file's format as the header has it.
     pub backing_format: Option<String>,
+    /// Internal snapshots, oldest first.
+    pub snapshots: Vec<SnapshotInfo>,
     /// Bytes that the storage has allocated for it (protocol nodes).
     pub actual_size: Option<u64>,
     /// The `format-specific` section of qemu-img's JSON: its `type` and `data`.

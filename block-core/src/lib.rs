@@ -57,6 +57,7 @@ pub mod registry;
 mod reopen;
 pub mod request;
 pub mod secret;
+pub mod snapshot;
 #[doc(hidden)]
 pub mod space;
 pub mod stats;
@@ -83,4 +84,5 @@ pub use crate::{
     producer::ProducerId,
     registry::{DriverFactory, OpenOptions, Registry},
     request::{Child, Request},
+    snapshot::{NewSnapshot, SnapshotInfo, SnapshotKey},
 };

@@ -68,7 +68,7 @@ fn top_down(topology: &Topology, change: &Change) -> Result<Vec<u64>> {
     Ok(order)
 }
 
-/// The longest chain of backing files and filters that a graph may have: reads go down it layer by layer on one stack.
+/// The longest chain of backing files and filters that a graph may have.
 const MAX_CHAIN: usize = crate::registry::Registry::MAX_DEPTH + 9;
 
 /// Refuses chains that are too deep to be read. `order` has every node after all of its parents.

@@ -189,29 +189,6 @@ fn a_loop_is_refused_and_changes_nothing() {
 }
 
 #[test]
-fn a_chain_that_is_too_deep_to_be_read_is_refused() {
-    let disk = disk(Memory::new(4096));
-    let mut top = disk.node.clone();
-    let error = loop {
-        let spec = NodeSpec::new(Arc::new(Counting::default()));
-        match disk
-            .graph
-            .add_node(spec.with_child(ChildRole::Filtered, "file", &top))
-        {
-            Ok(node) => top = node,
-            Err(error) => break error,
-        }
-        assert!(disk.graph.nodes().len() < 100, "no limit");
-    };
-    assert!(error.reason().contains("deeper than"), "{error}");
-    assert_eq!(
-        disk.graph.nodes().len(),
-        41,
-        "what was refused left no node"
-    );
-}
-
-#[test]
 fn a_second_job_on_a_node_is_refused() {
     let disk = disk(Memory::new(4096));
     let claim = disk.graph.claim_for_job(&disk.node, "commit").unwrap();

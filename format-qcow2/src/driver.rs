@@ -12,6 +12,7 @@ use block_core::{
     limits::Limits,
     node::Edges,
     request::Request,
+    snapshot::{NewSnapshot, SnapshotInfo, SnapshotKey},
     status::DriverStatus,
 };
 use std::sync::atomic::Ordering;
@@ -85,6 +86,12 @@ impl Qcow2 {
         if !self.is_read_only() {
             return Ok(());
         }
+        if self.is_view {
+            return Err(Error::new(
+                ErrorKind::NotPermitted,
+                "An internal snapshot can't be written to",
+            ));
+        }
         let _turn = self.hold_batches().await;
         let mut meta = self.meta.lock().await;
         let mut header = header_update::read_header(file).await?;
@@ -149,6 +156,9 @@ impl BlockDriver for Qcow2 {
                 | Capabilities::TRUNCATE
                 | Capabilities::CHANGE_BACKING
                 | Capabilities::MAKE_EMPTY;
+        }
+        if !self.is_read_only() && !self.geometry.has_data_file() {
+            can |= Capabilities::SNAPSHOTS;
         }
         let backing = self.names_backing.load(Ordering::Acquire);
         if self.geometry.has_zero_flag() || !backing {
@@ -287,9 +297,51 @@ impl BlockDriver for Qcow2 {
         self.judged(&request, result).await
     }
 
+    async fn snapshot_list(self: Arc<Self>, request: Request) -> Result<Vec<SnapshotInfo>> {
+        self.list_snapshots(&request).await
+    }
+
+    async fn snapshot_create(
+        self: Arc<Self>,
+        request: Request,
+        new: NewSnapshot,
+        progress: Progress,
+    ) -> Result<SnapshotInfo> {
+        let created = self.create_snapshot(&request, &new, &progress).await;
+        self.judged(&request, created).await
+    }
+
+    async fn snapshot_apply(
+        self: Arc<Self>,
+        request: Request,
+        which: SnapshotKey,
+        progress: Progress,
+    ) -> Result<()> {
+        let applied = self.apply_snapshot(&request, &which, &progress).await;
+        self.judged(&request, applied).await
+    }
+
+    async fn snapshot_delete(
+        self: Arc<Self>,
+        request: Request,
+        which: SnapshotKey,
+        progress: Progress,
+    ) -> Result<()> {
+        let deleted = self.delete_snapshot(&request, &which, &progress).await;
+        self.judged(&request, deleted).await
+    }
+
     async fn info(self: Arc<Self>, request: Request) -> Result<ImageInfo> {
         let meta = self.lock_meta(request.file()?).await?;
-        let mut info = info::image_info(&meta.header);
+        let size = meta.header.disk_size();
+        let mut info = ImageInfo {
+            snapshots: meta
+                .snapshots
+                .iter()
+                .map(|entry| entry.info(size))
+                .collect(),
+            ..info::image_info(&meta.header)
+        };
         if let (Some(encryption), Some((_, data))) = (&self.encryption, &mut info.format_specific) {
             info::add_encryption(data, encryption.info().await);
         }

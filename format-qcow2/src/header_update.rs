@@ -169,6 +169,22 @@ pub async fn write_refcount_table_pointer(
     Ok(())
 }
 
+/// Switches to another size, L1 table, refcount table and snapshot table at once: the fields from `size` to
+/// `snapshots_offset` lie in one sector. `header` says which.
+pub async fn write_table_pointers(file: &Child, header: &Header) -> Result<()> {
+    let mut bytes = Vec::with_capacity(48);
+    bytes.extend_from_slice(&header.size.to_be_bytes());
+    bytes.extend_from_slice(&header.crypt_method.to_be_bytes());
+    bytes.extend_from_slice(&header.l1_size.to_be_bytes());
+    bytes.extend_from_slice(&header.l1_table_offset.0.to_be_bytes());
+    bytes.extend_from_slice(&header.refcount_table_offset.0.to_be_bytes());
+    bytes.extend_from_slice(&header.refcount_table_clusters.to_be_bytes());
+    bytes.extend_from_slice(&header.nb_snapshots.to_be_bytes());
+    bytes.extend_from_slice(&header.snapshots_offset.0.to_be_bytes());
+    debug_assert_eq!(field::SIZE + bytes.len() as u64, field::SNAPSHOTS + 12);
+    file.write(field::SIZE, bytes, RequestFlags::empty()).await
+}
+
 fn needs_version_3(header: &Header, name: &str) -> Result<()> {
     if header.version < 3 {
         return Err(

@@ -66,6 +66,8 @@ pub(crate) struct Settings {
     pub pass_discard_other: bool,
     /// The dirty bit is set before the first allocation.
     pub lazy_refcounts: bool,
+    /// Space that snapshots gave up is passed down, too.
+    pub pass_discard_snapshot: bool,
     /// Off in tests only.
     pub safeguards: bool,
 }
@@ -80,6 +82,11 @@ pub(crate) struct Qcow2 {
     pub read_only: AtomicBool,
     /// The header names a backing file, whether or not one is open.
     pub names_backing: AtomicBool,
+    /// It shows an internal snapshot: read-only for good.
+    pub is_view: bool,
+    /// A write of the header that switches to other tables failed: it is unknown which of them count, so nothing is
+    /// written any more until the image is reopened.
+    pub uncertain: AtomicBool,
     /// Found corrupt while it was writable: no request is served any more.
     pub shut: AtomicBool,
     pub l1: ArcSwap<L1Table>,
@@ -214,7 +221,18 @@ impl Qcow2 {
             return Err(Error::new(ErrorKind::NotPermitted, "Image is read-only")
                 .with_file(self.filename.clone()));
         }
+        if self.is_uncertain() {
+            return Err(Error::io(
+                "It is unknown which tables the header points to; the image has to be reopened",
+            )
+            .with_file(self.filename.clone()));
+        }
         Ok(())
+    }
+
+    /// Whether nothing may be written until the image is reopened.
+    pub fn is_uncertain(&self) -> bool {
+        self.uncertain.load(Ordering::Acquire)
     }
 
     /// Takes the metadata lock, and sees to what dropped allocations left behind.

@@ -15,6 +15,7 @@ pub fn image_info(header: &Header) -> ImageInfo {
         backing_filename: header.backing_file_name(),
         backing_format: header.extensions.backing_format.clone(),
         actual_size: None,
+        snapshots: Vec::new(),
         format_specific: Some(("qcow2".into(), format_specific(header))),
     }
 }

@@ -76,6 +76,8 @@ mod preallocate;
 #[cfg(not(loom))]
 mod resize;
 #[cfg(not(loom))]
+mod snapshots;
+#[cfg(not(loom))]
 mod trim;
 #[cfg(not(loom))]
 mod writeback;

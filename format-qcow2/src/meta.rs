@@ -22,7 +22,7 @@ use crate::{
         refcounts::RefcountStore,
         slice::{NumberSet, Slice, SliceIndex},
     },
-    layout::{ClusterIndex, Geometry, Header, HostOffset, L2Entry, RawEntry, Space},
+    layout::{ClusterIndex, Geometry, Header, HostOffset, L2Entry, RawEntry, SnapshotEntry, Space},
     overlap::MetadataMap,
 };
 
@@ -31,6 +31,8 @@ pub(crate) struct Meta {
     pub geometry: Geometry,
     pub header: Header,
     pub refcounts: RefcountStore,
+    /// The snapshot table.
+    pub snapshots: Vec<SnapshotEntry>,
     /// No cluster below this one is free.
     pub hint: u64,
     /// Clusters that were handed out and aren't linked yet, by number.
@@ -98,6 +100,7 @@ impl Meta {
             geometry: header.geometry(),
             header,
             refcounts,
+            snapshots: Vec::new(),
             hint: 0,
             unlinked: NumberSet::default(),
             packing: None,

@@ -15,6 +15,7 @@ use block_core::{
     pins::Pins,
     registry::{CreateContext, CreateOption, DriverFactory, Measure, OpenContext, Opened},
     request::Child,
+    snapshot::SnapshotKey,
     space::SpaceTap,
 };
 use serde::Deserialize;
@@ -33,6 +34,7 @@ use crate::{
     measure,
     meta::Meta,
     overlap::MetadataMap,
+    snapshots,
     writeback::Writeback,
 };
 
@@ -47,8 +49,9 @@ const MIN_CACHED: u64 = 4;
 ///
 /// Options of a node besides `file` and `backing`: `lazy-refcounts`, `pass-discard-request`, `pass-discard-snapshot`,
 /// `pass-discard-other`, `cache-size`, `l2-cache-size`, `l2-cache-entry-size`, `refcount-cache-size` (bytes),
-/// `cache-clean-interval` and `overlap-check` (accepted, without effect). Options of creation: see
-/// [`create::OPTIONS`].
+/// `cache-clean-interval` and `overlap-check` (accepted, without effect); `snapshot` (an identifier, or a name),
+/// `snapshot-id`, `snapshot-name`: the disk is what it was when that internal snapshot was taken, read-only. Options of
+/// creation: see [`create::OPTIONS`].
 #[derive(Debug, Clone, Copy)]
 pub struct Qcow2Factory {
     safeguards: bool,
@@ -90,6 +93,9 @@ struct Qcow2Options {
     l2_cache_entry_size: Option<Size>,
     refcount_cache_size: Option<Size>,
     cache_clean_interval: Option<Number>,
+    snapshot: Option<serde_json::Value>,
+    snapshot_id: Option<serde_json::Value>,
+    snapshot_name: Option<serde_json::Value>,
 }
 
 impl Qcow2Options {
@@ -113,10 +119,35 @@ impl Qcow2Options {
             slice_bits: slice.trailing_zeros() - geometry.l2_entry_bits(),
             refcount_blocks: usize::try_from(blocks).unwrap_or(usize::MAX),
             pass_discard: self.pass_discard_request.is_none_or(|on| on.0),
+            pass_discard_snapshot: self.pass_discard_snapshot.is_none_or(|on| on.0),
             pass_discard_other: self.pass_discard_other.is_some_and(|on| on.0),
             lazy_refcounts: lazy.unwrap_or(header.lazy_refcounts()) && header.version >= 3,
             safeguards,
         })
+    }
+
+    /// The internal snapshot that is to be read.
+    fn snapshot(&self) -> Result<Option<SnapshotKey>> {
+        let text = |value: &Option<serde_json::Value>| match value {
+            None | Some(serde_json::Value::Null) => Ok(None),
+            Some(serde_json::Value::String(text)) => Ok(Some(text.clone())),
+            Some(serde_json::Value::Number(number)) => Ok(Some(number.to_string())),
+            Some(other) => Err(
+                Error::invalid("A snapshot is named by its identifier or its name")
+                    .with_field("snapshot", other, "a text"),
+            ),
+        };
+        let any = text(&self.snapshot)?;
+        match (any, text(&self.snapshot_id)?, text(&self.snapshot_name)?) {
+            (None, None, None) => Ok(None),
+            (Some(any), None, None) => Ok(Some(SnapshotKey::IdOrName(any))),
+            (None, Some(id), None) => Ok(Some(SnapshotKey::Id(id))),
+            (None, None, Some(name)) => Ok(Some(SnapshotKey::Name(name))),
+            (None, Some(id), Some(name)) => Ok(Some(SnapshotKey::IdAndName(id, name))),
+            (Some(_), _, _) => Err(Error::invalid(
+                "'snapshot' can't be combined with 'snapshot-id' and 'snapshot-name'",
+            )),
+        }
     }
 
     fn slice_size(&self, geometry: Geometry) -> Result<u64> {
@@ -187,20 +218,59 @@ async fn open_image(
         options.set("backing", backing);
     }
     let settings = parsed.settings(&header, safeguards)?;
+    let wanted = parsed.snapshot()?;
+    if wanted.is_some() && !read_only {
+        return Err(Error::invalid(
+            "An internal snapshot can only be opened read-only",
+        ));
+    }
     if !read_only && !context.how.for_check {
         prepare_for_writing(&child, &mut header).await?;
     }
     let refcounts = load_refcounts(&child, &header, settings.refcount_blocks).await?;
-    let l1 = Qcow2::read_l1(&child, &header).await?;
+    let snapshots = match snapshots::load(&child, &header).await {
+        // A check looks for itself, and repairs.
+        Err(_) if context.how.for_check => Vec::new(),
+        loaded => loaded?,
+    };
+    let view = match wanted {
+        Some(key) => {
+            let index = snapshots::find(&snapshots, &key)
+                .map_err(|error| error.context("Failed to load snapshot"))?;
+            snapshots.get(index)
+        }
+        None => None,
+    };
+    let (l1, size) = match view {
+        Some(entry) => {
+            entry.check_l1(header.geometry())?;
+            let l1 = Qcow2::read_l1_at(&child, entry.l1_table_offset, entry.l1_bytes()).await?;
+            (l1, entry.disk_size.unwrap_or(header.size) & !511)
+        }
+        None => (Qcow2::read_l1(&child, &header).await?, header.disk_size()),
+    };
+    let is_view = view.is_some();
     let metadata = Arc::new(MetadataMap::new(safeguards));
     metadata.rebuild(&header, &l1, &refcounts);
     let writeback = Writeback::default();
     let tap = Arc::<SpaceTap>::default();
+    let mut meta = Meta::new(
+        header.clone(),
+        refcounts,
+        Orphans::default(),
+        metadata.clone(),
+        writeback.failure.clone(),
+        safeguards,
+        tap.clone(),
+    );
+    meta.snapshots = snapshots;
     let image = Qcow2 {
         geometry: header.geometry(),
         settings,
         filename: child.filename().unwrap_or_else(|| file.name().to_owned()),
-        size: AtomicU64::new(header.disk_size()),
+        size: AtomicU64::new(size),
+        is_view,
+        uncertain: AtomicBool::new(false),
         read_only: AtomicBool::new(read_only),
         names_backing: AtomicBool::new(header.backing_file.is_some()),
         // What is opened for a check alone may need more than this driver can do: it serves no requests then.
@@ -214,15 +284,7 @@ async fn open_image(
         } else {
             Pins::new_disabled_for_tests()
         },
-        meta: futures::lock::Mutex::new(Meta::new(
-            header.clone(),
-            refcounts,
-            Orphans::default(),
-            metadata.clone(),
-            writeback.failure.clone(),
-            safeguards,
-            tap.clone(),
-        )),
+        meta: futures::lock::Mutex::new(meta),
         tap,
         writeback,
         counters: Counters::default(),

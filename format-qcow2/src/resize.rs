@@ -22,8 +22,9 @@ use crate::{
     header_update,
     image::{L1Table, Qcow2},
     io::{map::Run, zero::Change},
-    layout::{ClusterIndex, HostCluster, entry, header::MAX_L1_BYTES},
+    layout::{ClusterIndex, HostCluster, HostOffset, entry, header::MAX_L1_BYTES},
     meta::Meta,
+    snapshots,
 };
 
 /// Zeroes written at once where there is no better way.
@@ -250,10 +251,17 @@ impl Qcow2 {
         file: &block_core::request::Child,
         header: &crate::layout::Header,
     ) -> Result<L1Table> {
-        let bytes = file
-            .read_padded(header.l1_table_offset.0, header.l1_bytes() as usize)
-            .await?;
-        Ok(L1Table::new(header.l1_table_offset, entry::be64s(&bytes)))
+        Self::read_l1_at(file, header.l1_table_offset, header.l1_bytes()).await
+    }
+
+    /// Reads an L1 table of `len` bytes, whose size and place were checked.
+    pub async fn read_l1_at(
+        file: &block_core::request::Child,
+        offset: HostOffset,
+        len: u64,
+    ) -> Result<L1Table> {
+        let bytes = file.read_padded(offset.0, len as usize).await?;
+        Ok(L1Table::new(offset, entry::be64s(&bytes)))
     }
 
     /// Forgets everything in memory and reads it again from disk: after a repair, or when a failed flush left it unknown what
@@ -264,6 +272,13 @@ impl Qcow2 {
         let refcounts =
             slices::load_refcounts(file, &header, self.settings.refcount_blocks).await?;
         let l1 = Self::read_l1(file, &header).await?;
+        // Without it there are no operations on snapshots, but all others.
+        let snapshots = snapshots::load(file, &header)
+            .await
+            .unwrap_or_else(|error| {
+                tracing::warn!("qcow2: the snapshot table can't be read: {error}");
+                Vec::new()
+            });
         let durable = meta.durable;
         let batch = meta.batch;
         meta.orphans.lock().clear();
@@ -279,6 +294,7 @@ impl Qcow2 {
             self.settings.safeguards,
             self.tap.clone(),
         );
+        meta.snapshots = snapshots;
         self.tap.tell(|| SpaceEvent::Forgotten);
         (meta.batch, meta.durable) = (batch, durable);
         self.slices.change_tables(|table| {
@@ -289,6 +305,7 @@ impl Qcow2 {
         self.names_backing
             .store(meta.header.backing_file.is_some(), Ordering::Release);
         self.writeback.failure.forget();
+        self.uncertain.store(false, Ordering::Release);
         self.note_sizes(meta);
         Ok(())
     }

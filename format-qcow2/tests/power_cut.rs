@@ -60,6 +60,7 @@ impl History {
     }
 }
 
+/// The cluster size, unless a test says otherwise.
 const CLUSTER: usize = 4096;
 const REGION: usize = 24 * CLUSTER;
 const TASKS: usize = 4;
@@ -68,13 +69,14 @@ async fn guest(
     handle: &BlockHandle,
     storage: &Storage,
     history: &Mutex<History>,
+    cluster: usize,
     task: usize,
     seed: u64,
 ) {
     let mut rng = SmallRng::seed_from_u64(seed * 100 + task as u64);
     for _ in 0..60 {
         let whole = rng.random_bool(0.6);
-        let unit = if whole { CLUSTER } else { 512 };
+        let unit = if whole { cluster } else { 512 };
         let start = rng.random_range(0..REGION / unit);
         let count = rng.random_range(1..=6).min(REGION / unit - start);
         let (at, len) = (task * REGION + start * unit, count * unit);
@@ -141,6 +143,18 @@ fn filled(image: Vec<u8>, at: usize, len: usize) -> Vec<u8> {
 }
 
 fn storm_and_cut(options: &str, open: &str, more: usize, seed: u64, cuts: usize) -> u64 {
+    storm_and_cut_clusters(CLUSTER, options, open, more, seed, cuts)
+}
+
+/// `cluster`: what is written, zeroed and discarded as a whole.
+fn storm_and_cut_clusters(
+    cluster: usize,
+    options: &str,
+    open: &str,
+    more: usize,
+    seed: u64,
+    cuts: usize,
+) -> u64 {
     let rig = Rig::new();
     let size = TASKS * REGION;
     let start = image_bytes(options, (size + more) as u64);
@@ -158,7 +172,8 @@ fn storm_and_cut(options: &str, open: &str, more: usize, seed: u64, cuts: usize)
     });
     let batches = rig.block_on(async {
         let handle = rig.open_storage(&storage, open).await.unwrap();
-        join_all((0..TASKS).map(|task| guest(&handle, &storage, &history, task, seed))).await;
+        join_all((0..TASKS).map(|task| guest(&handle, &storage, &history, cluster, task, seed)))
+            .await;
         let batches = counter(&handle, "batches");
         rig.close(handle).await.unwrap();
         batches
@@ -239,6 +254,22 @@ fn after_a_power_cut_flushed_data_is_there_and_nothing_is_corrupt() {
             300 + seed,
             20,
         );
+    }
+    assert!(batches > 25, "{batches}");
+}
+
+#[test]
+fn after_a_power_cut_subclusters_hold_what_was_flushed_and_nothing_is_corrupt() {
+    let mut batches = 0;
+    let seeds = if cfg!(debug_assertions) { 3 } else { 6 };
+    for seed in 0..seeds {
+        for (n, cluster) in [16 << 10, 32 << 10].into_iter().enumerate() {
+            let options = format!("extended_l2=on,cluster_size={cluster}");
+            for open in ["", "l2-cache-size=1k,l2-cache-entry-size=512"] {
+                let seed = 1000 * (n as u64 + 1) + seed;
+                batches += storm_and_cut_clusters(cluster, &options, open, 0, seed, 50);
+            }
+        }
     }
     assert!(batches > 25, "{batches}");
 }

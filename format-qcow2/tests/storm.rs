@@ -32,7 +32,15 @@ impl Outcome {
 
 /// `commands` random commands on `clusters` clusters, 64 at a time; the clusters behind them are victims, some of which were
 /// written before, and some are rewritten with the same bytes all along.
-fn storm(gate: bool, safeguards: bool, clusters: u64, seed: u64, commands: u64) -> Outcome {
+/// With extended L2 entries writes and zero writes are of some subclusters of one cluster.
+fn storm(
+    gate: bool,
+    safeguards: bool,
+    extended: bool,
+    clusters: u64,
+    seed: u64,
+    commands: u64,
+) -> Outcome {
     let factory = if safeguards {
         Qcow2Factory::new()
     } else {
@@ -40,36 +48,43 @@ fn storm(gate: bool, safeguards: bool, clusters: u64, seed: u64, commands: u64) 
     };
     let rig = Rig::build(factory, gate);
     let size = 4 * clusters * CLUSTER;
-    let storage = Storage::new(image_bytes("cluster_size=65536", size));
+    let options = if extended {
+        "cluster_size=65536,extended_l2=on"
+    } else {
+        "cluster_size=65536"
+    };
+    let storage = Storage::new(image_bytes(options, size));
     storage.set_dawdle(20);
     let mut outcome = Outcome::default();
     rig.block_on(async {
         let handle = rig.open_storage(&storage, "").await.unwrap();
         let victim = |n: u64| vec![(n % 200 + 50) as u8; CLUSTER as usize];
         let mut rng = SmallRng::seed_from_u64(seed);
-        let commands: Vec<(u64, u64)> = (0..commands)
-            .map(|_| (rng.random_range(0..8), rng.random_range(0..clusters)))
+        let commands: Vec<(u64, u64, u64, u64)> = (0..commands)
+            .map(|_| {
+                let (kind, cluster) = (rng.random_range(0..8), rng.random_range(0..clusters));
+                if !extended {
+                    return (kind, cluster, 0, CLUSTER);
+                }
+                // In quarters of a subcluster.
+                let start = rng.random_range(0..128);
+                let len = rng.random_range(1..=(128 - start).min(24));
+                (kind, cluster, start * 512, len * 512)
+            })
             .collect();
         let (handle, victim) = (&handle, &victim);
         let failures = stream::iter(commands.iter().enumerate())
-            .map(|(n, (kind, cluster))| async move {
-                let at = cluster * CLUSTER;
+            .map(|(n, &(kind, cluster, within, len))| async move {
+                let start = cluster * CLUSTER;
+                let at = start + within;
                 let done = match kind {
                     0..3 => {
-                        let data = vec![(n % 40 + 1) as u8; CLUSTER as usize];
+                        let data = vec![(n % 40 + 1) as u8; len as usize];
                         handle.write(at, data, RequestFlags::empty()).await
                     }
-                    3 => {
-                        handle
-                            .write_zeroes(at, CLUSTER, RequestFlags::empty())
-                            .await
-                    }
-                    4 => {
-                        handle
-                            .write_zeroes(at, CLUSTER, RequestFlags::MAY_UNMAP)
-                            .await
-                    }
-                    5 | 6 => handle.discard(at, CLUSTER).await,
+                    3 => handle.write_zeroes(at, len, RequestFlags::empty()).await,
+                    4 => handle.write_zeroes(at, len, RequestFlags::MAY_UNMAP).await,
+                    5 | 6 => handle.discard(start, CLUSTER).await,
                     _ => {
                         // A victim is written once and never again: its clusters are recycled ones.
                         let n = clusters + n as u64 % (3 * clusters);
@@ -136,13 +151,20 @@ fn storm(gate: bool, safeguards: bool, clusters: u64, seed: u64, commands: u64) 
         report.corruptions > 0,
         "qemu-img check agrees"
     );
-    println!("gate {gate}, safeguards {safeguards}, {clusters} clusters, seed {seed}: {outcome:?}");
+    println!(
+        "gate {gate}, safeguards {safeguards}, extended {extended}, {clusters} clusters, seed {seed}: {outcome:?}"
+    );
     outcome
 }
 
 fn runs(gate: bool, safeguards: bool) -> Vec<Outcome> {
-    (0..6)
-        .map(|seed| storm(gate, safeguards, [8, 16, 32][seed as usize % 3], seed, 2000))
+    [false, true]
+        .into_iter()
+        .flat_map(|extended| (0..6).map(move |seed| (extended, seed)))
+        .map(|(extended, seed)| {
+            let clusters = [8, 16, 32][seed as usize % 3];
+            storm(gate, safeguards, extended, clusters, seed, 2000)
+        })
         .collect()
 }
 

@@ -39,6 +39,7 @@ pub(crate) fn info(driver: &VmdkDriver, request: &Request) -> ImageInfo {
     ImageInfo {
         cluster_size,
         backing_filename: driver.parent_hint().map(str::to_owned),
+        snapshots: Vec::new(),
         backing_format: driver.parent_hint().map(|_| "vmdk".to_owned()),
         format_specific: Some(("vmdk".to_owned(), Value::Object(data))),
         ..ImageInfo::default()

@@ -140,7 +140,7 @@ impl Backup {
             only_allocated: below.is_some(),
             above: below,
             unmap: true,
-            compress: options.compress,
+            compress: options.compress.then_some(cluster),
             // What shows through from a backing file may change: it has to be hidden.
             ask_target: target.backing().is_none(),
             serialise_target: true,

@@ -247,7 +247,7 @@ impl Commit {
                 above: Some(self.base.clone()),
                 only_allocated: true,
                 unmap: true,
-                compress: false,
+                compress: None,
                 ask_target: false,
                 serialise_target: false,
                 must_hide: false,

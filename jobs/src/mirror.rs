@@ -315,7 +315,7 @@ impl Mirror {
                 only_allocated: base.is_some(),
                 above: base,
                 unmap: self.state.unmap,
-                compress: false,
+                compress: None,
                 // What shows through from a backing file may change, or get another one: it has to be hidden.
                 ask_target: self.target_backing == TargetBacking::Keep
                     && self.target.backing().is_none(),

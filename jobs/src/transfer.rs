@@ -76,8 +76,8 @@ pub(crate) struct Copier {
     pub only_allocated: bool,
     /// Zeroes may be deallocated at the target.
     pub unmap: bool,
-    /// Store compressed.
-    pub compress: bool,
+    /// Store compressed, in units of so many bytes: what the target can compress, and chunks are made of.
+    pub compress: Option<u64>,
     /// The target may read as zeroes already: ask it before zeroes are written.
     pub ask_target: bool,
     /// Writes to the target are serialising.
@@ -149,6 +149,13 @@ impl Copier {
                         .await
                         .map_err(CopyError::read)?;
                 len = advance(run, len).map_err(CopyError::read)?;
+                len = match self.whole(len, chunk.end() - at) {
+                    Some(len) => len,
+                    None => {
+                        at += self.mixed(source, target, at, chunk, &mut copied).await?;
+                        continue;
+                    }
+                };
                 if !allocated {
                     copied.skipped += len;
                     at += len;
@@ -160,6 +167,13 @@ impl Copier {
                 .await
                 .map_err(CopyError::read)?;
             len = advance(status.len, len).map_err(CopyError::read)?;
+            len = match self.whole(len, chunk.end() - at) {
+                Some(len) => len,
+                None => {
+                    at += self.mixed(source, target, at, chunk, &mut copied).await?;
+                    continue;
+                }
+            };
             if status.is_zero() && mutant::is_active("job-skips-zeroes") {
                 copied.skipped += len;
             } else if status.is_zero() {
@@ -170,6 +184,33 @@ impl Copier {
             at += len;
         }
         Ok(copied)
+    }
+
+    /// How much of a run of `len` bytes, of the `left` that a chunk still has, can be copied as one: a target compresses whole
+    /// units only. `None` when the run ends in the first of them.
+    const fn whole(&self, len: u64, left: u64) -> Option<u64> {
+        match self.compress {
+            Some(unit) if len < left => match len - len % unit {
+                0 => None,
+                len => Some(len),
+            },
+            _ => Some(len),
+        }
+    }
+
+    /// Copies a unit whose parts are of several kinds; how long it is.
+    async fn mixed(
+        &self,
+        source: &Child,
+        target: &Child,
+        at: u64,
+        chunk: Chunk,
+        copied: &mut Copied,
+    ) -> Result<u64, CopyError> {
+        let left = chunk.end() - at;
+        let len = self.compress.map_or(left, |unit| unit.min(left));
+        self.data(source, target, at, len, copied).await?;
+        Ok(len)
     }
 
     async fn data(
@@ -192,7 +233,7 @@ impl Copier {
         if self.serialise_target {
             flags |= RequestFlags::SERIALISING;
         }
-        if self.compress {
+        if self.compress.is_some() {
             flags |= RequestFlags::WRITE_COMPRESSED;
         }
         target

@@ -206,3 +206,68 @@ fn rebase_does_what_qemu_img_does() {
     both.compare("rebase -b '' gtop.qcow2");
     both.finish();
 }
+
+#[test]
+fn images_with_extended_l2_entries_are_made_shown_and_copied_as_qemu_img_does() {
+    if !qemu_is_installed() {
+        return;
+    }
+    let setup = format!(
+        "{IMAGES}
+qemu-img create -q -f qcow2 -o extended_l2=on -b a.qcow2 -F qcow2 x.qcow2
+qemu-io -f qcow2 -c 'write -P 5 514k 2k' -c 'write -P 6 4098k 1k' -c 'write -z 8196k 6k' -c 'write -z 300k 2k' x.qcow2
+qemu-img create -q -f qcow2 -o extended_l2=on,cluster_size=2M -b a.qcow2 -F qcow2 y.qcow2
+qemu-io -f qcow2 -c 'write -P 7 514k 2k' -c 'write -P 8 5M 130k' -c 'write -z 1M 70k' y.qcow2
+cp x.qcow2 xc.qcow2; cp a.qcow2 ac.qcow2; qemu-img rebase -u -f qcow2 -b ac.qcow2 -F qcow2 xc.qcow2
+cp x.qcow2 xr.qcow2; cp x.qcow2 xs.qcow2
+"
+    );
+    let mut both = SideBySide::new(&setup);
+    both.compare_all(
+        "create -f qcow2 -o extended_l2=on n1.qcow2 10M
+        create -f qcow2 -o extended_l2=on,cluster_size=16k,preallocation=metadata n2.qcow2 10M
+        create -f qcow2 -o extended_l2=on,preallocation=falloc -b a.qcow2 -F qcow2 n3.qcow2
+        create -f qcow2 -o preallocation=metadata -b a.qcow2 -F qcow2 n.qcow2
+        create -f qcow2 -o extended_l2=on,cluster_size=8k n.qcow2 1M
+        create -f qcow2 -o extended_l2=on,compat=0.10 n.qcow2 1M
+        info n1.qcow2
+        info --output=json n2.qcow2
+        info x.qcow2
+        check x.qcow2
+        map --output=json x.qcow2
+        map x.qcow2
+        map --output=json y.qcow2
+        map --output=json n3.qcow2
+        measure -O qcow2 -o extended_l2=on --size 10G
+        measure -O qcow2 -o extended_l2=on,cluster_size=16k x.qcow2
+        convert -O qcow2 -o extended_l2=on a.qcow2 t1.qcow2
+        convert -O qcow2 -o extended_l2=on,cluster_size=16k x.qcow2 t2.qcow2
+        convert -O qcow2 x.qcow2 t3.qcow2
+        convert -c -O qcow2 -o extended_l2=on x.qcow2 t4.qcow2
+        convert -c -O qcow2 y.qcow2 t5.qcow2
+        convert -O qcow2 -o extended_l2=on,preallocation=metadata x.qcow2 t6.qcow2
+        convert -O qcow2 -o extended_l2=on -B a.qcow2 -F qcow2 x.qcow2 t7.qcow2
+        convert -O raw y.qcow2 t1.raw
+        map --output=json t1.qcow2
+        map --output=json t3.qcow2
+        map --output=json t5.qcow2
+        map --output=json t7.qcow2
+        compare x.qcow2 t4.qcow2
+        compare y.qcow2 t1.raw
+        commit -q xc.qcow2
+        rebase -q -b o.qcow2 -F qcow2 xr.qcow2
+        resize -q xs.qcow2 +3M
+        resize -q --shrink xs.qcow2 5000K",
+    );
+    for at in 1..=3 {
+        both.same_content("qcow2", &format!("n{at}.qcow2"));
+    }
+    for at in 1..=7 {
+        both.same_content("qcow2", &format!("t{at}.qcow2"));
+    }
+    for name in ["ac", "xc", "xr", "xs"] {
+        both.same_content("qcow2", &format!("{name}.qcow2"));
+    }
+    both.same_content("raw", "t1.raw");
+    both.finish();
+}

@@ -11,7 +11,10 @@ use std::{
 use futures::future::BoxFuture;
 use smallvec::SmallVec;
 
-use super::Completions;
+use super::{
+    Completions,
+    apart::{self, Level},
+};
 use crate::{
     error::{Error, Operation, Result},
     handle::RootGuard,
@@ -158,7 +161,7 @@ pub(crate) struct Driven {
 impl Driven {
     pub(crate) fn new(future: BoxFuture<'static, Result<()>>, held: Held) -> Self {
         Self {
-            future: Some(future),
+            future: Some(apart::apart_when_deep(&held, future)),
             held,
             started: false,
         }
@@ -172,6 +175,7 @@ impl Driven {
         };
         let polled = {
             let _acting = producer::act_for(self.held.producer);
+            let _level = Level::down();
             future.as_mut().poll(cx)
         };
         match polled {

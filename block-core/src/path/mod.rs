@@ -5,6 +5,7 @@
 //! bytes are, the walk goes on at the child in a loop, and what was taken on the way (tickets, pins) travels with the
 //! one future at the bottom.
 
+mod apart;
 mod copy_range;
 mod drive;
 mod driven;

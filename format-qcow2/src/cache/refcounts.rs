@@ -88,7 +88,17 @@ impl RefcountStore {
         let table = entry::be64s(&bytes)
             .map(|raw| raw & entry::REFCOUNT_TABLE_MASK)
             .collect();
-        Ok(Self {
+        Ok(Self::with_table(geometry, place, table, capacity))
+    }
+
+    /// The same for a table whose entries are known, and on disk.
+    pub fn with_table(
+        geometry: Geometry,
+        place: TablePlace,
+        table: Vec<u64>,
+        capacity: usize,
+    ) -> Self {
+        Self {
             geometry,
             codec: Refcounts::new(geometry.refcount_order()),
             table,
@@ -98,7 +108,12 @@ impl RefcountStore {
             clock: 0,
             capacity,
             tap: Arc::default(),
-        })
+        }
+    }
+
+    /// Where the blocks are, by table index; 0: there is none.
+    pub fn table(&self) -> &[u64] {
+        &self.table
     }
 
     pub fn place(&self) -> TablePlace {

@@ -415,6 +415,8 @@ mod tests {
                 preallocation: Preallocation::Off,
                 backing_file: Some("a".into()),
                 backing_format: Some("raw".into()),
+                encryption: None,
+                key_secret: None,
             }
         );
         for (text, version) in [("0.10", 2), ("v2", 2), ("1.1", 3), ("v3", 3)] {

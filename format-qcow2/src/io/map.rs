@@ -152,7 +152,7 @@ impl Qcow2 {
         if self.check_usable().is_err() || len == 0 {
             return Mapping::NotCached;
         }
-        if intent == MapIntent::Overwrite && self.is_read_only() {
+        if intent == MapIntent::Overwrite && (self.is_read_only() || self.is_uncertain()) {
             return Mapping::NotCached;
         }
         let pin = self.pins.pin();

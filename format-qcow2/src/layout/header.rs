@@ -38,6 +38,8 @@ pub mod field {
     pub const L1: u64 = 36;
     /// `refcount_table_offset` and `refcount_table_clusters`, 8 + 4 bytes.
     pub const REFCOUNT_TABLE: u64 = 48;
+    /// `nb_snapshots` and `snapshots_offset`, 4 + 8 bytes: the end of what every version has.
+    pub const SNAPSHOTS: u64 = 60;
     /// `incompatible_features`, 8 bytes.
     pub const INCOMPATIBLE: u64 = 72;
     /// `compatible_features`, 8 bytes.

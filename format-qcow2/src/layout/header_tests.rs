@@ -317,13 +317,6 @@ fn features_with_an_issue_of_their_own_are_refused_by_name() {
             assert_eq!(error, format!("Unsupported qcow2 feature(s): {name}"));
         }
     }
-    let snapshots = |header: &mut Header| header.nb_snapshots = 1;
-    assert!(
-        refused(&snapshots, false)
-            .unwrap_err()
-            .contains("internal snapshots")
-    );
-    assert_eq!(refused(&snapshots, true), Ok(()));
     let bitmaps = |header: &mut Header| {
         header.extensions.bitmaps = Some(extensions::BitmapsPointer {
             count: 1,

@@ -7,6 +7,7 @@ pub mod extensions;
 pub mod header;
 pub mod refcount;
 mod refusal;
+pub mod snapshot;
 pub mod units;
 
 pub use entry::{
@@ -15,4 +16,5 @@ pub use entry::{
 pub use extensions::Extensions;
 pub use header::{Autoclear, Compatible, Header, Incompatible};
 pub use refcount::Refcounts;
+pub use snapshot::SnapshotEntry;
 pub use units::{ClusterIndex, Geometry, GuestOffset, HostCluster, HostOffset};

@@ -51,8 +51,8 @@ impl Header {
         self.refuse_unsupported(read_only)
     }
 
-    /// Refuses what this driver can't handle yet, by name. Internal snapshots and persistent bitmaps do no harm to
-    /// readers; writing beside them would.
+    /// Refuses what this driver can't handle yet, by name. Persistent bitmaps do no harm to readers; writing
+    /// beside them would.
     pub fn refuse_unsupported(&self, read_only: bool) -> Result<()> {
         let refuse = |feature: &str, field: &str, value: String, allowed: &str| {
             Err(
@@ -70,14 +70,6 @@ impl Header {
                 "incompatible_features",
                 format!("{:#x}", self.incompatible.bits()),
                 "dirty (bit 0) and corrupt (bit 1) in this version of the driver",
-            );
-        }
-        if !read_only && self.nb_snapshots > 0 {
-            return refuse(
-                "internal snapshots (the image can only be opened read-only)",
-                "nb_snapshots",
-                self.nb_snapshots.to_string(),
-                "0 for writing in this version of the driver",
             );
         }
         if !read_only && let Some(bitmaps) = &self.extensions.bitmaps {

@@ -335,6 +335,35 @@ pub fn check_bytes(storage: &storage::Storage) -> (u64, u64) {
     })
 }
 
+/// A snapshot to be taken, of that name.
+pub fn named(name: &str) -> block_core::NewSnapshot {
+    block_core::NewSnapshot {
+        name: name.to_owned(),
+        date_sec: 1_700_000_000,
+        date_nsec: 5000,
+        vm_clock_nsec: 3_723_004_000_000,
+        icount: None,
+    }
+}
+
+/// What the installed qemu-img reads from a snapshot.
+pub fn snapshot_contents(path: &Path, scratch: &Path, name: &str) -> Vec<u8> {
+    let raw = scratch.join("snapshot.raw");
+    let by_name = format!("snapshot.name={name}");
+    qemu_img(&[
+        "convert",
+        "-f",
+        "qcow2",
+        "-O",
+        "raw",
+        "-l",
+        &by_name,
+        path.to_str().unwrap(),
+        raw.to_str().unwrap(),
+    ]);
+    std::fs::read(raw).unwrap()
+}
+
 /// A counter of a node's driver.
 pub fn counter(handle: &BlockHandle, name: &str) -> u64 {
     let counters = handle.node().driver().counters();

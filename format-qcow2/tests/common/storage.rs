@@ -89,6 +89,15 @@ pub struct Storage {
     /// Polls that a flush takes.
     slow_flush: AtomicU64,
     trap: Mutex<Trap>,
+    parking: Mutex<Parking>,
+}
+
+/// A place of the storage whose writes are held back.
+#[derive(Default)]
+struct Parking {
+    held: Option<std::ops::Range<u64>>,
+    parked: usize,
+    wakers: Vec<std::task::Waker>,
 }
 
 /// A flush that fails once, when there was a write at a certain place before it.
@@ -122,6 +131,44 @@ impl Storage {
     /// After the next write at `offset` a flush fails, once.
     pub fn fail_flush_after_write_at(&self, offset: u64) {
         *self.trap.lock() = Trap::Set(offset);
+    }
+
+    /// Holds back writes that begin within a range, until [`Self::release`].
+    pub fn hold(&self, range: std::ops::Range<u64>) {
+        self.parking.lock().held = Some(range);
+    }
+
+    /// Lets them go.
+    pub fn release(&self) {
+        let mut parking = self.parking.lock();
+        parking.held = None;
+        parking.wakers.drain(..).for_each(std::task::Waker::wake);
+    }
+
+    /// Writes that are held back now.
+    pub fn parked(&self) -> usize {
+        self.parking.lock().parked
+    }
+
+    async fn park(&self, offset: u64) {
+        let mut counted = false;
+        poll_fn(|context| {
+            let mut parking = self.parking.lock();
+            let held = parking.held.as_ref();
+            if held.is_some_and(|range| range.contains(&offset)) {
+                if !counted {
+                    counted = true;
+                    parking.parked += 1;
+                }
+                parking.wakers.push(context.waker().clone());
+                return Poll::Pending;
+            }
+            if counted {
+                parking.parked -= 1;
+            }
+            Poll::Ready(())
+        })
+        .await;
     }
 
     pub fn position(&self) -> usize {
@@ -226,6 +273,7 @@ impl BlockDriver for StorageDriver {
         _: RequestFlags,
     ) -> Result<()> {
         self.0.pause().await;
+        self.0.park(offset).await;
         self.0.event(Event::Write(offset, buf.to_vec()))?;
         self.0.pause().await;
         Ok(())

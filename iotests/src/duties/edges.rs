@@ -91,6 +91,8 @@ async fn new_backing(scene: Arc<Scene>) -> CaseResult {
         }
         return Err(format!("at {at:#x} there is {seen}, of neither backing file").into());
     }
+    // What the driver hasn't copied of the cluster wouldn't be the second one's any more.
+    guest.write(part, cluster, RequestFlags::empty()).await?;
     drop((guest, earlier));
     // Back to the one that the image names, with the oracle told what shows there.
     let first = lab

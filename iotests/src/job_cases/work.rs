@@ -333,6 +333,10 @@ pub(super) async fn target_with(
     {
         return Ok(None);
     }
-    let create: Options = format.create.clone().with(key, value);
+    let mut create: Options = format.create.clone().with(key, value);
+    if key == "cluster_size" {
+        // qcow2 has none in small clusters.
+        create.take("extended_l2");
+    }
     stack.target(COPY, &create).await.map(Some)
 }

@@ -160,7 +160,10 @@ impl Generator<'_> {
             options.push(("cluster_size".into(), self.cluster.to_string()));
         }
         if self.profile.is_qcow2 {
-            if self.chance(8) {
+            // What all scenarios were told to use may need version 3.
+            let newer = ["compat", "extended_l2", "lazy_refcounts"];
+            let free = !options.iter().any(|(key, _)| newer.contains(&key.as_str()));
+            if self.chance(8) && free {
                 options.push(("compat".into(), "0.10".into()));
             } else {
                 let bits = [8, 16, 16, 16, 32, 64][self.rng.random_range(0..6)];

@@ -58,6 +58,11 @@ impl Parsed {
         self.values.iter().any(|(name, _)| *name == long)
     }
 
+    /// How often the option was given.
+    pub fn count(&self, long: &str) -> usize {
+        self.values.iter().filter(|(name, _)| *name == long).count()
+    }
+
     /// Its last argument.
     pub fn get(&self, long: &str) -> Option<&str> {
         let mut given = self.values.iter().rev();

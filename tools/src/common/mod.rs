@@ -12,4 +12,5 @@ pub mod progress;
 pub mod session;
 pub mod signals;
 pub mod size;
+pub mod snapshots;
 pub mod trace;

@@ -63,17 +63,17 @@ pub async fn open(
     image: ImageSpec<'_>,
     access: Access,
 ) -> Result<BlockHandle, Failure> {
-    open_with(session, image, access, Options::new()).await
+    open_nested(session, image, access, Options::new()).await
 }
 
-/// The same, with options of the image's own.
-pub async fn open_with(
+/// The same, with options that nest.
+pub async fn open_nested(
     session: &Session,
     image: ImageSpec<'_>,
     access: Access,
     options: Options,
 ) -> Result<BlockHandle, Failure> {
-    attempt(session, image, access, options)
+    attempt(session, image, access, options, &[])
         .await
         .map_err(|error| Failure::open(image.name, &error))
 }
@@ -84,7 +84,17 @@ pub async fn open_quietly(
     image: ImageSpec<'_>,
     access: Access,
 ) -> block_core::Result<BlockHandle> {
-    attempt(session, image, access, Options::new()).await
+    attempt(session, image, access, Options::new(), &[]).await
+}
+
+/// The same, with more options for the node.
+pub async fn open_with(
+    session: &Session,
+    image: ImageSpec<'_>,
+    access: Access,
+    more: &[(&str, &str)],
+) -> block_core::Result<BlockHandle> {
+    attempt(session, image, access, Options::new(), more).await
 }
 
 async fn attempt(
@@ -92,6 +102,7 @@ async fn attempt(
     image: ImageSpec<'_>,
     access: Access,
     mut node: Options,
+    more: &[(&str, &str)],
 ) -> block_core::Result<BlockHandle> {
     let how = OpenOptions {
         implicit: ImplicitOpens::Permit,
@@ -112,6 +123,9 @@ async fn attempt(
         }
         let named = options.get_str("driver").map(str::to_owned);
         common(&mut options, access);
+        for (key, value) in more {
+            options.set(key, *value);
+        }
         if named.as_deref().is_some_and(is_protocol) {
             bare(session, &mut options);
         }
@@ -119,6 +133,9 @@ async fn attempt(
         (opened, named.is_none())
     } else {
         common(&mut node, access);
+        for (key, value) in more {
+            node.set(key, *value);
+        }
         if image.format.is_some_and(is_protocol) {
             bare(session, &mut node);
         }

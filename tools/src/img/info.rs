@@ -19,6 +19,7 @@ use crate::common::{
     output::say,
     session::Session,
     size::human_size,
+    snapshots,
 };
 
 pub const COMMAND: Command = Command {
@@ -183,6 +184,10 @@ impl Layer {
             "backing-filename-format",
             info.backing_format.clone().map(Into::into),
         );
+        set(
+            "snapshots",
+            (!info.snapshots.is_empty()).then(|| snapshots::to_json(&info.snapshots)),
+        );
         set("virtual-size", Some(self.length.into()));
         set("filename", Some(self.filename.clone().into()));
         set("cluster-size", info.cluster_size.map(Into::into));
@@ -235,6 +240,9 @@ impl Layer {
         }
         if let Some(format) = &info.backing_format {
             say!("backing file format: {format}");
+        }
+        if !info.snapshots.is_empty() {
+            snapshots::print(&info.snapshots);
         }
         self.print_specific("");
         for (name, child) in &self.children {

@@ -18,12 +18,13 @@ use crate::common::{
     output::say,
     session::Session,
     size::{MAX_SIZE, parse_number},
+    snapshots,
 };
 
 pub const COMMAND: Command = Command {
     name: "measure",
     about: "Show how large a new image would get, of a given size or with the content of FILE",
-    usage: "[-O FMT] [-o OPTIONS] [--output human|json] (--size SIZE | [-f FMT | --image-opts] [-U] FILE)",
+    usage: "[-O FMT] [-o OPTIONS] [--output human|json] (--size SIZE | [-f FMT | --image-opts] [-l SNAPSHOT] [-U] FILE)",
     options: &[
         Opt::value(
             'O',
@@ -39,7 +40,7 @@ pub const COMMAND: Command = Command {
             'l',
             "snapshot",
             "SNAPSHOT",
-            "(internal snapshots; not supported yet)",
+            "measure FILE as it was then: snapshot.id=ID,snapshot.name=NAME, or either",
         ),
         OUTPUT,
         FORCE_SHARE,
@@ -77,11 +78,7 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
             "--size N cannot be used together with a filename.",
         ));
     }
-    if parsed.has("snapshot") {
-        return Err(Failure::new(
-            "Measuring an internal snapshot (-l) is not supported yet",
-        ));
-    }
+    let snapshot = parsed.get("snapshot").map(snapshots::parse).transpose()?;
     let format = parsed.get("target-format").unwrap_or("raw");
     let mut data = Vec::new();
     let mut length = size.unwrap_or(0);
@@ -92,7 +89,10 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
             force_share: parsed.has("force-share"),
             ..Access::default()
         };
-        let handle = open::open(session, image, access).await?;
+        let handle = match &snapshot {
+            Some(key) => snapshots::open(session, image, access, key).await?,
+            None => open::open(session, image, access).await?,
+        };
         length = handle.length();
         data = extents(&handle).await?;
         // Bitmaps can be kept by qcow2 version 3 alone.

@@ -13,6 +13,7 @@ mod map;
 mod measure;
 mod rebase;
 mod resize;
+mod snapshot;
 
 use crate::common::{
     failure::Failure,
@@ -49,10 +50,11 @@ pub const COMMANDS: &[Command] = &[
     measure::COMMAND,
     rebase::COMMAND,
     resize::COMMAND,
+    snapshot::COMMAND,
 ];
 
 /// qemu-img's commands that have an issue of their own.
-const LATER: [&str; 4] = ["amend", "bitmap", "dd", "snapshot"];
+const LATER: [&str; 3] = ["amend", "bitmap", "dd"];
 
 /// Runs the command `name`. `None` when there is none of that name.
 pub fn run(program: Program, name: &str, args: &[String]) -> Option<u8> {

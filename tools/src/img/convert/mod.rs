@@ -28,12 +28,13 @@ use crate::common::{
     progress::Meter,
     session::Session,
     size::{MAX_SIZE, parse_number},
+    snapshots,
 };
 
 pub const COMMAND: Command = Command {
     name: "convert",
     about: "Copy one or more images into another, converting the format",
-    usage: "[-q] [-p] [-f FMT | --image-opts] [-T CACHE] [-U] [-O FMT] [-o OPTIONS] [-t CACHE] [-c] \
+    usage: "[-q] [-p] [-f FMT | --image-opts] [-T CACHE] [-U] [-l SNAPSHOT] [-O FMT] [-o OPTIONS] [-t CACHE] [-c] \
             [-B FILE -F FMT] [-n [--target-is-zero]] [-S SIZE] [-m N] [-W] [-C] [-r RATE] \
             [--salvage] FILE... TARGET",
     options: &[
@@ -58,7 +59,7 @@ pub const COMMAND: Command = Command {
             'l',
             "snapshot",
             "SNAPSHOT",
-            "(internal snapshots; not supported yet)",
+            "copy FILE as it was then: snapshot.id=ID,snapshot.name=NAME, or either",
         ),
         Opt::value(
             'O',
@@ -146,6 +147,12 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     if sources.is_empty() {
         return Err(Failure::new("Must specify image file name"));
     }
+    let snapshot = parsed.get("snapshot").map(snapshots::parse).transpose()?;
+    if snapshot.is_some() && sources.len() > 1 {
+        return Err(Failure::new(
+            "No support for concatenating multiple snapshot",
+        ));
+    }
     let access = Access {
         force_share: parsed.has("force-share"),
         cache: arguments.source_cache,
@@ -158,7 +165,11 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
             format: parsed.get("source-format"),
             image_opts: arguments.source_image_opts,
         };
-        opened.push(Arc::new(open::open(session, image, access).await?));
+        let source = match &snapshot {
+            Some(key) => snapshots::open(session, image, access, key).await?,
+            None => open::open(session, image, access).await?,
+        };
+        opened.push(Arc::new(source));
     }
     let request = target::Request {
         name: target,
@@ -227,11 +238,6 @@ impl Arguments {
         let source_image_opts = parsed.has("image-opts") || parsed.has("source-image-opts");
         if source_image_opts && parsed.has("source-format") {
             return Err(args::exclusive());
-        }
-        if parsed.has("snapshot") {
-            return Err(Failure::new(
-                "Converting from an internal snapshot (-l) is not supported yet",
-            ));
         }
         if parsed.has("skip-broken-bitmaps") && !parsed.has("bitmaps") {
             return Err(Failure::new(

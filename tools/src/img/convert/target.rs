@@ -90,7 +90,7 @@ impl Target {
             format: (!request.image_opts).then_some(request.format),
             image_opts: request.image_opts,
         };
-        let handle = open::open_with(session, image, access, own).await?;
+        let handle = open::open_nested(session, image, access, own).await?;
         let node = handle.node();
         let capabilities = node.driver().capabilities();
         if request.compress && !capabilities.contains(Capabilities::COMPRESSED) {
