@@ -46,13 +46,22 @@ iotests *args:
 deny:
     cargo deny check
 
-# The long suites, which `cargo test` leaves out: conformance of all formats and of the examples, simulator, exploration
+# The suite as the program runs it, on everything: all cases, 20,000 seeds of each format, every schedule of small scenarios
 suite:
-    cargo test -p iotests --test conformance --test cases_a --test cases_b --test simulate --test explore --test program --test reports --test duties_formats --test fault_watchers
-    cargo test -p format-ledger --test conformance
-    cargo test -p forgotten-duties --test named
-    cargo test -p writing-a-driver --test steps
+    cargo build --release -p iotests
+    target/release/iotests run
+    target/release/iotests simulate --seeds 0..20000 -f qcow2
+    target/release/iotests simulate --seeds 0..20000 -f raw
+    target/release/iotests simulate --seeds 0..20000 -f vmdk
+    target/release/iotests explore
+    target/release/iotests crash -f qcow2
 
-# Hunts every seeded bug with the whole suite: what finds it, and how fast
+# The worked example, the steps of its tutorial, and the copies that forget one duty (minutes)
+examples:
+    cargo test -p format-ledger --test conformance
+    cargo test -p writing-a-driver --test steps
+    cargo test -p forgotten-duties --test named
+
+# Hunts every seeded bug with the whole suite: what finds it, and how fast (docs/mutants.md)
 mutants *args:
     cargo run --release -p iotests --features mutants -- mutants {{args}}

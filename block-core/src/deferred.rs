@@ -4,6 +4,9 @@
 //! with it. Dropping only appends it to this list, one per graph, because a waiter at a shared child must be able to
 //! finish a dropped request of another branch. The list is worked off by a task of the environment, and by whoever
 //! waits at a gate, flushes, drains or closes, so that it ends also where nobody runs that task.
+//!
+//! When the graph is gone, and the environment has dropped the task (its runtime was shut down), nobody is left to end what is
+//! on the list. It is given up then: it would hold its nodes, and they the list, for ever.
 
 use std::{
     cell::Cell,
@@ -33,6 +36,19 @@ pub(crate) struct DeferredWork {
     next_watcher: AtomicU64,
     /// What dropped requests are polled with: wakes all watchers.
     waker: Waker,
+    /// Tasks of the environment that work the list off.
+    workers: AtomicUsize,
+    graph_is_gone: AtomicBool,
+}
+
+/// A task of the environment works the list off as long as this is there.
+struct Worker(Arc<DeferredWork>);
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.0.workers.fetch_sub(1, Ordering::SeqCst);
+        self.0.give_up_if_abandoned();
+    }
 }
 
 struct Task {
@@ -94,7 +110,35 @@ impl DeferredWork {
             watchers: Mutex::default(),
             next_watcher: AtomicU64::new(0),
             waker: waker(Arc::new(WakeWatchers(this.clone()))),
+            workers: AtomicUsize::new(0),
+            graph_is_gone: AtomicBool::new(false),
         })
+    }
+
+    /// The graph is being dropped.
+    pub(crate) fn graph_is_gone(&self) {
+        self.graph_is_gone.store(true, Ordering::SeqCst);
+        self.give_up_if_abandoned();
+    }
+
+    fn give_up_if_abandoned(&self) {
+        let abandoned = || {
+            self.graph_is_gone.load(Ordering::SeqCst) && self.workers.load(Ordering::SeqCst) == 0
+        };
+        while abandoned() {
+            // What is dropped here may append what it asked of its children.
+            let tasks = std::mem::take(&mut *self.tasks.lock());
+            if tasks.is_empty() {
+                break;
+            }
+            for task in tasks {
+                let driven = task.driven.lock().take();
+                if let Some(driven) = driven {
+                    self.count.fetch_sub(1, Ordering::SeqCst);
+                    driven.give_up();
+                }
+            }
+        }
     }
 
     /// Takes over a request that was dropped.
@@ -109,8 +153,10 @@ impl DeferredWork {
             self.count.fetch_add(1, Ordering::SeqCst) == 0
         };
         if first {
-            let work = self.clone();
-            self.env.spawn(Box::pin(async move { work.settle().await }));
+            self.workers.fetch_add(1, Ordering::SeqCst);
+            let worker = Worker(self.clone());
+            self.env
+                .spawn(Box::pin(async move { worker.0.settle().await }));
         }
         self.wake_watchers();
     }

@@ -15,6 +15,7 @@ use async_trait::async_trait;
 use bitflags::bitflags;
 
 use crate::{
+    bitmap::NamedBitmap,
     buffer::{IoBuf, IoBufMut},
     debug::DebugEvent,
     error::{Error, ErrorKind, Result},
@@ -98,6 +99,8 @@ bitflags! {
         const DEBUG_EVENTS = 1 << 18;
         /// Internal snapshots: `snapshot_create`, `snapshot_apply` and `snapshot_delete`.
         const SNAPSHOTS = 1 << 19;
+        /// `load_bitmaps`, `check_new_bitmap`, `store_bitmaps` and `remove_bitmap`.
+        const PERSISTENT_BITMAPS = 1 << 21;
     }
 }
 
@@ -405,6 +408,38 @@ pub trait BlockDriver: Send + Sync + 'static {
         progress: Progress,
     ) -> Result<()> {
         let _ = (request, which, progress);
+        Err(Error::from_kind(ErrorKind::NotSupported))
+    }
+
+    /// The bitmaps that the image stores, in its order: asked for once, when the node has been opened and before anybody can
+    /// write to it, but not for a check. The driver marks them on disk as in use, durably, if the image is
+    /// writable; from then on nobody trusts what is stored until the driver, in `close` and when it is reopened
+    /// read-only, has stored the node's persistent bitmaps (`request.node().named()`) anew.
+    async fn load_bitmaps(self: Arc<Self>, request: Request) -> Result<Vec<NamedBitmap>> {
+        let _ = request;
+        Err(Error::from_kind(ErrorKind::NotSupported))
+    }
+
+    /// Whether the image can store one more bitmap of that name with so many bytes per bit. Changes nothing.
+    async fn check_new_bitmap(
+        self: Arc<Self>,
+        request: Request,
+        name: String,
+        granularity: u64,
+    ) -> Result<()> {
+        let _ = (request, name, granularity);
+        Err(Error::from_kind(ErrorKind::NotSupported))
+    }
+
+    /// Stores the node's persistent bitmaps as they are, durably. In a writable image they stay marked as in use.
+    async fn store_bitmaps(self: Arc<Self>, request: Request) -> Result<()> {
+        let _ = request;
+        Err(Error::from_kind(ErrorKind::NotSupported))
+    }
+
+    /// Removes a bitmap from what the image stores, durably. One that isn't stored yet is no error.
+    async fn remove_bitmap(self: Arc<Self>, request: Request, name: String) -> Result<()> {
+        let _ = (request, name);
         Err(Error::from_kind(ErrorKind::NotSupported))
     }
 

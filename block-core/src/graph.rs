@@ -140,6 +140,12 @@ pub struct Graph {
     secrets: Arc<Secrets>,
 }
 
+impl Drop for Graph {
+    fn drop(&mut self) {
+        self.deferred.graph_is_gone();
+    }
+}
+
 type NodeHook = Arc<dyn Fn(&Arc<Node>) + Send + Sync>;
 
 impl Graph {
@@ -504,6 +510,17 @@ impl Graph {
         name: &str,
         child: Option<&Arc<Node>>,
     ) -> Result<()> {
+        self.put_child(node, role, name, child, None).await
+    }
+
+    async fn put_child(
+        self: &Arc<Self>,
+        node: &Arc<Node>,
+        role: ChildRole,
+        name: &str,
+        child: Option<&Arc<Node>>,
+        frozen: Option<FreezeGuard>,
+    ) -> Result<()> {
         let _changing = self.changing.lock().await;
         let _drained = self.drain(node).await;
         let mut list: Vec<Edge> = node.edges().iter().cloned().collect();
@@ -529,6 +546,8 @@ impl Graph {
         }
         let mut change = Change::default();
         change.edges.insert(node.id(), Arc::new(Edges::new(list)));
+        // From here on nobody else gets a turn until it is done.
+        drop(frozen);
         self.commit(change)
             .map_err(|error| error.with_operation(Operation::Graph, 0, 0))
     }
@@ -540,6 +559,17 @@ impl Graph {
         backing: Option<&Arc<Node>>,
     ) -> Result<()> {
         self.set_child(node, ChildRole::Backing, "backing", backing)
+            .await
+    }
+
+    /// The same for an edge that `frozen` has kept from changing so far: nobody can change it in between.
+    pub async fn set_frozen_backing(
+        self: &Arc<Self>,
+        node: &Arc<Node>,
+        backing: Option<&Arc<Node>>,
+        frozen: Option<FreezeGuard>,
+    ) -> Result<()> {
+        self.put_child(node, ChildRole::Backing, "backing", backing, frozen)
             .await
     }
 

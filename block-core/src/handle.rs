@@ -14,6 +14,7 @@ use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 
 use crate::{
+    bitmap::Bitmaps,
     buffer::{Buffer, IoBuf, IoBufMut},
     chain,
     driver::{Capabilities, DriverKind, Reopen, Truncate},
@@ -91,7 +92,7 @@ impl RootState {
     }
 
     /// Admits a request, or waits while the handle is quiesced. Dropping the future leaves no trace.
-    async fn enter(self: &Arc<Self>) -> RootGuard {
+    pub(crate) async fn enter(self: &Arc<Self>) -> RootGuard {
         if let Some(guard) = self.try_enter() {
             return guard;
         }
@@ -554,6 +555,11 @@ impl BlockHandle {
             driver.snapshot_delete(request, which, progress)
         })
         .await
+    }
+
+    /// The bitmaps of the handle's node that users know by name.
+    pub fn named_bitmaps(&self) -> Bitmaps {
+        Bitmaps::of_handle(self.root.clone())
     }
 
     /// Changes options of the open image, drained. A failed flush is forgotten: from here on the image starts anew.

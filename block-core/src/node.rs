@@ -13,7 +13,7 @@ use arc_swap::{ArcSwap, ArcSwapOption, Guard};
 use parking_lot::{Mutex, RwLock};
 
 use crate::{
-    bitmap::DirtyBitmap,
+    bitmap::{BitmapUse, Bitmaps, DirtyBitmap, NamedBitmap},
     deferred::DeferredWork,
     driver::{BlockDriver, ChildRole},
     env::Environment,
@@ -132,6 +132,8 @@ pub struct Node {
     pub(crate) flush: FlushState,
     bitmaps: RwLock<Vec<Arc<DirtyBitmap>>>,
     has_bitmaps: AtomicBool,
+    /// Those that users know by name, oldest first. Their bits are among `bitmaps`.
+    named: RwLock<Vec<Arc<NamedBitmap>>>,
     stats: NodeStats,
     /// Boxed once more, because a pointer to a trait object doesn't fit into one word.
     observer: ArcSwapOption<Box<dyn Observer>>,
@@ -179,6 +181,7 @@ impl Node {
             flush: FlushState::default(),
             bitmaps: RwLock::default(),
             has_bitmaps: AtomicBool::new(false),
+            named: RwLock::default(),
             stats: NodeStats::default(),
             observer: ArcSwapOption::empty(),
             has_observer: AtomicBool::new(false),
@@ -370,6 +373,46 @@ impl Node {
     /// The bitmaps that record writes.
     pub fn bitmaps(&self) -> Vec<Arc<DirtyBitmap>> {
         self.bitmaps.read().clone()
+    }
+
+    /// The bitmaps that users know by name, and what can be done with them.
+    pub fn named_bitmaps(self: &Arc<Self>) -> Bitmaps {
+        Bitmaps::of_node(self.clone())
+    }
+
+    /// The named bitmaps, oldest first. What is done with them goes through [`Self::named_bitmaps`].
+    pub fn named(&self) -> Vec<Arc<NamedBitmap>> {
+        self.named.read().clone()
+    }
+
+    /// False when the name is taken.
+    pub(crate) fn attach_named(&self, bitmap: &Arc<NamedBitmap>) -> bool {
+        let mut named = self.named.write();
+        if named.iter().any(|other| other.name() == bitmap.name()) {
+            return false;
+        }
+        named.push(bitmap.clone());
+        if !bitmap.is_inconsistent() {
+            self.add_bitmap(bitmap.bits().clone());
+        }
+        true
+    }
+
+    pub(crate) fn detach_named(&self, bitmap: &Arc<NamedBitmap>) {
+        let mut named = self.named.write();
+        named.retain(|other| !Arc::ptr_eq(other, bitmap));
+        self.remove_bitmap(bitmap.bits());
+    }
+
+    /// Whether every persistent bitmap can follow a change of the length: a driver asks before it resizes an image that
+    /// stores bitmaps. The core resizes the bits when the request has ended.
+    ///
+    /// # Errors
+    /// Those of [`NamedBitmap::check`]: a busy, read-only or inconsistent bitmap can't follow.
+    pub fn check_bitmaps_resizable(&self) -> crate::error::Result<()> {
+        let named = self.named.read();
+        let mut stored = named.iter().filter(|bitmap| bitmap.is_persistent());
+        stored.try_for_each(|bitmap| bitmap.check(BitmapUse::Change))
     }
 
     pub(crate) fn mark_dirty(&self, offset: u64, len: u64) {

@@ -16,6 +16,7 @@ use parking_lot::Mutex;
 use serde_json::Value;
 
 use crate::{
+    bitmap,
     driver::DriverKind,
     error::{Error, ErrorKind, Operation, Result},
     graph::{Graph, NodeSpec},
@@ -125,6 +126,11 @@ impl FreshChildren<'_> {
     /// They belong to a node now.
     fn keep(&self) {
         self.list.lock().clear();
+    }
+
+    /// The file that the node was to be opened on: whoever reads an error of its driver wants to know which it was.
+    fn filename(&self) -> Option<String> {
+        self.list.lock().first()?.filename()
     }
 
     /// Closes them, the last first.
@@ -402,10 +408,35 @@ async fn open_driver(
     match added {
         Ok(node) => {
             children.keep();
-            Ok(node)
+            with_bitmaps(context, node).await
         }
         Err(error) => {
+            let file = match error.file() {
+                None => children.filename(),
+                Some(_) => None,
+            };
             children.release().await;
+            Err(match file {
+                Some(file) => error.with_file(file),
+                None => error,
+            })
+        }
+    }
+}
+
+/// Lets a node that was just opened load its bitmaps; without them it isn't open.
+async fn with_bitmaps(context: &OpenContext, node: Arc<Node>) -> Result<Arc<Node>> {
+    if context.how.for_check {
+        return Ok(node);
+    }
+    let fresh = Fresh::new(&context.graph, node.clone());
+    let loaded = bitmap::load(&node).await;
+    fresh.keep()?;
+    match loaded {
+        Ok(()) => Ok(node),
+        Err(error) => {
+            // The first error is what the user has to see.
+            let _ = context.graph.release(&node).await;
             Err(error)
         }
     }

@@ -4,9 +4,10 @@ use std::{any::Any, sync::Arc};
 
 use async_trait::async_trait;
 use block_core::{
+    bitmap::NamedBitmap,
     buffer::{IoBuf, IoBufMut},
     driver::{BlockDriver, Capabilities, DriverKind, MapIntent, Mapping, Reopen, Truncate},
-    error::{Error, ErrorKind, Result},
+    error::{Error, ErrorKind, Operation, Result},
     flags::RequestFlags,
     image::{CheckMode, CheckReport, ImageInfo, Progress},
     limits::Limits,
@@ -18,7 +19,7 @@ use block_core::{
 use std::sync::atomic::Ordering;
 
 use crate::{
-    check, header_update,
+    bitmaps, check, header_update,
     image::Qcow2,
     info,
     layout::{Header, Incompatible},
@@ -65,7 +66,7 @@ impl Qcow2 {
         let report = check::run(file, &mut header, mode, progress).await;
         if mode != CheckMode::ReadOnly {
             self.reload(&mut meta, request).await?;
-            let served = meta.header.refuse_unsupported(self.is_read_only()).is_ok();
+            let served = meta.header.refuse_unsupported().is_ok();
             if !meta.header.is_corrupt() && served {
                 self.shut.store(false, Ordering::Release);
             }
@@ -78,9 +79,20 @@ impl Qcow2 {
         if read_only {
             if !self.is_read_only() && !self.shut.load(Ordering::Acquire) {
                 self.settle(request).await?;
-                self.clear_dirty(request).await?;
+                let mut stored = self.store_for_good(request).await;
+                if stored.is_ok() {
+                    stored = self.clear_dirty(request).await;
+                }
+                if let Err(error) = stored {
+                    // Nobody may trust the bitmaps of an image that goes on being written to.
+                    if self.take_back_bitmaps(request).await.is_err() {
+                        self.shut.store(true, Ordering::Release);
+                    }
+                    return Err(error);
+                }
             }
             self.read_only.store(true, Ordering::Release);
+            bitmaps::mark_read_only(request, true);
             return Ok(());
         }
         if !self.is_read_only() {
@@ -98,7 +110,9 @@ impl Qcow2 {
         header.check_open(false, false)?;
         prepare_for_writing(file, &mut header).await?;
         self.reload(&mut meta, request).await?;
+        self.take_over_bitmaps(file, &mut meta).await?;
         self.read_only.store(false, Ordering::Release);
+        bitmaps::mark_read_only(request, false);
         Ok(())
     }
 
@@ -147,6 +161,9 @@ impl BlockDriver for Qcow2 {
 
     fn capabilities(&self) -> Capabilities {
         let mut can = Capabilities::BACKING | Capabilities::CHECK | Capabilities::TRY_MAP;
+        if !self.is_view && (self.geometry.has_zero_flag() || self.bitmaps.is_pending()) {
+            can |= Capabilities::PERSISTENT_BITMAPS;
+        }
         if !self.is_read_only() {
             can |= Capabilities::WRITE
                 | Capabilities::WRITE_ZEROES
@@ -345,6 +362,7 @@ impl BlockDriver for Qcow2 {
         if let (Some(encryption), Some((_, data))) = (&self.encryption, &mut info.format_specific) {
             info::add_encryption(data, encryption.info().await);
         }
+        self.bitmaps.add_to(&mut info);
         Ok(info)
     }
 
@@ -368,7 +386,44 @@ impl BlockDriver for Qcow2 {
         }
         let settled = self.settle(&request).await;
         self.judged(&request, settled).await?;
-        self.clear_dirty(&request).await
+        // Bitmaps that can't be stored stay marked as in use; the image is closed cleanly all the same.
+        let stored = self.store_for_good(&request).await;
+        let stored = self.judged(&request, stored).await;
+        self.clear_dirty(&request).await?;
+        stored
+    }
+
+    async fn load_bitmaps(self: Arc<Self>, request: Request) -> Result<Vec<NamedBitmap>> {
+        let loaded = self.open_bitmaps(&request).await;
+        loaded.map_err(|error| {
+            error
+                .with_operation(Operation::Open, 0, 0)
+                .with_file(self.filename.clone())
+        })
+    }
+
+    async fn check_new_bitmap(
+        self: Arc<Self>,
+        request: Request,
+        name: String,
+        granularity: u64,
+    ) -> Result<()> {
+        Self::check_new_bitmap(&self, &request, &name, granularity)
+    }
+
+    async fn store_bitmaps(self: Arc<Self>, request: Request) -> Result<()> {
+        let result = async {
+            self.write_back(&request).await?;
+            self.write_bitmaps(&request, true).await?;
+            self.write_back(&request).await
+        };
+        let result = result.await;
+        self.judged(&request, result).await
+    }
+
+    async fn remove_bitmap(self: Arc<Self>, request: Request, name: String) -> Result<()> {
+        let result = self.drop_stored_bitmap(&request, &name).await;
+        self.judged(&request, result).await
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {

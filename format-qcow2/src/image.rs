@@ -16,6 +16,7 @@ use block_core::{
 use futures::lock::{Mutex, MutexGuard};
 
 use crate::{
+    bitmaps::Stored,
     cache::{slice::SliceIndex, slices::SliceCache},
     claims::Claims,
     counters::Counters,
@@ -96,6 +97,8 @@ pub(crate) struct Qcow2 {
     pub claims: Claims,
     pub pins: Pins,
     pub meta: Mutex<Meta>,
+    /// The directory of persistent bitmaps as it is on disk; the bitmaps themselves are in the node.
+    pub bitmaps: Stored,
     pub writeback: Writeback,
     pub counters: Counters,
     /// The key of an encrypted image.

@@ -1,7 +1,7 @@
 //! What `info` shows of an image, with qemu-img's keys. Read from the header alone.
 
 use block_core::image::ImageInfo;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::layout::{Autoclear, Header, Incompatible};
 
@@ -26,6 +26,24 @@ pub(crate) fn add_encryption(data: &mut Value, encryption: Value) {
         let at = map.keys().position(|key| key == "refcount-bits");
         let at = at.map_or(map.len(), |at| at + 1);
         map.shift_insert(at, "encrypt".into(), encryption);
+    }
+}
+
+impl crate::bitmaps::Stored {
+    /// Puts the stored bitmaps into the `format-specific` section, where qemu-img has them.
+    pub(crate) fn add_to(&self, info: &mut ImageInfo) {
+        let (Some(list), Some((_, Value::Object(map)))) = (self.info(), &mut info.format_specific)
+        else {
+            return;
+        };
+        let mut with = Map::new();
+        for (key, value) in std::mem::take(map) {
+            if key == "refcount-bits" {
+                with.insert("bitmaps".into(), list.clone());
+            }
+            with.insert(key, value);
+        }
+        *map = with;
     }
 }
 

@@ -37,6 +37,8 @@
 
 #[cfg(not(loom))]
 mod alloc;
+#[cfg(not(loom))]
+pub mod bitmaps;
 // The model checker only looks at the slice table: nothing else here is free of locks.
 #[cfg_attr(loom, allow(dead_code))]
 mod cache;

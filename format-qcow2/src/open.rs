@@ -22,6 +22,7 @@ use serde::Deserialize;
 
 use crate::{
     alloc::allocator::Orphans,
+    bitmaps::Stored,
     cache::slices::{SliceCache, load_refcounts},
     claims::Claims,
     counters::Counters,
@@ -274,7 +275,7 @@ async fn open_image(
         read_only: AtomicBool::new(read_only),
         names_backing: AtomicBool::new(header.backing_file.is_some()),
         // What is opened for a check alone may need more than this driver can do: it serves no requests then.
-        shut: AtomicBool::new(header.refuse_unsupported(read_only).is_err()),
+        shut: AtomicBool::new(header.refuse_unsupported().is_err()),
         l1: ArcSwap::from_pointee(l1),
         metadata: metadata.clone(),
         slices: SliceCache::new(),
@@ -285,6 +286,7 @@ async fn open_image(
             Pins::new_disabled_for_tests()
         },
         meta: futures::lock::Mutex::new(meta),
+        bitmaps: Stored::new(header.extensions.bitmaps.is_some()),
         tap,
         writeback,
         counters: Counters::default(),

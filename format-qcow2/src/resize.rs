@@ -43,6 +43,7 @@ impl Qcow2 {
             return Err(Error::invalid("The new size must be a multiple of 512"));
         }
         self.check_resizable(request).await?;
+        self.check_bitmaps_follow(request, length)?;
         let old = self.length();
         match length.cmp(&old) {
             std::cmp::Ordering::Less if how.preallocation != Preallocation::Off => Err(
@@ -163,7 +164,7 @@ impl Qcow2 {
     }
 
     /// Makes all refcounts durable. With the metadata lock and the write-back's turn held.
-    async fn write_refcounts(&self, meta: &mut Meta, request: &Request) -> Result<()> {
+    pub(crate) async fn write_refcounts(&self, meta: &mut Meta, request: &Request) -> Result<()> {
         let file = request.file()?;
         let copies = meta.refcounts.dirty_copies();
         file.debug_event(DebugEvent::RefblockUpdate).await;
@@ -284,6 +285,7 @@ impl Qcow2 {
         meta.orphans.lock().clear();
         let orphans = meta.orphans.clone();
         self.metadata.rebuild(&header, &l1, &refcounts);
+        self.reload_directory(file, &header).await;
         let metadata = self.metadata.clone();
         *meta = Meta::new(
             header,

@@ -16,7 +16,7 @@ use block_core::{
     flags::RequestFlags,
     image::{CheckMode, CheckReport, ImageInfo, Progress},
     limits::Limits,
-    node::Edges,
+    node::{Edges, Node},
     request::{Child, Request},
     status::DriverStatus,
 };
@@ -63,7 +63,7 @@ pub struct VmdkDriver {
     read_only: AtomicBool,
     /// A new CID was written since the image was opened for writing.
     cid_written: AtomicBool,
-    /// The id of the backing node whose CID was found to be the one recorded, plus one.
+    /// The id of the node below the filters whose CID was found to be the one recorded, plus one.
     parent_checked: AtomicU64,
     zero_init: bool,
 }
@@ -116,12 +116,16 @@ impl VmdkDriver {
 
     fn parent_matches(&self, edges: &Edges) -> bool {
         edges.child(ChildRole::Backing).is_none_or(|backing| {
-            self.parent_checked.load(Ordering::Acquire) == backing.node().id().wrapping_add(1)
+            let checked = self.parent_checked.load(Ordering::Acquire);
+            let is_it = |node: &Node| checked == node.id().wrapping_add(1);
+            is_it(backing.node()) || is_it(&backing.node().skip_filters())
         })
     }
 
     /// Whether what is below may be read through to: a parent that changed since this image was made would show data
-    /// that never belonged together. The check is made once per backing node.
+    /// that never belonged together. The check is made once per backing node, as soon as it is the parent (see
+    /// [`BlockDriver::limits`] below): a job that writes into the parent later, as an active commit does, gives it a new CID
+    /// and changes nothing that is seen through this image. Filters that a job inserts between the two are no other parent.
     fn check_parent(&self, edges: &Edges) -> Result<()> {
         if self.parent_matches(edges) {
             return Ok(());
@@ -150,7 +154,7 @@ impl VmdkDriver {
             ));
         }
         self.parent_checked
-            .store(backing.node().id().wrapping_add(1), Ordering::Release);
+            .store(below.id().wrapping_add(1), Ordering::Release);
         Ok(())
     }
 
@@ -250,7 +254,10 @@ impl BlockDriver for VmdkDriver {
         }
     }
 
+    /// The core asks for the limits whenever the edges are new: the moment to look whose child the parent is. A parent that
+    /// isn't the right one is told to who reads through to it.
     fn limits(&self, edges: &Edges) -> Limits {
+        let _ = self.check_parent(edges);
         match &self.layout {
             Layout::Sparse(sparse) => Limits {
                 zeroes_alignment: sparse.geometry.grain_bytes,

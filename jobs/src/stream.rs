@@ -207,12 +207,14 @@ impl JobDriver for Stream {
             return Ok(());
         };
         self.handle = None;
-        self.freeze = None;
         let (graph, base) = (&self.graph, self.base.as_ref());
         // Both ways show the same content: the header may go first, and a crash in between does no harm.
         let name = self.backing_file.as_deref();
         chain::rewrite_backing(graph, &self.top, base, name).await?;
-        graph.set_backing(&self.top, base).await?;
+        // Frozen until that very change: a job that put a filter over the base meanwhile would be bypassed.
+        graph
+            .set_frozen_backing(&self.top, base, self.freeze.take())
+            .await?;
         if base.is_none_or(|base| base.id() != below.id())
             && let Err(error) = graph.collect(&below).await
         {

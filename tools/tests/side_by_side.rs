@@ -247,7 +247,7 @@ fn repairs_say_and_do_what_qemu_img_says_and_does() {
         // What the repair left.
         both.compare(&format!("check -f qcow2 {image}"));
     };
-    for name in ["leak", "high", "twice", "between", "copied"] {
+    for name in ["leak", "high", "between", "copied"] {
         check(&format!("{name}1"), "-r leaks");
         check(&format!("{name}2"), "-r all");
         check(&format!("{name}3"), "-r leaks --output=json");
@@ -261,6 +261,38 @@ fn repairs_say_and_do_what_qemu_img_says_and_does() {
         check(&format!("{name}1"), "-r leaks");
         check(&format!("{name}2"), "-r leaks --output=json");
         check(&format!("{name}3"), "-q -r leaks");
+    }
+    both.finish();
+}
+
+/// Where qemu-img lets both go on with one place, each gets its own; the exit statuses are the same.
+#[test]
+fn ranges_that_shared_their_place_are_told_and_separated() {
+    if !qemu_is_installed() {
+        return;
+    }
+    let mut both = SideBySide::new(DAMAGED);
+    let expected = serde_json::json!([
+        {"start": 0, "length": 65536, "snapshot": null, "with": "data", "with-start": 65536,
+         "with-snapshot": null, "separated": true},
+        {"start": 65536, "length": 65536, "snapshot": null, "with": "data", "with-start": 0,
+         "with-snapshot": null, "separated": true},
+    ]);
+    let output = both.ours_alone("check -f qcow2 twice1");
+    assert_eq!(output.status.code(), Some(2));
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let line = "Affected: guest range offset=0x0 length=0x10000 shares its place in the file with data at guest \
+                offset=0x10000";
+    assert!(text.contains(line), "{text}");
+    let output = both.ours_alone("check -f qcow2 -r all --output=json twice2");
+    assert_eq!(output.status.code(), Some(0));
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(json["affected"], expected);
+    assert_eq!(json["corruptions-fixed"], 1);
+    for image in ["twice1", "twice2"] {
+        both.silently(&format!("check -f qcow2 -r all {image}"));
+        both.compare(&format!("check -q -f qcow2 {image}"));
+        both.same_content("qcow2", image);
     }
     both.finish();
 }

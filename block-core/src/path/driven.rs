@@ -193,6 +193,13 @@ impl Driven {
     }
 }
 
+impl Driven {
+    /// Drops the request for good: nobody is left to end it.
+    pub(crate) fn give_up(mut self) {
+        drop(self.future.take());
+    }
+}
+
 impl Future for Driven {
     type Output = Result<()>;
 

@@ -215,7 +215,9 @@ fn clusters(raw: u64, shape: Shape) -> Option<(u64, u64)> {
     };
     let bits = shape.cluster_bits;
     let standard = raw & COMPRESSED == 0;
-    if shape.data_file || (standard && offset == 0) || shape.is_outside(offset, len) {
+    // A misaligned entry owns nothing: nobody can read through it.
+    let nowhere = standard && (offset == 0 || !shape.is_aligned(offset));
+    if shape.data_file || nowhere || shape.is_outside(offset, len) {
         return None;
     }
     Some((offset >> bits, (offset + len - 1) >> bits))

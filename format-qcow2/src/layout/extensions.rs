@@ -25,9 +25,9 @@ const FEATURE_ENTRY: usize = 48;
 /// Bytes of a name in it.
 const FEATURE_NAME: usize = 46;
 /// The most bitmaps that an image may have.
-const MAX_BITMAPS: u32 = 65535;
+pub const MAX_BITMAPS: u32 = 65535;
 /// The largest bitmap directory, in bytes.
-const MAX_BITMAP_DIRECTORY: u64 = 65535 * 1024;
+pub const MAX_BITMAP_DIRECTORY: u64 = 65535 * 1024;
 
 /// Which of the three feature fields a bit is in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

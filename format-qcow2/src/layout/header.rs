@@ -554,6 +554,21 @@ impl Header {
     /// ENOSPC when there is no room for all of it, EINVAL when the backing file's name is longer than 1023 bytes or
     /// the backing format longer than 15.
     pub fn encode(&self) -> Result<Vec<u8>> {
+        self.lay_out(true, None).map(|bytes| self.padded(bytes))
+    }
+
+    /// Bytes of a header, with zeroes up to a whole cluster.
+    pub(crate) fn padded(&self, mut bytes: Vec<u8>) -> Vec<u8> {
+        bytes.resize(1 << self.cluster_bits, 0);
+        bytes
+    }
+
+    /// The part of the first cluster that is used: with or without the names of the features, which nothing depends on, and
+    /// with the backing file's name at `name_at` instead of right behind the extensions.
+    ///
+    /// # Errors
+    /// Those of [`Self::encode`]; ENOSPC also when the extensions go beyond `name_at`.
+    pub(crate) fn lay_out(&self, feature_names: bool, name_at: Option<usize>) -> Result<Vec<u8>> {
         let cluster_size = 1usize << self.cluster_bits;
         if let Some(name) = &self.backing_file
             && name.len() > MAX_BACKING_NAME
@@ -599,9 +614,23 @@ impl Header {
             out.extend_from_slice(&[0; 7]);
             out.extend_from_slice(&self.unknown_tail);
         }
-        out.extend_from_slice(&self.extensions.encode(self.version, cluster_size as u64));
+        // Small clusters have no room for the names of the features.
+        let room = if feature_names {
+            cluster_size as u64
+        } else {
+            0
+        };
+        out.extend_from_slice(&self.extensions.encode(self.version, room));
         if let Some(name) = &self.backing_file {
-            let at = out.len() as u64;
+            let at = name_at.unwrap_or(out.len());
+            if at < out.len() {
+                return Err(Error::new(
+                    ErrorKind::NoSpace,
+                    "The header's extensions leave no room for the backing file name",
+                ));
+            }
+            out.resize(at, 0);
+            let at = at as u64;
             out[8..16].copy_from_slice(&at.to_be_bytes());
             out[16..20].copy_from_slice(&(name.len() as u32).to_be_bytes());
             out.extend_from_slice(name);
@@ -613,7 +642,6 @@ impl Header {
             )
             .with_field("header", out.len(), format!("at most {cluster_size} bytes")));
         }
-        out.resize(cluster_size, 0);
         Ok(out)
     }
 }

@@ -48,12 +48,11 @@ impl Header {
             // A check follows the metadata of every feature, whether or not the driver can serve it.
             return Ok(());
         }
-        self.refuse_unsupported(read_only)
+        self.refuse_unsupported()
     }
 
-    /// Refuses what this driver can't handle yet, by name. Persistent bitmaps do no harm to readers; writing
-    /// beside them would.
-    pub fn refuse_unsupported(&self, read_only: bool) -> Result<()> {
+    /// Refuses what this driver can't handle yet, by name.
+    pub fn refuse_unsupported(&self) -> Result<()> {
         let refuse = |feature: &str, field: &str, value: String, allowed: &str| {
             Err(
                 Error::unsupported(format!("Unsupported qcow2 feature(s): {feature}"))
@@ -70,14 +69,6 @@ impl Header {
                 "incompatible_features",
                 format!("{:#x}", self.incompatible.bits()),
                 "dirty (bit 0) and corrupt (bit 1) in this version of the driver",
-            );
-        }
-        if !read_only && let Some(bitmaps) = &self.extensions.bitmaps {
-            return refuse(
-                "persistent bitmaps (the image can only be opened read-only)",
-                "nb_bitmaps",
-                bitmaps.count.to_string(),
-                "none for writing in this version of the driver",
             );
         }
         Ok(())

@@ -79,6 +79,19 @@ struct State {
     data: Vec<u8>,
     log: Vec<Event>,
     fail_reads: Option<std::ops::Range<u64>>,
+    /// Asks this to stop after so many reads and events.
+    cancel: Option<(usize, Progress)>,
+}
+
+impl State {
+    fn count(&mut self) {
+        if let Some((left, progress)) = &mut self.cancel {
+            if *left == 0 {
+                progress.cancel();
+            }
+            *left = left.saturating_sub(1);
+        }
+    }
 }
 
 /// The storage.
@@ -90,6 +103,7 @@ impl Storage {
         let state = &mut *self.0.lock();
         event.apply(&mut state.data);
         state.log.push(event);
+        state.count();
     }
 }
 
@@ -114,7 +128,8 @@ impl BlockDriver for Storage {
         Limits::default()
     }
     async fn read(self: Arc<Self>, _: Request, offset: u64, mut buf: IoBufMut) -> Result<()> {
-        let state = self.0.lock();
+        let mut state = self.0.lock();
+        state.count();
         let end = offset + buf.len() as u64;
         if state
             .fail_reads
@@ -212,6 +227,11 @@ impl Image {
     /// Reads of this range fail from here on.
     pub fn fail_reads(&self, range: std::ops::Range<u64>) {
         self.storage.0.lock().fail_reads = Some(range);
+    }
+
+    /// Cancels `progress` when the storage has served so many more requests.
+    pub fn cancel_after(&self, requests: usize, progress: Progress) {
+        self.storage.0.lock().cancel = Some((requests, progress));
     }
 
     pub fn put(&self, offset: u64, bytes: &[u8]) {

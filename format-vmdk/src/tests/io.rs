@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use block_core::{
-    ErrorKind, OpenOptions, RequestFlags,
+    ErrorKind, OpenOptions, PermissionSet, Permissions, RequestFlags,
     image::{CheckMode, Progress},
 };
 use futures::executor::block_on;
@@ -366,10 +366,7 @@ fn an_extent_can_not_be_resized() {
     let world = World::new();
     world.create("a.vmdk", "size=1M");
     let node = world.open("a.vmdk").node();
-    let all = block_core::PermissionSet::new(
-        block_core::Permissions::all(),
-        block_core::Permissions::all(),
-    );
+    let all = PermissionSet::new(Permissions::all(), Permissions::all());
     let handle = world.graph.attach(&node, all, "tool").unwrap();
     let error = block_on(handle.truncate(2 << 20, block_core::driver::Truncate::default()));
     assert_eq!(

@@ -12,7 +12,6 @@ use crate::{
 };
 
 pub(super) fn cases() -> Vec<Case> {
-    let cancel = Group::Cancel;
     vec![
         Case::new(
             Group::Rw,
@@ -27,8 +26,8 @@ pub(super) fn cases() -> Vec<Case> {
             failed,
         ),
         Case::new(
-            cancel,
-            "cancel-nothing-is-left-of-many-dropped-requests",
+            Group::Race,
+            "race-nothing-is-left-of-many-dropped-requests",
             "after hundreds of dropped requests no ticket, pin or count is left, the node closes, and no cluster leaked",
             dropped,
         ),

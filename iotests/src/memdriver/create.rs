@@ -43,7 +43,7 @@ async fn read_table(file: &Child) -> Result<Table> {
     let (cluster, size, room) = Table::parse_header(&head)?;
     let mut table = Table::new(cluster, size, room);
     let bytes = file.read_padded(TABLE_AT, table.entries.len() * 8).await?;
-    table.load(&bytes)?;
+    table.load(&bytes, file.length())?;
     Ok(table)
 }
 

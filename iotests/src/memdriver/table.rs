@@ -119,8 +119,9 @@ impl Table {
         Ok((cluster, size, room))
     }
 
-    /// Takes the entries from the bytes at [`TABLE_AT`], and finds out what is free.
-    pub fn load(&mut self, bytes: &[u8]) -> Result<()> {
+    /// Takes the entries from the bytes at [`TABLE_AT`], and finds out what is free. A cluster behind the end of the file,
+    /// which has `len` bytes, is a lie: whoever believed it would list all that is free before it.
+    pub fn load(&mut self, bytes: &[u8], len: u64) -> Result<()> {
         let first = table_bytes(self.max_clusters, self.cluster);
         let mut used = BTreeSet::new();
         for (at, entry) in self.entries.iter_mut().enumerate() {
@@ -133,7 +134,7 @@ impl Table {
             *entry = match raw {
                 0 => Entry::Unallocated,
                 1 => Entry::Zero,
-                host if host >= first && host % self.cluster == 0 && host < 1 << 50 => {
+                host if host >= first && host % self.cluster == 0 && host < len => {
                     used.insert(host);
                     Entry::Data(host)
                 }
@@ -141,7 +142,7 @@ impl Table {
                     return Err(Error::corrupt("bad mapping").with_field(
                         "entry",
                         host,
-                        format!("a multiple of the cluster size from {first}"),
+                        format!("a multiple of the cluster size from {first} to below {len}"),
                     ));
                 }
             };

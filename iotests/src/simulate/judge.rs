@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use block_core::{
     BlockHandle, Error, Result,
-    driver::Capabilities,
+    driver::{Capabilities, ChildRole},
     image::{CheckMode, CheckReport, Progress},
 };
 
@@ -154,7 +154,16 @@ pub(super) async fn look_again(
     )
     .await?;
     let length = handle.length();
-    if !lenient && !carried.lengths.contains(&length) {
+    // Without a length of its own an image is as long as its file: a cut may keep a write and lose the growth before it.
+    let is_files = node
+        .edges()
+        .child(ChildRole::File)
+        .is_some_and(|file| file.length() == length);
+    let (least, most) = (carried.lengths.iter().min(), carried.lengths.iter().max());
+    let between =
+        least.is_some_and(|least| *least <= length) && most.is_some_and(|most| length <= *most);
+    let fits = carried.lengths.contains(&length) || (carried.cut && is_files && between);
+    if !lenient && !fits {
         let text = format!(
             "{when}: it has {length} bytes, may have {:?}",
             carried.lengths

@@ -43,6 +43,8 @@ pub enum FailureKind {
     Stuck,
     /// A panic.
     Panic,
+    /// Something of the world is still in memory when the world is gone.
+    Memory,
 }
 
 /// The first thing that went wrong.

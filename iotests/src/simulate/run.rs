@@ -127,6 +127,7 @@ pub fn run(registry: &Registry, scenario: &Scenario, how: &How) -> Outcome {
         disks: Disks::new(),
         watch: WorldWatch::new(&recorder),
         recorder: recorder.clone(),
+        worlds: Mutex::default(),
     });
     let failure = std::panic::catch_unwind(AssertUnwindSafe(|| run_phases(&setup)));
     let failure = match failure {
@@ -145,6 +146,7 @@ pub fn run(registry: &Registry, scenario: &Scenario, how: &How) -> Outcome {
     // What still runs in there must not go on while it is taken apart.
     env.shutdown();
     setup.watch.clear();
+    let failure = failure.or_else(|| left_behind(setup));
     Outcome {
         failure,
         hash: recorder.hash(),
@@ -153,6 +155,26 @@ pub fn run(registry: &Registry, scenario: &Scenario, how: &How) -> Outcome {
         events: recorder.events(),
         choices: env.choices(),
     }
+}
+
+/// What is still in memory of a run that has ended: nothing must be. A run that failed was cut off anywhere, and isn't asked.
+fn left_behind(setup: Arc<Setup>) -> Option<Failure> {
+    let graphs = std::mem::take(&mut *setup.worlds.lock());
+    let disks: Vec<_> = setup.disks.all().iter().map(Arc::downgrade).collect();
+    let weak = Arc::downgrade(&setup);
+    drop(setup);
+    let graphs = graphs
+        .iter()
+        .filter(|graph| graph.strong_count() > 0)
+        .count();
+    let disks = disks.iter().filter(|disk| disk.strong_count() > 0).count();
+    let setups = weak.strong_count();
+    (graphs + disks + setups > 0).then(|| {
+        let text = format!(
+            "still in memory when all is over: {graphs} graphs, {disks} disks, {setups} users of the world"
+        );
+        Failure::new(FailureKind::Memory, text)
+    })
 }
 
 fn run_phases(setup: &Arc<Setup>) -> Result<(), Failure> {

@@ -1,10 +1,13 @@
 //! One phase's world: the images opened in a fresh graph over the disks that outlive it, everything watched. It sets up and
 //! takes down; what is asked of it is in `guest` and `work`, and what is right in `judge`.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Weak},
+};
 
 use block_core::{
-    BlockHandle, Node, Options, PermissionSet, Permissions, Registry, Result,
+    BlockHandle, Graph, Node, Options, PermissionSet, Permissions, Registry, Result,
     driver::DriverKind,
     error::ErrorKind,
     registry::{ImplicitOpens, OpenOptions},
@@ -40,6 +43,8 @@ pub(super) struct Setup {
     pub disks: Disks,
     pub recorder: Arc<Recorder>,
     pub watch: Arc<WorldWatch>,
+    /// The graph of each laboratory that there was: none may be left in the end.
+    pub worlds: Mutex<Vec<Weak<Graph>>>,
 }
 
 /// Sees every request to every disk, for the recorder and for the books of the image on it.
@@ -119,6 +124,7 @@ impl Setup {
         };
         self.watch.clear();
         let lab = Lab::with_world(&self.registry, options, env, self.disks.clone());
+        self.worlds.lock().push(Arc::downgrade(&lab.graph));
         if self.recorder.keeps_events() {
             super::timeline::watch_gates(&self.recorder, &lab.graph);
         }

@@ -51,7 +51,7 @@ impl Failure {
 
     /// `context: reason`.
     pub fn context(context: impl Display, error: &Error) -> Self {
-        Self::new(format!("{context}: {}", error.reason())).with_details(error)
+        Self::new(format!("{context}: {}", with_hint(error))).with_details(error)
     }
 
     /// A request failed: `context: ` and the words of the errno, which is all that scripts know; the reason follows.
@@ -141,6 +141,15 @@ impl From<Error> for Failure {
         if error.kind() == ErrorKind::Cancelled {
             return Self::new(error.reason()).with_code(130);
         }
-        Self::new(error.reason()).with_details(&error)
+        Self::new(with_hint(&error)).with_details(&error)
     }
+}
+
+/// The reason, with what qemu-img advises to do about it.
+fn with_hint(error: &Error) -> String {
+    let mut reason = error.reason();
+    if reason.ends_with("is inconsistent and cannot be used") {
+        reason.push_str("\nTry block-dirty-bitmap-remove to delete this bitmap from disk");
+    }
+    reason
 }

@@ -71,6 +71,13 @@ impl Parsed {
             .and_then(|(_, value)| value.as_deref())
     }
 
+    /// All options in the order in which they were given, with their arguments.
+    pub fn in_order(&self) -> impl Iterator<Item = (&str, Option<&str>)> {
+        self.values
+            .iter()
+            .map(|(name, value)| (*name, value.as_deref()))
+    }
+
     /// All its arguments, in order.
     pub fn all<'a>(&'a self, long: &'a str) -> impl Iterator<Item = &'a str> + 'a {
         self.values

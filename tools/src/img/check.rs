@@ -1,13 +1,19 @@
 //! `blk check`: is the image consistent, and repairs.
 
-use block_core::image::{CheckMode, CheckReport, Finding, Progress};
-use serde_json::{Map, Value};
+use std::{pin::pin, time::Duration};
+
+use block_core::{
+    BlockHandle, Environment,
+    image::{Affected, CheckMode, CheckReport, Finding, Progress},
+};
+use futures::future::{Either, select};
+use serde_json::{Map, Value, json};
 
 use super::{
     Command,
     args::{
-        self, FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, OUTPUT, OutputFormat, QUIET, one_image,
-        output_format,
+        self, FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, OUTPUT, OutputFormat, PROGRESS, QUIET,
+        one_image, output_format,
     },
 };
 use crate::common::{
@@ -17,6 +23,7 @@ use crate::common::{
     json,
     open::{self, Access},
     output::{complain, flush_out, say},
+    progress::Meter,
     session::Session,
 };
 
@@ -24,9 +31,10 @@ pub const COMMAND: Command = Command {
     name: "check",
     about: "Check whether an image is consistent. Exit status: 0 consistent, 1 not completed, \
             2 corrupted, 3 leaked clusters only, 63 the format has no check.",
-    usage: "[-q] [-f FMT | --image-opts] [-r leaks|all] [-T CACHE] [-U] [--output human|json] FILE",
+    usage: "[-q] [-p] [-f FMT | --image-opts] [-r leaks|all] [-T CACHE] [-U] [--output human|json] FILE",
     options: &[
         QUIET,
+        PROGRESS,
         FORMAT,
         IMAGE_OPTS,
         Opt::value(
@@ -46,6 +54,39 @@ pub const COMMAND: Command = Command {
 const CORRUPTED: u8 = 2;
 const LEAKS: u8 = 3;
 const NO_CHECK: u8 = 63;
+
+/// How often progress is looked at.
+const TICK: Duration = Duration::from_millis(200);
+
+/// Asks the check to stop where that does no harm when nobody waits for it any more.
+struct StopOnDrop(Progress);
+
+impl Drop for StopOnDrop {
+    fn drop(&mut self) {
+        self.0.cancel();
+    }
+}
+
+/// Checks or repairs, and shows how far that is.
+async fn run(
+    session: &Session,
+    handle: &BlockHandle,
+    mode: CheckMode,
+    meter: &Meter,
+) -> Result<CheckReport, Failure> {
+    let progress = Progress::new();
+    let _stop = StopOnDrop(progress.clone());
+    let mut check = pin!(handle.check(mode, progress.clone()));
+    loop {
+        let tick = session.env.sleep(TICK);
+        match select(check.as_mut(), tick).await {
+            Either::Left((report, _)) => {
+                return report.map_err(|error| Failure::context("Check failed", &error));
+            }
+            Either::Right(_) => meter.set(progress.current(), progress.total()),
+        }
+    }
+}
 
 async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     let output = output_format(parsed, "check")?;
@@ -88,10 +129,10 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
         handle.close().await?;
         return Err(Failure::new("This image format does not support checks").with_code(NO_CHECK));
     }
-    let mut report = handle
-        .check(mode, Progress::new())
-        .await
-        .map_err(|error| Failure::context("Check failed", &error))?;
+    let meter = Meter::new(parsed.has("progress") && !quiet, 1.0);
+    session.signals.show(&meter);
+    let mut report = run(session, &handle, mode, &meter).await?;
+    meter.finish();
     tell(&report.findings);
     if let Some(kind) = report.refused {
         let why = kind.strerror();
@@ -108,12 +149,11 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
                 fixed.1
             );
         }
-        report = handle
-            .check(CheckMode::ReadOnly, Progress::new())
-            .await
-            .map_err(|error| Failure::context("Check failed", &error))?;
+        let affected = report.affected;
+        report = run(session, &handle, CheckMode::ReadOnly, &meter).await?;
         tell(&report.findings);
         (report.leaks_fixed, report.corruptions_fixed) = fixed;
+        report.affected = affected;
     }
     if !quiet {
         match output {
@@ -171,6 +211,12 @@ fn print(report: &CheckReport) {
             );
         }
     }
+    if !report.affected.is_empty() {
+        say!("");
+    }
+    for affected in &report.affected {
+        say!("{affected}");
+    }
     let (total, allocated) = (report.total_clusters, report.allocated_clusters);
     if total > 0 && allocated > 0 {
         let percent = |part: u64, whole: u64| part as f64 * 100.0 / whole as f64;
@@ -207,7 +253,27 @@ fn to_json(report: &CheckReport, filename: &str, format: &str) -> Value {
     count("leaks-fixed", report.leaks_fixed, false);
     count("allocated-clusters", report.allocated_clusters, false);
     count("fragmented-clusters", report.fragmented_clusters, false);
+    if !report.affected.is_empty() {
+        let ranges = report.affected.iter().map(affected_to_json).collect();
+        map.insert("affected".into(), Value::Array(ranges));
+    }
     map.insert("filename".into(), filename.into());
     map.insert("format".into(), format.into());
     Value::Object(map)
+}
+
+/// `snapshot` and `with-snapshot` are null for the disk as it is; `with-start` is there when the other owner is data.
+fn affected_to_json(affected: &Affected) -> Value {
+    let mut value = json!({
+        "start": affected.start,
+        "length": affected.length,
+        "snapshot": affected.snapshot,
+        "with": affected.with,
+        "separated": affected.separated,
+    });
+    if let Some(start) = affected.with_start {
+        value["with-start"] = start.into();
+        value["with-snapshot"] = json!(affected.with_snapshot);
+    }
+    value
 }

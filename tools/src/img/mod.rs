@@ -2,6 +2,7 @@
 
 mod args;
 mod bench;
+mod bitmap;
 mod check;
 mod commit;
 mod compare;
@@ -40,6 +41,7 @@ pub struct Command {
 /// All commands.
 pub const COMMANDS: &[Command] = &[
     bench::COMMAND,
+    bitmap::COMMAND,
     check::COMMAND,
     commit::COMMAND,
     compare::COMMAND,
@@ -54,7 +56,7 @@ pub const COMMANDS: &[Command] = &[
 ];
 
 /// qemu-img's commands that have an issue of their own.
-const LATER: [&str; 3] = ["amend", "bitmap", "dd"];
+const LATER: [&str; 2] = ["amend", "dd"];
 
 /// Runs the command `name`. `None` when there is none of that name.
 pub fn run(program: Program, name: &str, args: &[String]) -> Option<u8> {

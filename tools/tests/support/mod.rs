@@ -3,6 +3,9 @@
 
 #![allow(dead_code, reason = "not every test program uses all of it")]
 
+#[path = "../../../format-qcow2/tests/bitmap_files/mod.rs"]
+mod bitmap_files;
+
 use std::{
     fs,
     os::unix::process::CommandExt,
@@ -89,6 +92,21 @@ impl SideBySide {
         }
     }
 
+    /// Runs one command line with our program alone, on a copy of the images of its own.
+    pub fn ours_alone(&self, line: &str) -> Output {
+        let args: Vec<&str> = line.split_whitespace().collect();
+        let dir = tempfile::tempdir().unwrap();
+        let copied = Command::new("cp")
+            .arg("-a")
+            .arg(self.ours.path().join("."))
+            .arg(dir.path())
+            .status()
+            .unwrap();
+        assert!(copied.success());
+        let blk = Path::new(env!("CARGO_BIN_EXE_blk"));
+        Self::run(blk, dir.path(), &args)
+    }
+
     /// Runs one command line on both sides; only the exit status is compared.
     pub fn silently(&mut self, line: &str) {
         let args: Vec<&str> = line.split_whitespace().collect();
@@ -132,6 +150,36 @@ impl SideBySide {
                 self.differences
                     .push(format!("check of {name}: {:?}", Said::of(&checked)));
             }
+        }
+    }
+
+    /// Both sides' images have the same bitmaps with the same bits, in the same order.
+    pub fn same_bitmaps(&mut self, name: &str) {
+        let read = |dir: &tempfile::TempDir| {
+            let image = fs::read(dir.path().join(name)).unwrap();
+            let mut found = bitmap_files::stored(&image);
+            // Where they are is nobody's business.
+            for bitmap in &mut found {
+                (bitmap.entry, bitmap.table) = (0, 0);
+            }
+            found
+        };
+        let (theirs, ours) = (read(&self.theirs), read(&self.ours));
+        if theirs != ours {
+            let names = |list: &[bitmap_files::StoredBitmap]| -> Vec<_> {
+                list.iter()
+                    .map(|bitmap| {
+                        let dirty = bitmap.bits.iter().filter(|bit| **bit).count();
+                        format!("{} {:x} {dirty}", bitmap.name, bitmap.flags)
+                    })
+                    .collect()
+            };
+            let what = format!(
+                "bitmaps of {name}: {:?}, {:?}",
+                names(&theirs),
+                names(&ours)
+            );
+            self.differences.push(what);
         }
     }
 

@@ -2,6 +2,7 @@
 //!
 //! This file reads the arguments and prepares both ends; [`plan`] finds out what is where, [`copy`] moves the bytes.
 
+mod bitmaps;
 mod copy;
 mod pace;
 mod plan;
@@ -11,6 +12,7 @@ mod target;
 use std::sync::Arc;
 
 use self::{
+    bitmaps::ToCopy,
     copy::{Engine, Settings},
     plan::{Plan, Source},
     target::Target,
@@ -36,7 +38,7 @@ pub const COMMAND: Command = Command {
     about: "Copy one or more images into another, converting the format",
     usage: "[-q] [-p] [-f FMT | --image-opts] [-T CACHE] [-U] [-l SNAPSHOT] [-O FMT] [-o OPTIONS] [-t CACHE] [-c] \
             [-B FILE -F FMT] [-n [--target-is-zero]] [-S SIZE] [-m N] [-W] [-C] [-r RATE] \
-            [--salvage] FILE... TARGET",
+            [--salvage] [--bitmaps [--skip-broken-bitmaps]] FILE... TARGET",
     options: &[
         QUIET,
         PROGRESS,
@@ -118,11 +120,15 @@ pub const COMMAND: Command = Command {
         ),
         Opt::value('r', "rate", "RATE", "bytes per second, at most"),
         Opt::flag(' ', "salvage", "write zeroes where FILE can't be read"),
-        Opt::flag(' ', "bitmaps", "(persistent bitmaps; not supported yet)"),
+        Opt::flag(
+            ' ',
+            "bitmaps",
+            "copy the persistent bitmaps of the one FILE, too",
+        ),
         Opt::flag(
             ' ',
             "skip-broken-bitmaps",
-            "(persistent bitmaps; not supported yet)",
+            "with --bitmaps: leave out those that can't be trusted",
         ),
         OBJECT,
     ],
@@ -171,6 +177,18 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
         };
         opened.push(Arc::new(source));
     }
+    let bitmaps = match opened.as_slice() {
+        _ if !parsed.has("bitmaps") => None,
+        [source] => {
+            let skip = parsed.has("skip-broken-bitmaps");
+            Some(ToCopy::of(source, skip, session.program)?)
+        }
+        _ => {
+            return Err(Failure::new(
+                "Copying bitmaps only possible with single source",
+            ));
+        }
+    };
     let request = target::Request {
         name: target,
         format: target_format,
@@ -181,6 +199,7 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
         backing: parsed.get("backing"),
         backing_format: parsed.get("backing-format"),
         compress: parsed.has("compress"),
+        bitmaps: parsed.has("bitmaps"),
         cache: arguments.target_cache,
     };
     let length = opened.iter().map(|source| source.length()).sum();
@@ -210,6 +229,9 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     Engine::new(plan, target.clone(), settings, meter.clone())
         .run(session)
         .await?;
+    if let Some(bitmaps) = bitmaps {
+        bitmaps.copy(&target.handle).await?;
+    }
     for source in opened {
         if let Ok(source) = Arc::try_unwrap(source) {
             source.close().await?;
@@ -242,11 +264,6 @@ impl Arguments {
         if parsed.has("skip-broken-bitmaps") && !parsed.has("bitmaps") {
             return Err(Failure::new(
                 "Use of --skip-broken-bitmaps requires --bitmaps",
-            ));
-        }
-        if parsed.has("bitmaps") {
-            return Err(Failure::new(
-                "Copying persistent bitmaps (--bitmaps) is not supported yet",
             ));
         }
         let sparse = match parsed.get("sparse-size") {

@@ -22,6 +22,8 @@ pub struct Request<'a> {
     pub backing: Option<&'a str>,
     pub backing_format: Option<&'a str>,
     pub compress: bool,
+    /// Bitmaps are going to be copied into it.
+    pub bitmaps: bool,
     pub cache: CacheMode,
 }
 
@@ -106,6 +108,12 @@ impl Target {
             // All at once, where that is cheap.
             let flags = RequestFlags::MAY_UNMAP | RequestFlags::NO_FALLBACK;
             is_zero = handle.write_zeroes(0, length, flags).await.is_ok();
+        }
+        if request.bitmaps && !capabilities.contains(Capabilities::PERSISTENT_BITMAPS) {
+            return Err(Failure::new(format!(
+                "Format driver '{}' does not support bitmaps",
+                node.driver().name()
+            )));
         }
         let limits = handle.limits();
         let cluster = handle.info().await?.cluster_size.unwrap_or(65536);
