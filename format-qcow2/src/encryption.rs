@@ -230,7 +230,7 @@ async fn transform(
 
 impl Qcow2 {
     /// Reads guest data that is stored at `host`, decrypted. `guest` is its place on the disk.
-    pub async fn read_data(
+    pub async fn read_opened(
         &self,
         request: &Request,
         guest: u64,
@@ -262,7 +262,7 @@ impl Qcow2 {
     }
 
     /// Writes guest data to `host`, encrypted. `guest` is its place on the disk.
-    pub async fn write_data(
+    pub async fn write_sealed(
         &self,
         request: &Request,
         guest: u64,

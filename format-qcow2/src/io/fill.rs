@@ -137,7 +137,8 @@ impl Qcow2 {
         match &place.target {
             Target::Reserved(first) => {
                 let host = self.geometry.host_start(*first).0 + (start - base);
-                self.write_data(request, start, HostOffset(host), all).await
+                self.write_sealed(request, start, HostOffset(host), all)
+                    .await
             }
             Target::New(allocation) if surrounded_by_zeroes && allocation.runs().len() == 1 => {
                 let host = self.geometry.host_start(allocation.first()).0 + (start - base);
@@ -169,7 +170,7 @@ impl Qcow2 {
                     let piece = all.split_to((to - from) as usize);
                     let host = HostOffset(self.geometry.host_start(*first).0 + (from - guest));
                     guest += count * size;
-                    let write = self.write_data(request, from, host, piece);
+                    let write = self.write_sealed(request, from, host, piece);
                     if all.is_empty() && window.is_idle() {
                         return write.await;
                     }
@@ -236,7 +237,7 @@ impl Qcow2 {
             }
             Run::Data { host, .. } => {
                 let (lent, buf) = Buffer::try_new(len)?.lend();
-                self.read_data(request, guest, host, buf).await?;
+                self.read_opened(request, guest, host, buf).await?;
                 Ok(lent.reclaim().map_err(|_| kept())?.into())
             }
             Run::Compressed { run, .. } => {

@@ -83,7 +83,7 @@ impl Qcow2 {
         let result = match run {
             Run::Data { host, .. } => {
                 self.data(request)?.debug_event(DebugEvent::ReadAio).await;
-                self.read_data(request, offset, host, buf).await
+                self.read_opened(request, offset, host, buf).await
             }
             Run::Zero { .. } => {
                 buf.fill(0);

@@ -131,7 +131,7 @@ impl Qcow2 {
                     let write = async move {
                         allowed?;
                         data.debug_event(DebugEvent::WriteAio).await;
-                        let result = self.write_data(request, offset, host, piece).await;
+                        let result = self.write_sealed(request, offset, host, piece).await;
                         drop(pin);
                         result
                     };
@@ -239,7 +239,7 @@ impl Qcow2 {
                 let pin = (!mutant::is_active("qcow2-pin-dropped-before-write")).then_some(pin);
                 let data = self.data(request)?;
                 data.debug_event(DebugEvent::WriteAio).await;
-                self.write_data(request, offset, host, buf.slice(..len as usize))
+                self.write_sealed(request, offset, host, buf.slice(..len as usize))
                     .await?;
                 drop(pin);
                 Ok(len)
