@@ -127,6 +127,8 @@ pub struct OpenOptions {
     pub implicit: ImplicitOpens,
     /// Don't open backing files.
     pub no_backing: bool,
+    /// Don't open external data files: the image says what it says of itself, but its guest data can't be had.
+    pub no_data_file: bool,
     /// Open for check or repair: dirty and corrupt images are accepted as they are.
     pub for_check: bool,
     /// Nothing but what the image says of itself is wanted: encrypted images are opened without their keys, and fail all
@@ -189,6 +191,27 @@ impl OpenContext {
         format: Option<&str>,
     ) -> Result<Option<Arc<Node>>> {
         open::backing(self, options.take_child("backing")?, overlay, name, format).await
+    }
+
+    /// Opens the external data file as bare storage: what the options say under `data-file` wins over `name`, which stands in
+    /// the image `owner` and is treated like a backing file's. `None` when neither names one, or none is to be opened.
+    pub async fn open_data_file(
+        &self,
+        options: &mut Options,
+        owner: &Node,
+        name: Option<&str>,
+    ) -> Result<Option<Arc<Node>>> {
+        let explicit = options.take_child("data-file")?;
+        if self.how.no_data_file {
+            return Ok(None);
+        }
+        match (explicit, name) {
+            (Some(child), _) => open::child(self, Some(child), "data-file").await,
+            (None, Some(name)) if !name.is_empty() => {
+                open::named(self, owner, name).await.map(Some)
+            }
+            (None, _) => Ok(None),
+        }
     }
 
     /// Opens another file that the image `owner` names (an extent), as bare storage. `name` is always a path.

@@ -66,8 +66,7 @@ impl Qcow2 {
         let report = check::run(file, &mut header, mode, progress).await;
         if mode != CheckMode::ReadOnly {
             self.reload(&mut meta, request).await?;
-            let served = meta.header.refuse_unsupported().is_ok();
-            if !meta.header.is_corrupt() && served {
+            if !meta.header.is_corrupt() {
                 self.shut.store(false, Ordering::Release);
             }
         }

@@ -19,9 +19,11 @@ use crate::{
     bitmaps::Stored,
     cache::{slice::SliceIndex, slices::SliceCache},
     claims::Claims,
+    compress::Codec,
     counters::Counters,
     encryption::Encryption,
     header_update,
+    io::compressed::PackingOrder,
     layout::{ClusterIndex, Geometry, GuestOffset, HostOffset, Incompatible, L1Entry},
     meta::Meta,
     overlap::MetadataMap,
@@ -80,6 +82,12 @@ pub(crate) struct Qcow2 {
     pub filename: String,
     /// Bytes of the virtual disk.
     pub size: AtomicU64,
+    /// The external data file, taken for a raw image, holds what the guest sees.
+    pub raw_data: AtomicBool,
+    /// How compressed clusters are compressed.
+    pub codec: Codec,
+    /// In which order compressed clusters are placed.
+    pub packing_order: PackingOrder,
     pub read_only: AtomicBool,
     /// The header names a backing file, whether or not one is open.
     pub names_backing: AtomicBool,

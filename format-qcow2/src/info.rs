@@ -3,7 +3,10 @@
 use block_core::image::ImageInfo;
 use serde_json::{Map, Value, json};
 
-use crate::layout::{Autoclear, Header, Incompatible};
+use crate::{
+    compress::Codec,
+    layout::{Header, Incompatible},
+};
 
 /// The information of an image with this header.
 pub fn image_info(header: &Header) -> ImageInfo {
@@ -50,11 +53,7 @@ impl crate::bitmaps::Stored {
 /// The `data` of the `format-specific` section.
 fn format_specific(header: &Header) -> Value {
     let refcount_bits = header.geometry().refcount_bits();
-    let compression = if header.compression_type == 0 {
-        "zlib"
-    } else {
-        "zstd"
-    };
+    let compression = Codec::from_type(header.compression_type).map(Codec::name);
     if header.version < 3 {
         return json!({
             "compat": "0.10",
@@ -67,17 +66,17 @@ fn format_specific(header: &Header) -> Value {
         "compression-type": compression,
         "lazy-refcounts": header.lazy_refcounts(),
         "refcount-bits": refcount_bits,
-        "corrupt": header.is_corrupt(),
-        "extended-l2": header.incompatible.contains(Incompatible::EXTENDED_L2),
     });
-    if let Some(map) = data.as_object_mut()
-        && header.incompatible.contains(Incompatible::DATA_FILE)
-    {
-        if let Some(name) = &header.extensions.data_file {
-            map.insert("data-file".into(), String::from_utf8_lossy(name).into());
+    if let Some(map) = data.as_object_mut() {
+        if header.incompatible.contains(Incompatible::DATA_FILE) {
+            if let Some(name) = &header.extensions.data_file {
+                map.insert("data-file".into(), String::from_utf8_lossy(name).into());
+            }
+            map.insert("data-file-raw".into(), header.has_raw_data_file().into());
         }
-        let raw = header.autoclear.contains(Autoclear::RAW_DATA_FILE);
-        map.insert("data-file-raw".into(), raw.into());
+        map.insert("corrupt".into(), header.is_corrupt().into());
+        let extended = header.incompatible.contains(Incompatible::EXTENDED_L2);
+        map.insert("extended-l2".into(), extended.into());
     }
     data
 }

@@ -53,6 +53,8 @@ mod counters;
 #[cfg(not(loom))]
 pub mod create;
 #[cfg(not(loom))]
+mod data_file;
+#[cfg(not(loom))]
 mod driver;
 #[cfg(not(loom))]
 mod encryption;

@@ -4,11 +4,25 @@ use block_core::{driver::Preallocation, error::Result, options::Options, registr
 
 use crate::create::{Parameters, Plan, plan::too_large};
 
+/// Options that don't change how large an image gets.
+const WITHOUT_EFFECT: [&str; 6] = [
+    "backing_file",
+    "backing_fmt",
+    "compression_type",
+    "data_file",
+    "data_file_raw",
+    "lazy_refcounts",
+];
+
 /// Bytes that an image of `size` virtual bytes with these create options needs, if data is at `data` (offset and
 /// length in bytes; ascending, disjoint).
 ///
-/// As in `qemu-img measure`, both numbers count all L2 tables, allocated or not.
-pub fn measure(size: u64, data: &[(u64, u64)], options: Options) -> Result<Measure> {
+/// As in `qemu-img measure`, both numbers count all L2 tables, allocated or not, and what goes to an external data file
+/// counts as well. Options that don't matter for the size aren't looked at.
+pub fn measure(size: u64, data: &[(u64, u64)], mut options: Options) -> Result<Measure> {
+    for name in WITHOUT_EFFECT {
+        options.take(name);
+    }
     let parameters = Parameters::for_size(size, options)?;
     if parameters.encryption.is_some() && parameters.key_secret.is_none() {
         return Err(crypto::options::missing_key());

@@ -25,12 +25,14 @@ use crate::{
     bitmaps::Stored,
     cache::slices::{SliceCache, load_refcounts},
     claims::Claims,
+    compress::Codec,
     counters::Counters,
-    create,
+    create, data_file,
     driver::prepare_for_writing,
     encryption::Encryption,
     header_update,
     image::{Qcow2, Settings},
+    io::compressed::PackingOrder,
     layout::{Geometry, Header, header},
     measure,
     meta::Meta,
@@ -48,7 +50,7 @@ const MIN_CACHED: u64 = 4;
 
 /// Opens, creates and measures qcow2 images.
 ///
-/// Options of a node besides `file` and `backing`: `lazy-refcounts`, `pass-discard-request`, `pass-discard-snapshot`,
+/// Options of a node besides `file`, `backing` and `data-file`: `lazy-refcounts`, `pass-discard-request`, `pass-discard-snapshot`,
 /// `pass-discard-other`, `cache-size`, `l2-cache-size`, `l2-cache-entry-size`, `refcount-cache-size` (bytes),
 /// `cache-clean-interval` and `overlap-check` (accepted, without effect); `snapshot` (an identifier, or a name),
 /// `snapshot-id`, `snapshot-name`: the disk is what it was when that internal snapshot was taken, read-only. Options of
@@ -203,16 +205,17 @@ async fn open_image(
     options: &mut Options,
     file: &Arc<Node>,
     safeguards: bool,
-) -> Result<(Qcow2, Header)> {
+) -> Result<(Qcow2, Header, Option<Arc<Node>>)> {
     let child = Child::unattached(file.clone());
     let mut header = header_update::read_header(&child).await?;
     let read_only = context.node.read_only || file.driver().is_read_only();
     header.check_open(read_only, context.how.for_check)?;
+    // Before anything is written to the image: it may be missing, or not be permitted.
+    let data = data_file::open(context, options, file, &header).await?;
     if !context.how.for_check {
         header.check_inside(child.length())?;
     }
     let backing = options.take("backing");
-    refuse_foreign(options)?;
     let encryption = Encryption::open(context, options, &header, &child).await?;
     let parsed: Qcow2Options = std::mem::take(options).parse()?;
     if let Some(backing) = backing {
@@ -272,10 +275,12 @@ async fn open_image(
         size: AtomicU64::new(size),
         is_view,
         uncertain: AtomicBool::new(false),
+        raw_data: AtomicBool::new(header.has_raw_data_file()),
+        codec: Codec::from_type(header.compression_type).unwrap_or_default(),
+        packing_order: PackingOrder::default(),
         read_only: AtomicBool::new(read_only),
         names_backing: AtomicBool::new(header.backing_file.is_some()),
-        // What is opened for a check alone may need more than this driver can do: it serves no requests then.
-        shut: AtomicBool::new(header.refuse_unsupported().is_err()),
+        shut: AtomicBool::new(false),
         l1: ArcSwap::from_pointee(l1),
         metadata: metadata.clone(),
         slices: SliceCache::new(),
@@ -294,20 +299,7 @@ async fn open_image(
         quarantined: AtomicU64::new(0),
         cached_refcount_blocks: AtomicUsize::new(0),
     };
-    Ok((image, header))
-}
-
-/// Options that only make sense for images that are refused.
-fn refuse_foreign(options: &mut Options) -> Result<()> {
-    if !matches!(
-        options.take("data-file"),
-        None | Some(serde_json::Value::Null)
-    ) {
-        return Err(Error::invalid(
-            "'data-file' can only be set for images with an external data file",
-        ));
-    }
-    Ok(())
+    Ok((image, header, data))
 }
 
 #[async_trait]
@@ -334,7 +326,7 @@ impl DriverFactory for Qcow2Factory {
                 |name| error.duplicate().with_file(name),
             )
         };
-        let (image, header) = open_image(&context, &mut options, &file, self.safeguards)
+        let (image, header, data) = open_image(&context, &mut options, &file, self.safeguards)
             .await
             .map_err(named)?;
         let name = header.backing_file_name();
@@ -343,6 +335,9 @@ impl DriverFactory for Qcow2Factory {
             .open_backing(&mut options, &file, name.as_deref(), format)
             .await?;
         let mut edges = vec![(ChildRole::File, "file".to_owned(), file.clone())];
+        if let Some(data) = data {
+            edges.push((ChildRole::DataFile, "data-file".to_owned(), data));
+        }
         if let Some(backing) = backing {
             edges.push((ChildRole::Backing, "backing".to_owned(), backing));
         }

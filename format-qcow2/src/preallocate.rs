@@ -70,6 +70,9 @@ impl Qcow2 {
         let index = self.slice_of(ClusterIndex(at));
         let left = self.left_in_slice(at << bits) >> bits;
         let stop = (at + left).min(end);
+        if self.geometry.has_data_file() {
+            return self.map_data(request, at, stop, how).await;
+        }
         // Where the run of clusters without space is, and what it gets.
         let (start, allocation) = {
             let mut meta = self.lock_meta(file).await?;
@@ -126,7 +129,12 @@ impl Qcow2 {
 }
 
 /// Makes a host range read as zeroes, with as much space behind it as `how` asks for.
-async fn zero_host(file: &Child, host: HostOffset, len: u64, how: Preallocation) -> Result<()> {
+pub(crate) async fn zero_host(
+    file: &Child,
+    host: HostOffset,
+    len: u64,
+    how: Preallocation,
+) -> Result<()> {
     let flags = match how {
         Preallocation::Off | Preallocation::Metadata => RequestFlags::MAY_UNMAP,
         Preallocation::Falloc | Preallocation::Full => RequestFlags::empty(),

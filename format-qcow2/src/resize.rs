@@ -78,17 +78,23 @@ impl Qcow2 {
         let entries = self.geometry.l1_entries_for(new);
         self.reclaiming(request, || self.grow_l1(request, entries))
             .await?;
+        let mut preallocation = how.preallocation;
+        if self.geometry.has_data_file() {
+            self.grow_data(request, old, new, preallocation).await?;
+            if self.has_raw_data() && preallocation == Preallocation::Off {
+                preallocation = Preallocation::Metadata;
+            }
+        }
         if how.zero
             && self.has_backing(request)
             && !mutant::is_active("qcow2-grown-range-shows-backing")
         {
             self.zero_new(request, old, new).await?;
         }
-        if how.preallocation != Preallocation::Off {
-            self.preallocate(request, old, new, how.preallocation)
-                .await?;
+        if preallocation != Preallocation::Off {
+            self.preallocate(request, old, new, preallocation).await?;
         }
-        if how.zero || how.preallocation != Preallocation::Off {
+        if how.zero || preallocation != Preallocation::Off {
             self.write_back(request).await?;
         }
         self.set_size(request, new).await
@@ -217,7 +223,8 @@ impl Qcow2 {
         // What is left of the last cluster must not come back when the disk grows again.
         let edge = new.next_multiple_of(size).min(old);
         let mut at = new;
-        while at < edge {
+        // (The data file is cut off there.)
+        while at < edge && !self.geometry.has_data_file() {
             let (run, pin) = self.locate(request.file()?, at, edge - at).await?;
             drop(pin);
             let next = at + run.len();
@@ -234,6 +241,9 @@ impl Qcow2 {
             .await?;
         self.write_back(request).await?;
         self.set_size(request, new).await?;
+        if self.geometry.has_data_file() {
+            self.shrink_data(request, new).await?;
+        }
         self.trim(request, new).await
     }
 
@@ -241,6 +251,11 @@ impl Qcow2 {
     pub async fn empty(self: &Arc<Self>, request: &Request) -> Result<()> {
         self.check_writable()?;
         request.debug_event(DebugEvent::EmptyImagePrepare).await;
+        if self.has_raw_data() {
+            let all = self.length();
+            self.discard_raw_data(request, 0, all).await?;
+            return self.write_back(request).await;
+        }
         let end = ClusterIndex(self.length().div_ceil(self.geometry.cluster_size()));
         self.change_clusters(request, ClusterIndex(0), end, Change::Full)
             .await?;
@@ -306,6 +321,8 @@ impl Qcow2 {
         self.size.store(meta.header.disk_size(), Ordering::Release);
         self.names_backing
             .store(meta.header.backing_file.is_some(), Ordering::Release);
+        self.raw_data
+            .store(meta.header.has_raw_data_file(), Ordering::Release);
         self.writeback.failure.forget();
         self.uncertain.store(false, Ordering::Release);
         self.note_sizes(meta);

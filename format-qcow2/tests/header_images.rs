@@ -7,7 +7,7 @@ use std::process::Command;
 
 use block_core::image::CheckMode;
 use format_qcow2::{
-    compress,
+    compress::Codec,
     header_update::{change_backing, drop_unknown_autoclear, rewrite, write_size},
     info::image_info,
     layout::{CompressedRun, HostOffset, L1Entry, L2Entry, RawEntry, header::field},
@@ -300,7 +300,9 @@ fn what_is_compressed_here_is_read_by_qemu_img_and_the_other_way_round() {
         let l2 = data.len() as u64;
         data.resize(data.len() + size, 0);
         for cluster in 0..clusters {
-            let packed = compress::compress(&raw[cluster as usize * size..][..size]).unwrap();
+            let packed = Codec::Zlib
+                .compress(&raw[cluster as usize * size..][..size])
+                .unwrap();
             let run =
                 CompressedRun::new(HostOffset(data.len() as u64), packed.len() as u64, geometry);
             let entry = L2Entry::Compressed(run.unwrap()).encode(geometry);
@@ -356,8 +358,9 @@ fn what_is_compressed_here_is_read_by_qemu_img_and_the_other_way_round() {
                 panic!("{cluster}: {entry:?}")
             };
             let end = data.len().min((run.offset.0 + run.len) as usize);
-            let cluster_data =
-                compress::decompress(&data[run.offset.0 as usize..end], size).unwrap();
+            let cluster_data = Codec::Zlib
+                .decompress(&data[run.offset.0 as usize..end], size)
+                .unwrap();
             assert!(
                 cluster_data[..] == raw[cluster as usize * size..][..size],
                 "{bits} {cluster}"

@@ -5,33 +5,6 @@ mod common;
 use common::*;
 
 #[test]
-fn features_that_are_not_supported_yet_are_refused_by_name() {
-    let rig = Rig::new();
-    let scratch = tempfile::tempdir().unwrap();
-    let path = scratch.path().join("a.qcow2");
-    let name = path.to_str().unwrap();
-    let data = scratch.path().join("data.raw");
-    let external = format!("data_file={}", data.to_str().unwrap());
-    let cases = [
-        ("compression_type=zstd", "compression type"),
-        (external.as_str(), "external data file"),
-    ];
-    for (options, feature) in cases {
-        qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, name, "1M"]);
-        for open in ["", "read-only=on"] {
-            let error = rig.block_on(rig.open(&path, open)).unwrap_err();
-            let text = error.to_string();
-            assert!(
-                text.contains(feature) && text.contains(name),
-                "{options}: {text}"
-            );
-            assert_eq!(error.errno(), 95, "{text}");
-        }
-        std::fs::remove_file(&path).unwrap();
-    }
-}
-
-#[test]
 fn options_that_make_no_sense_are_refused_by_name() {
     let rig = Rig::new();
     let scratch = tempfile::tempdir().unwrap();

@@ -304,6 +304,7 @@ async fn read_parent_cid(context: &CreateContext, name: &str) -> Result<u32> {
     let how = OpenOptions {
         implicit: ImplicitOpens::Permit,
         no_backing: true,
+        no_data_file: false,
         for_check: false,
         metadata_only: false,
     };

@@ -156,11 +156,39 @@ pub async fn create(context: CreateContext, options: Options) -> Result<()> {
             parameters.key_secret.as_deref(),
         )?),
     };
+    let Some(name) = &parameters.data_file else {
+        return create_image(&context, &parameters, key).await;
+    };
+    // Nothing is made, and no file emptied, for an image that can't be.
+    Plan::new(&parameters)?.header(&parameters).encode()?;
+    let mut storage = Options::new().with("size", parameters.size);
+    match parameters.preallocation {
+        Preallocation::Off | Preallocation::Metadata => {}
+        Preallocation::Falloc => storage.set("preallocation", "falloc"),
+        Preallocation::Full => storage.set("preallocation", "full"),
+    }
+    let node = context.create_sibling(name, storage).await?;
+    let created = async {
+        Child::unattached(node.clone()).flush().await?;
+        create_image(&context, &parameters, key).await
+    }
+    .await;
+    let released = graph.release(&node).await;
+    created.and(released)
+}
+
+/// Makes the image itself; its data file is there.
+async fn create_image(
+    context: &CreateContext,
+    parameters: &Parameters,
+    key: Option<Secret>,
+) -> Result<()> {
     match (parameters.encryption, key) {
         (Some(EncryptionFormat::Luks(luks)), Some(key)) => {
-            create_encrypted(context.file()?, &parameters, &luks, graph.env(), &key).await
+            let env = context.graph().env();
+            create_encrypted(context.file()?, parameters, &luks, env, &key).await
         }
-        _ => create_in(context.file()?, &parameters).await,
+        _ => create_in(context.file()?, parameters).await,
     }
 }
 
@@ -208,8 +236,8 @@ async fn write_tables(file: &Child, parameters: &Parameters, plan: &Plan) -> Res
     prepare_storage(file, plan, parameters.preallocation).await?;
     write_refcounts(file, plan).await?;
     write_l1(file, plan).await?;
-    if plan.data_clusters > 0 {
-        write_l2(file, plan, parameters.encryption.is_some()).await?;
+    if plan.mapped_clusters > 0 {
+        write_l2(file, plan, parameters).await?;
     }
     Ok(())
 }
@@ -328,7 +356,9 @@ async fn write_l1(file: &Child, plan: &Plan) -> Result<()> {
 }
 
 /// The L2 tables of a preallocated image: every guest cluster has a host cluster of its own.
-async fn write_l2(file: &Child, plan: &Plan, encrypted: bool) -> Result<()> {
+async fn write_l2(file: &Child, plan: &Plan, parameters: &Parameters) -> Result<()> {
+    let encrypted = parameters.encryption.is_some();
+    let shows_space = parameters.data_file_raw && !encrypted;
     let geometry = plan.geometry;
     let cluster_size = geometry.cluster_size();
     let tables_at_once = (CHUNK as u64 / cluster_size).max(1);
@@ -337,11 +367,17 @@ async fn write_l2(file: &Child, plan: &Plan, encrypted: bool) -> Result<()> {
         let count = tables_at_once.min(plan.l2_tables - table);
         let first = table * geometry.l2_entries();
         let last = plan
-            .data_clusters
+            .mapped_clusters
             .min(first + count * geometry.l2_entries());
         let words = (first..last).flat_map(|cluster| {
-            let host = HostOffset(plan.data_offset().0 + cluster * cluster_size);
-            let entry = if geometry.has_extended_l2() {
+            let start = if geometry.has_data_file() {
+                0
+            } else {
+                plan.data_offset().0
+            };
+            let host = HostOffset(start + cluster * cluster_size);
+            // A raw data file shows all that it has; there is no backing file then.
+            let entry = if geometry.has_extended_l2() && !shows_space {
                 // The space is reserved, and hides nothing of a backing file.
                 let space = Some(Space { host, copied: true });
                 L2Entry::from_parts(space, Subclusters::UNALLOCATED)

@@ -12,10 +12,13 @@ use block_core::{
 use crypto::EncryptionFormat;
 
 use super::Parameters;
-use crate::layout::{
-    Autoclear, Compatible, Extensions, Geometry, Header, HostOffset, Incompatible,
-    extensions::LuksPointer,
-    header::{MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES},
+use crate::{
+    compress::Codec,
+    layout::{
+        Autoclear, Compatible, Extensions, Geometry, Header, HostOffset, Incompatible,
+        extensions::LuksPointer,
+        header::{MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES},
+    },
 };
 
 /// Sizes of the parts of a new image.
@@ -33,8 +36,10 @@ pub struct Plan {
     pub luks_clusters: u64,
     /// L2 tables, one cluster each; 0 unless preallocated.
     pub l2_tables: u64,
-    /// Data clusters; 0 unless preallocated.
+    /// Data clusters; 0 unless preallocated, and with an external data file.
     pub data_clusters: u64,
+    /// Guest clusters that the L2 tables map; 0 unless preallocated.
+    pub mapped_clusters: u64,
     /// All clusters, the header's included.
     pub total_clusters: u64,
 }
@@ -57,7 +62,8 @@ impl Plan {
     /// # Errors
     /// EFBIG when the disk is too large for the format.
     pub fn new(parameters: &Parameters) -> Result<Self> {
-        let preallocated = parameters.preallocation != Preallocation::Off;
+        let preallocated =
+            parameters.preallocation != Preallocation::Off || parameters.data_file_raw;
         let storable = |plan: &Self| {
             plan.refcount_table_clusters * plan.geometry.cluster_size() <= MAX_REFCOUNT_TABLE_BYTES
         };
@@ -81,10 +87,15 @@ impl Plan {
         if l1_entries * 8 > MAX_L1_BYTES {
             return None;
         }
-        let data_clusters = if data {
+        let mapped_clusters = if data {
             geometry.clusters_for(parameters.size)
         } else {
             0
+        };
+        let data_clusters = if parameters.data_file.is_some() {
+            0
+        } else {
+            mapped_clusters
         };
         let l2_tables = if data { l1_entries } else { 0 };
         let luks = parameters.encryption.map_or(0, |format| format.area_len());
@@ -107,6 +118,7 @@ impl Plan {
                     luks_clusters,
                     l2_tables,
                     data_clusters,
+                    mapped_clusters,
                     total_clusters: total,
                 });
             }
@@ -160,6 +172,10 @@ impl Plan {
         incompatible.set(Incompatible::EXTENDED_L2, parameters.extended_l2);
         let mut compatible = Compatible::empty();
         compatible.set(Compatible::LAZY_REFCOUNTS, parameters.lazy_refcounts);
+        incompatible.set(Incompatible::COMPRESSION, parameters.codec != Codec::Zlib);
+        incompatible.set(Incompatible::DATA_FILE, parameters.data_file.is_some());
+        let mut autoclear = Autoclear::empty();
+        autoclear.set(Autoclear::RAW_DATA_FILE, parameters.data_file_raw);
         Header {
             version: parameters.version,
             cluster_bits: parameters.cluster_bits,
@@ -181,9 +197,9 @@ impl Plan {
             snapshots_offset: HostOffset(0),
             incompatible,
             compatible,
-            autoclear: Autoclear::empty(),
+            autoclear,
             refcount_order: parameters.refcount_order,
-            compression_type: 0,
+            compression_type: parameters.codec.to_type(),
             unknown_tail: Vec::new(),
             backing_file: parameters
                 .backing_file
@@ -195,6 +211,10 @@ impl Plan {
                     offset: self.luks_offset().0,
                     len: parameters.encryption.map_or(0, |format| format.area_len()),
                 }),
+                data_file: parameters
+                    .data_file
+                    .as_ref()
+                    .map(|name| name.as_bytes().to_vec()),
                 ..Extensions::default()
             },
         }

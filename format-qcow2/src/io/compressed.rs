@@ -1,4 +1,7 @@
 //! Compressed writes: whole clusters, each compressed on the environment's workers and packed right behind the one before.
+//!
+//! Clusters are compressed side by side, but placed in the order in which they were handed in, request by request: whoever
+//! writes from front to back gets an image that reads from front to back.
 
 use std::sync::Arc;
 
@@ -6,15 +9,15 @@ use block_core::{
     buffer::IoBuf,
     debug::DebugEvent,
     env::offload,
-    error::{Error, Result},
+    error::{Error, ErrorKind, Result},
     flags::RequestFlags,
     request::Request,
 };
-use futures::FutureExt;
+use futures::{FutureExt, channel::oneshot};
+use parking_lot::Mutex;
 
 use super::window::Window;
 use crate::{
-    compress,
     counters::Counters,
     image::Qcow2,
     layout::{ClusterIndex, HostCluster, L2Entry, RawEntry},
@@ -22,6 +25,39 @@ use crate::{
 
 /// Clusters of one request that are compressed at once.
 const WINDOW: usize = 8;
+
+/// The queue of those who are going to place a compressed cluster. Nobody holds a pin, claim or lock while in it.
+#[derive(Debug, Default)]
+pub(crate) struct PackingOrder(Mutex<Option<oneshot::Receiver<()>>>);
+
+/// A place in the queue. It is left, however it ends, when the turn is dropped.
+struct Turn {
+    /// Resolves when the one before has left.
+    before: Option<oneshot::Receiver<()>>,
+    /// Dropped when this one leaves.
+    left: oneshot::Sender<()>,
+}
+
+impl Turn {
+    /// Waits for it.
+    async fn come(&mut self) {
+        if let Some(before) = &mut self.before {
+            // Nothing is ever sent.
+            let _ = before.await;
+            self.before = None;
+        }
+    }
+}
+
+impl PackingOrder {
+    /// The end of the queue.
+    fn enter(&self) -> Turn {
+        let mut last = self.0.lock();
+        let (left, next) = oneshot::channel();
+        let before = last.replace(next);
+        Turn { before, left }
+    }
+}
 
 impl Qcow2 {
     /// Writes whole clusters compressed; the last one may be cut by the end of the disk.
@@ -36,6 +72,9 @@ impl Qcow2 {
     ) -> Result<()> {
         self.check_writable()?;
         self.check_compressible()?;
+        if self.geometry.has_data_file() {
+            return Err(Error::from_kind(ErrorKind::NotSupported));
+        }
         let size = self.geometry.cluster_size();
         let end = offset + buf.len() as u64;
         if offset % size != 0 || (end % size != 0 && end != self.length()) {
@@ -47,6 +86,9 @@ impl Qcow2 {
                 ),
             );
         }
+        // One place for all of it: those who come later follow its last cluster.
+        let Turn { mut before, left } = self.packing_order.enter();
+        let mut end = Some(left);
         let mut window = Window::new(WINDOW);
         let mut rest = buf;
         let mut at = offset;
@@ -57,7 +99,22 @@ impl Qcow2 {
             }
             let len = rest.len().min(size as usize);
             let piece = rest.split_to(len);
-            window.push(self.write_compressed_cluster(request, at, piece).boxed());
+            let (left, next) = match end.take_if(|_| rest.is_empty()) {
+                Some(left) => (left, None),
+                None => {
+                    let (left, next) = oneshot::channel();
+                    (left, Some(next))
+                }
+            };
+            let turn = Turn {
+                before: before.take(),
+                left,
+            };
+            before = next;
+            window.push(
+                self.write_compressed_cluster(request, at, piece, turn)
+                    .boxed(),
+            );
             at += len as u64;
         }
         window.finish().await
@@ -68,13 +125,18 @@ impl Qcow2 {
         request: &Request,
         offset: u64,
         data: IoBuf,
+        mut turn: Turn,
     ) -> Result<()> {
         let file = request.file()?;
         let size = self.geometry.cluster_size() as usize;
         let mut bytes = data.to_vec();
         bytes.resize(size, 0);
         let cluster = self.cluster_of(offset);
-        let Some(packed) = offload(request.env(), move || compress::compress(&bytes)).await? else {
+        let codec = self.codec;
+        let packed = offload(request.env(), move || codec.compress(&bytes)).await?;
+        turn.come().await;
+        let Some(packed) = packed else {
+            drop(turn);
             let slice = self.slice(file, self.slice_of(cluster)).await?;
             if let Some(slice) = slice {
                 self.check_unallocated(slice.load(self.slice_entry(cluster)), cluster)?;
@@ -82,18 +144,20 @@ impl Qcow2 {
             return self.write_guest(request, offset, data).await;
         };
         let packed = IoBuf::from(packed);
+        let turn = Mutex::new(Some(turn));
         self.reclaiming(request, || {
-            self.write_packed(request, cluster, packed.clone())
+            self.write_packed(request, cluster, packed.clone(), &turn)
         })
         .await
     }
 
-    /// Stores a cluster's compressed bytes and links them.
+    /// Stores a cluster's compressed bytes and links them. Leaves the queue as soon as they have a place.
     async fn write_packed(
         self: &Arc<Self>,
         request: &Request,
         cluster: ClusterIndex,
         packed: IoBuf,
+        turn: &Mutex<Option<Turn>>,
     ) -> Result<()> {
         let file = request.file()?;
         self.make_room(request).await?;
@@ -111,6 +175,7 @@ impl Qcow2 {
             self.note_sizes(&meta);
             allocated?
         };
+        drop(turn.lock().take());
         file.debug_event(DebugEvent::WriteCompressed).await;
         file.write(run.offset.0, packed, RequestFlags::empty())
             .await?;

@@ -71,6 +71,12 @@ impl Qcow2 {
             let begin = self.geometry.cluster_start(cluster).0;
             begin + self.span(self.written(place, last)?).1
         };
+        // Behind the end of the disk a data file has nothing.
+        let end = if self.geometry.has_data_file() {
+            end.min(self.length().max(place.end()))
+        } else {
+            end
+        };
         Ok((start, end))
     }
 

@@ -53,7 +53,12 @@ impl Run {
 impl Qcow2 {
     /// Decodes an entry of a guest cluster.
     pub fn decode(&self, raw: RawEntry, cluster: ClusterIndex) -> Result<L2Entry> {
-        L2Entry::decode(raw, self.geometry).map_err(|problem| self.bad_entry(problem, cluster))
+        let entry = L2Entry::decode(raw, self.geometry)
+            .map_err(|problem| self.bad_entry(problem, cluster))?;
+        if self.geometry.has_data_file() {
+            self.check_data_entry(entry, cluster)?;
+        }
+        Ok(entry)
     }
 
     fn bad_entry(&self, problem: EntryProblem, cluster: ClusterIndex) -> Error {

@@ -14,7 +14,6 @@ use futures::FutureExt;
 
 use super::{map::Run, window::Window};
 use crate::{
-    compress,
     image::Qcow2,
     layout::{CompressedRun, HostOffset},
 };
@@ -118,6 +117,7 @@ impl Qcow2 {
             .file()?
             .read_padded(run.offset.0, run.len as usize)
             .await?;
-        offload(request.env(), move || compress::decompress(&bytes, size)).await?
+        let codec = self.codec;
+        offload(request.env(), move || codec.decompress(&bytes, size)).await?
     }
 }

@@ -44,6 +44,8 @@ impl Qcow2 {
         len: u64,
     ) -> Result<DriverStatus> {
         let file = request.file()?;
+        // Where data is can't be told without the file that it is in.
+        self.data(request)?;
         let mut whole: Option<DriverStatus> = None;
         for _ in 0..MAX_RUNS {
             let done = whole.map_or(0, |status| status.len);

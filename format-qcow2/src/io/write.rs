@@ -320,6 +320,8 @@ impl Qcow2 {
             let entry = self.decode(raw, ClusterIndex(first.0 + n as u64))?;
             let own = match entry.space() {
                 Some(space) if space.copied => Some(space.host),
+                // In a data file each guest cluster has its place, whether it is used or not.
+                _ if self.geometry.has_data_file() => Some(HostOffset((first.0 + n as u64) * size)),
                 _ => None,
             };
             match (own, reserved) {
@@ -419,7 +421,9 @@ impl Qcow2 {
             let host = HostOffset(host.0 * size);
             let new = Self::with_data(old, host, touched).encode(self.geometry);
             meta.set_entry(index, &slice, at + n, new);
-            meta.unlinked.remove(&(host.0 / size));
+            if !self.geometry.has_data_file() {
+                meta.unlinked.remove(&(host.0 / size));
+            }
         }
         meta.linked = !mutant::is_active("qcow2-link-not-noted-for-barrier");
         let batch = meta.batch;
@@ -447,6 +451,10 @@ impl Qcow2 {
         place: &Place,
         hosts: &[HostCluster],
     ) -> Result<()> {
+        if self.geometry.has_data_file() {
+            // There a cluster is its guest cluster's, and nothing counts references to it.
+            return Ok(());
+        }
         let file = request.file()?;
         let new = matches!(place.target, Target::New(_));
         for host in hosts {
@@ -475,6 +483,10 @@ impl Qcow2 {
         freed: &mut Freed,
     ) -> Result<()> {
         let file = request.file()?;
+        if self.geometry.has_data_file() {
+            // What is in the data file has no refcount. (Compressed clusters are refused by `decode`.)
+            return self.decode(raw, cluster).map(drop);
+        }
         let (first, last) = match self.decode(raw, cluster)? {
             L2Entry::Compressed(run) => {
                 let (first, last) = run.clusters(self.geometry);

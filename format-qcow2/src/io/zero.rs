@@ -96,6 +96,9 @@ impl Qcow2 {
         flags: RequestFlags,
     ) -> Result<()> {
         self.check_writable()?;
+        if self.has_raw_data() {
+            return self.zero_raw_data(request, offset, len, flags).await;
+        }
         if !self.geometry.has_zero_flag() && self.has_backing(request) {
             return Err(Error::from_kind(ErrorKind::NotSupported));
         }
@@ -199,6 +202,9 @@ impl Qcow2 {
         len: u64,
     ) -> Result<()> {
         self.check_writable()?;
+        if self.has_raw_data() {
+            return self.discard_raw_data(request, offset, len).await;
+        }
         if !self.geometry.has_zero_flag() && self.has_backing(request) {
             // Old content of the backing file would show: better to keep what is there.
             return Ok(());
@@ -271,14 +277,14 @@ impl Qcow2 {
                 changed
             };
             let late = self.reclaiming(request, step).await?;
-            self.punch(file, &late).await;
+            self.punch(self.data(request)?, &late).await;
             at = stop;
         }
         self.make_room(request).await
     }
 
-    /// Changes clusters of one slice. Gives back what is to be punched right away, which only a driver without
-    /// safeguards does.
+    /// Changes clusters of one slice. Gives back what is to be punched right away: ranges of a data file, whose owner never
+    /// changes (and everything in a driver without safeguards).
     async fn change_slice(
         self: &Arc<Self>,
         meta: &mut Meta,
@@ -309,7 +315,11 @@ impl Qcow2 {
                 let Some(new) = changed_in(entry, mask, change, zero_flag, backing)? else {
                     return Ok(None);
                 };
-                if new.space().is_none() && !mutant::is_active("qcow2-discard-leaks") {
+                if self.geometry.has_data_file() {
+                    if entry.space().is_some() && new.space().is_none() {
+                        freed.push(cluster.0, punch);
+                    }
+                } else if new.space().is_none() && !mutant::is_active("qcow2-discard-leaks") {
                     self.unlink(meta, request, raw, cluster, punch, &mut freed)
                         .await?;
                 }
@@ -324,7 +334,7 @@ impl Qcow2 {
                 }
             }
         }
-        let late = if self.settings.safeguards {
+        let late = if self.settings.safeguards && !self.geometry.has_data_file() {
             let batch = meta.batch;
             meta.quarantine.close(freed, batch, &self.pins);
             Vec::new()

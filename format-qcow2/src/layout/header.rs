@@ -487,6 +487,12 @@ impl Header {
         }
     }
 
+    /// Whether the external data file by itself is a raw image of the disk.
+    pub fn has_raw_data_file(&self) -> bool {
+        self.incompatible.contains(Incompatible::DATA_FILE)
+            && self.autoclear.contains(Autoclear::RAW_DATA_FILE)
+    }
+
     /// Bytes of the virtual disk that a guest sees: whole sectors of 512.
     pub const fn disk_size(&self) -> u64 {
         self.size & !511

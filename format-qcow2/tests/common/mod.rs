@@ -142,7 +142,12 @@ pub fn assert_clean(path: &Path) {
         &["check", "-f", "qcow2", path.to_str().unwrap()],
     );
     let text = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success(), "{}: {text}", path.display());
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        output.status.success(),
+        "{}: {text}{errors}",
+        path.display()
+    );
 }
 
 /// What the installed qemu-img reads.

@@ -89,6 +89,8 @@ pub struct Storage {
     /// Polls that a flush takes.
     slow_flush: AtomicU64,
     trap: Mutex<Trap>,
+    /// A log that several storages keep together, and which of them this one is.
+    joint: Mutex<Option<(usize, JointLog)>>,
     parking: Mutex<Parking>,
 }
 
@@ -99,6 +101,9 @@ struct Parking {
     parked: usize,
     wakers: Vec<std::task::Waker>,
 }
+
+/// What reached several storages, in order.
+pub type JointLog = Arc<Mutex<Vec<(usize, Event)>>>;
 
 /// A flush that fails once, when there was a write at a certain place before it.
 #[derive(Default)]
@@ -114,6 +119,11 @@ impl Storage {
         let storage = Self::default();
         storage.state.lock().data = data;
         Arc::new(storage)
+    }
+
+    /// From now on what reaches it is logged there, as the events of storage `which`.
+    pub fn log_to(&self, which: usize, log: &JointLog) {
+        *self.joint.lock() = Some((which, log.clone()));
     }
 
     pub fn set_dawdle(&self, most: u64) {
@@ -208,6 +218,9 @@ impl Storage {
             _ => {}
         }
         event.apply(&mut state.data);
+        if let Some((which, log)) = &*self.joint.lock() {
+            log.lock().push((*which, event.clone()));
+        }
         if state.keep_log {
             state.log.push(event);
         }

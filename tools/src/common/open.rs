@@ -40,6 +40,8 @@ pub struct Access {
     pub force_share: bool,
     /// Without its backing file.
     pub no_backing: bool,
+    /// Leave external data files alone.
+    pub no_data_file: bool,
     /// For check or repair.
     pub for_check: bool,
     /// Nothing but what the image says of itself is wanted.
@@ -107,6 +109,7 @@ async fn attempt(
     let how = OpenOptions {
         implicit: ImplicitOpens::Permit,
         no_backing: access.no_backing,
+        no_data_file: access.no_data_file,
         for_check: access.for_check,
         metadata_only: access.metadata_only,
     };

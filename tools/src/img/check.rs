@@ -115,6 +115,7 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
         force_share: parsed.has("force-share"),
         // The backing file has no part in it; qemu-img insists on it all the same.
         no_backing: !session.program.is_qemu(),
+        no_data_file: !session.program.is_qemu(),
         for_check: true,
         metadata_only: false,
         cache,

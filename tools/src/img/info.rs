@@ -51,6 +51,7 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     let access = Access {
         no_backing: true,
         metadata_only: true,
+        no_data_file: true,
         force_share: parsed.has("force-share"),
         ..Access::default()
     };

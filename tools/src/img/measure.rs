@@ -117,10 +117,6 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
             failure.and(format!("Invalid options for file format '{format}'"))
         })?;
     }
-    let length = options
-        .get_size("size")
-        .filter(|_| file.is_none())
-        .unwrap_or(length);
     let measure = factory.measure(length, &data, options.for_format()?)?;
     let bitmaps = has_bitmaps && format == "qcow2";
     match output {

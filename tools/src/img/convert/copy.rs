@@ -371,17 +371,18 @@ impl Engine {
         }
     }
 
-    /// Whether a range is a whole cluster, or all that there is of the last one.
+    /// Whether a range is made of whole clusters; the last may be cut by the end of the disk.
     fn is_whole(&self, offset: u64, len: u64) -> bool {
         let cluster = self.target.cluster;
-        offset % cluster == 0 && (len == cluster || offset + len == self.target.handle.length())
+        let ends = offset + len == self.target.handle.length();
+        offset % cluster == 0 && (len % cluster == 0 || ends)
     }
 
     /// Cuts a chunk into runs of zeroes and of data.
     fn runs(&self, piece: Piece, bytes: &[u8]) -> Vec<Run> {
         let end = bytes.len();
         if self.settings.compress {
-            return runs(bytes, piece.offset, self.target.cluster, 1, true);
+            return runs(bytes, piece.offset, self.target.cluster, 1);
         }
         match self.settings.sparse {
             None => vec![Run {
@@ -392,7 +393,7 @@ impl Engine {
             Some(least) => {
                 // Parts of pages cost more than they save, unless they were asked for.
                 let unit = self.target.zero_unit.max(least.min(4096));
-                runs(bytes, piece.offset, unit, least, false)
+                runs(bytes, piece.offset, unit, least)
             }
         }
     }

@@ -14,8 +14,8 @@ pub struct Run {
 }
 
 /// Cuts `bytes`, which begin at `offset` of the target, into runs. Zeroes count in whole multiples of `unit` of the
-/// target, and in runs of at least `least` bytes. With `each`, every unit of data is a run of its own.
-pub fn runs(bytes: &[u8], offset: u64, unit: u64, least: u64, each: bool) -> Vec<Run> {
+/// target, and in runs of at least `least` bytes.
+pub fn runs(bytes: &[u8], offset: u64, unit: u64, least: u64) -> Vec<Run> {
     let mut runs: Vec<Run> = Vec::new();
     let mut start = 0;
     while start < bytes.len() {
@@ -23,7 +23,7 @@ pub fn runs(bytes: &[u8], offset: u64, unit: u64, least: u64, each: bool) -> Vec
         let end = bytes.len().min(start + to_boundary as usize);
         let zero = is_zero(&bytes[start..end]);
         match runs.last_mut() {
-            Some(last) if last.zero == zero && (zero || !each) => last.end = end,
+            Some(last) if last.zero == zero => last.end = end,
             _ => runs.push(Run { start, end, zero }),
         }
         start = end;
@@ -37,7 +37,7 @@ pub fn runs(bytes: &[u8], offset: u64, unit: u64, least: u64, each: bool) -> Vec
         for mut run in runs {
             run.zero = run.zero && (run.end - run.start) as u64 >= least;
             match merged.last_mut() {
-                Some(last) if last.zero == run.zero && (run.zero || !each) => last.end = run.end,
+                Some(last) if last.zero == run.zero => last.end = run.end,
                 _ => merged.push(run),
             }
         }
@@ -60,7 +60,7 @@ mod tests {
         bytes[4096] = 1;
         bytes[4096 * 2 - 1] = 1;
         assert_eq!(
-            runs(&bytes, 0, 4096, 4096, false),
+            runs(&bytes, 0, 4096, 4096),
             [
                 run(0, 4096, true),
                 run(4096, 8192, false),
@@ -69,7 +69,7 @@ mod tests {
         );
         // The chunk begins in the middle of a unit.
         assert_eq!(
-            runs(&bytes, 2048, 4096, 4096, false),
+            runs(&bytes, 2048, 4096, 4096),
             [run(0, 10240, false), run(10240, 16384, true)]
         );
     }
@@ -80,25 +80,9 @@ mod tests {
         bytes[0] = 1;
         bytes[1024] = 1;
         assert_eq!(
-            runs(&bytes, 0, 512, 2048, false),
+            runs(&bytes, 0, 512, 2048),
             [run(0, 1536, false), run(1536, 4096, true)]
         );
-        assert_eq!(runs(&bytes, 0, 512, 4096, false), [run(0, 4096, false)]);
-    }
-
-    #[test]
-    fn each_unit_of_data_can_be_a_run_of_its_own() {
-        let mut bytes = vec![1; 1024 * 3];
-        bytes[1024..2048].fill(0);
-        assert_eq!(
-            runs(&bytes, 0, 512, 1, true),
-            [
-                run(0, 512, false),
-                run(512, 1024, false),
-                run(1024, 2048, true),
-                run(2048, 2560, false),
-                run(2560, 3072, false)
-            ]
-        );
+        assert_eq!(runs(&bytes, 0, 512, 4096), [run(0, 4096, false)]);
     }
 }

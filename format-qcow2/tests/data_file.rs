@@ -1,0 +1,583 @@
+//! External data files: what the installed tools made and what is made here is the same to both; the metadata file holds
+//! metadata alone; a raw data file is what the guest sees; nothing is opened without consent; power cuts.
+
+mod common;
+
+use std::{path::Path, sync::Arc};
+
+use block_core::{
+    BlockHandle, OpenOptions, Options, PermissionSet, Permissions, RequestFlags, Result,
+    driver::{Preallocation, Truncate},
+    image::{CheckMode, Progress},
+    registry::ImplicitOpens,
+};
+use common::{
+    storage::{Event, JointLog, Storage},
+    *,
+};
+use parking_lot::Mutex;
+use rand::{Rng, SeedableRng, rngs::SmallRng};
+
+const KINDS: [&str; 6] = [
+    "cluster_size=64k",
+    "cluster_size=4k",
+    "cluster_size=64k,data_file_raw=on",
+    "cluster_size=512,data_file_raw=on",
+    "cluster_size=64k,extended_l2=on",
+    "cluster_size=16k,extended_l2=on,data_file_raw=on",
+];
+
+fn cluster_of(kind: &str) -> u64 {
+    let (_, rest) = kind.split_once('=').unwrap();
+    let text = rest.split(',').next().unwrap();
+    block_core::options::parse_size(text).unwrap()
+}
+
+fn create(path: &Path, options: &str, size: usize) {
+    let name = path.to_str().unwrap();
+    qemu_img(&[
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-o",
+        options,
+        name,
+        &size.to_string(),
+    ]);
+}
+
+/// A raw data file, without what the tools put behind the end of the disk.
+fn assert_raw(path: &Path, disk: &[u8], what: &str) {
+    let mut raw = std::fs::read(path).unwrap();
+    assert!(raw.len() >= disk.len(), "{what}");
+    raw.truncate(disk.len());
+    assert_same(&raw, disk, &format!("{what}: the raw file"));
+}
+
+#[test]
+fn both_sides_read_and_write_each_others_images_with_a_data_file() {
+    let scratch = tempfile::tempdir().unwrap();
+    // The disk ends within a cluster.
+    let size = (3 << 20) + 1536;
+    for (seed, kind) in KINDS.iter().enumerate() {
+        for theirs in [true, false] {
+            let what = format!("{kind}, made by {}", if theirs { "qemu-img" } else { "us" });
+            let path = scratch.path().join("a.qcow2");
+            let data = scratch.path().join("data.raw");
+            let raw = kind.contains("raw");
+            let rig = Rig::new();
+            if theirs {
+                create(&path, &format!("{kind},data_file={}", data.display()), size);
+            } else {
+                rig.block_on(async {
+                    // (qemu-img takes relative names to be relative to where it runs.)
+                    let options = format!("{kind},data_file={},size={size}", data.display());
+                    let options = Options::from_dotted(&options).unwrap();
+                    let name = path.to_str().unwrap();
+                    rig.registry
+                        .create(&rig.graph, "qcow2", name, options)
+                        .await
+                        .unwrap();
+                });
+                assert_clean(&path);
+            }
+            let mut oracle = Oracle::new(vec![0; size], seed as u64, cluster_of(kind));
+            rig.block_on(async {
+                let handle = rig.open(&path, "").await.unwrap();
+                for _ in 0..150 {
+                    oracle.step(&handle).await.unwrap();
+                    if raw {
+                        assert_raw(&data, &oracle.disk, &what);
+                    }
+                }
+                oracle.verify(&handle).await.unwrap();
+                let report = handle
+                    .check(CheckMode::ReadOnly, Progress::new())
+                    .await
+                    .unwrap();
+                assert!(report.is_clean(), "{what}: {report:?}");
+                rig.close(handle).await.unwrap();
+            });
+            if !theirs {
+                assert_eq!(
+                    std::fs::metadata(&data).unwrap().len(),
+                    size as u64,
+                    "{what}"
+                );
+            }
+            assert_clean(&path);
+            assert_same(&contents(&path, scratch.path()), &oracle.disk, &what);
+            tool(
+                "qemu-io",
+                &[
+                    "-f",
+                    "qcow2",
+                    "-c",
+                    "write -P 3 70k 3k",
+                    "-c",
+                    "write -z 1M 200k",
+                    "-c",
+                    "discard 2M 128k",
+                    path.to_str().unwrap(),
+                ],
+            );
+            oracle.disk[70 << 10..73 << 10].fill(3);
+            oracle.disk[1 << 20..(1 << 20) + (200 << 10)].fill(0);
+            oracle.disk[2 << 20..(2 << 20) + (128 << 10)].fill(0);
+            let rig = Rig::new();
+            rig.block_on(async {
+                let handle = rig.open(&path, "").await.unwrap();
+                oracle.verify(&handle).await.unwrap();
+                rig.close(handle).await.unwrap();
+            });
+            if raw {
+                assert_raw(&data, &oracle.disk, &what);
+            }
+            std::fs::remove_file(&path).unwrap();
+            std::fs::remove_file(&data).unwrap();
+        }
+    }
+}
+
+#[test]
+fn guest_data_goes_to_the_data_file_and_metadata_to_the_image() {
+    let scratch = tempfile::tempdir().unwrap();
+    let path = scratch.path().join("a.qcow2");
+    let data = scratch.path().join("data.raw");
+    create(&path, &format!("data_file={}", data.display()), 16 << 20);
+    let rig = Rig::new();
+    rig.block_on(async {
+        let handle = rig.open(&path, "").await.unwrap();
+        write(&handle, 0, 8 << 20, 7).await.unwrap();
+        let status = handle.block_status(1 << 20, 1 << 20).await.unwrap();
+        let (node, at) = status.mapped.unwrap();
+        assert_eq!(node.filename().unwrap(), data.to_str().unwrap());
+        assert_eq!(at, 1 << 20, "a place is the guest's offset");
+        let packed = handle
+            .write(8 << 20, vec![1; 1 << 16], RequestFlags::WRITE_COMPRESSED)
+            .await;
+        assert_eq!(packed.unwrap_err().errno(), 95);
+        // Without unmapping the space is kept; a discard punches it.
+        let used = || {
+            use std::os::unix::fs::MetadataExt;
+            std::fs::metadata(&data).unwrap().blocks() * 512
+        };
+        let before = used();
+        assert!(before >= 8 << 20);
+        handle
+            .write_zeroes(0, 2 << 20, RequestFlags::empty())
+            .await
+            .unwrap();
+        assert_eq!(used(), before);
+        handle.discard(0, 4 << 20).await.unwrap();
+        assert!(used() <= before - (4 << 20), "{} of {before}", used());
+        assert_same(
+            &handle.read(0, 4 << 20).await.unwrap(),
+            &vec![0; 4 << 20],
+            "discarded",
+        );
+        rig.close(handle).await.unwrap();
+    });
+    assert!(std::fs::metadata(&path).unwrap().len() <= 6 << 16);
+    assert_clean(&path);
+}
+
+async fn open_with(
+    rig: &Rig,
+    path: &Path,
+    options: &str,
+    implicit: ImplicitOpens,
+) -> Result<BlockHandle> {
+    let how = OpenOptions {
+        implicit,
+        ..OpenOptions::default()
+    };
+    let options = Options::from_dotted(options)?;
+    let name = path.to_str().unwrap();
+    let node = rig
+        .registry
+        .open_file(&rig.graph, name, Some("qcow2"), options, how)
+        .await?;
+    let used = Permissions::CONSISTENT_READ | Permissions::WRITE;
+    rig.graph
+        .attach(&node, PermissionSet::new(used, Permissions::all()), "test")
+}
+
+#[test]
+fn a_data_file_is_opened_with_consent_only_and_the_openers_choice_wins() {
+    let scratch = tempfile::tempdir().unwrap();
+    let path = scratch.path().join("a.qcow2");
+    let (data, other) = (
+        scratch.path().join("data.raw"),
+        scratch.path().join("other.raw"),
+    );
+    let rig = Rig::new();
+    rig.block_on(async {
+        let options = Options::from_dotted("size=1M,data_file=data.raw").unwrap();
+        rig.registry
+            .create(&rig.graph, "qcow2", path.to_str().unwrap(), options)
+            .await
+            .unwrap();
+        let before = std::fs::read(&path).unwrap();
+        let denied = open_with(&rig, &path, "", ImplicitOpens::Deny)
+            .await
+            .unwrap_err();
+        assert!(denied.to_string().contains("data.raw"), "{denied}");
+        let asked = Arc::new(Mutex::new(Vec::new()));
+        let seen = asked.clone();
+        let ask = ImplicitOpens::Ask(Arc::new(move |name: &str| {
+            seen.lock().push(name.to_owned());
+            false
+        }));
+        assert!(open_with(&rig, &path, "", ask).await.is_err());
+        assert_eq!(*asked.lock(), [data.to_str().unwrap()]);
+        assert_eq!(std::fs::read(&path).unwrap(), before, "nothing was written");
+
+        // Named by the opener no consent is needed, and the header's name doesn't matter.
+        std::fs::copy(&data, &other).unwrap();
+        let explicit = format!(
+            "data-file.driver=file,data-file.filename={}",
+            other.display()
+        );
+        let handle = open_with(&rig, &path, &explicit, ImplicitOpens::Deny)
+            .await
+            .unwrap();
+        write(&handle, 0, 1 << 16, 9).await.unwrap();
+        rig.close(handle).await.unwrap();
+        assert_eq!(std::fs::read(&other).unwrap()[0], 9);
+        assert_eq!(std::fs::read(&data).unwrap()[0], 0);
+
+        std::fs::remove_file(&data).unwrap();
+        let missing = open_with(&rig, &path, "", ImplicitOpens::Permit)
+            .await
+            .unwrap_err();
+        assert!(missing.to_string().contains("data.raw"), "{missing}");
+        assert_eq!(missing.errno(), 2);
+        // `info` has no need for it.
+        let how = OpenOptions {
+            no_data_file: true,
+            ..OpenOptions::default()
+        };
+        let name = path.to_str().unwrap();
+        let node = rig
+            .registry
+            .open_file(
+                &rig.graph,
+                name,
+                Some("qcow2"),
+                Options::from_dotted("read-only=on").unwrap(),
+                how,
+            )
+            .await
+            .unwrap();
+        let reads = PermissionSet::new(Permissions::CONSISTENT_READ, Permissions::all());
+        let handle = rig.graph.attach(&node, reads, "info").unwrap();
+        let info = handle.info().await.unwrap().format_specific.unwrap().1;
+        assert_eq!(
+            (&info["data-file"], &info["data-file-raw"]),
+            (&"data.raw".into(), &false.into())
+        );
+        assert_eq!(handle.read(0, 512).await.unwrap_err().errno(), 123);
+        rig.close(handle).await.unwrap();
+    });
+    let rig = Rig::new();
+    let plain = scratch.path().join("b.qcow2");
+    create(&plain, "cluster_size=64k", 1 << 20);
+    let explicit = format!(
+        "data-file.driver=file,data-file.filename={}",
+        other.display()
+    );
+    let error = rig.block_on(rig.open(&plain, &explicit)).unwrap_err();
+    let text = "'data-file' can only be set for images with an external data file";
+    assert!(error.to_string().contains(text), "{error}");
+}
+
+#[test]
+fn options_that_do_not_go_together_have_qemus_errors_and_touch_no_file() {
+    let scratch = tempfile::tempdir().unwrap();
+    let data = scratch.path().join("data.raw");
+    let path = scratch.path().join("a.qcow2");
+    let rig = Rig::new();
+    for (options, message) in [
+        (
+            "data_file=data.raw,compat=0.10",
+            "External data files are only supported with compatibility level",
+        ),
+        ("data_file_raw=on", "data-file-raw requires data-file"),
+        (
+            "data_file=data.raw,data_file_raw=on,backing_file=x,backing_fmt=raw",
+            "Backing file and data-file-raw cannot be used at the same time",
+        ),
+    ] {
+        std::fs::write(&data, b"precious").unwrap();
+        let options = Options::from_dotted(&format!("size=1M,{options}")).unwrap();
+        let created =
+            rig.block_on(
+                rig.registry
+                    .create(&rig.graph, "qcow2", path.to_str().unwrap(), options),
+            );
+        assert!(
+            created.unwrap_err().to_string().contains(message),
+            "{message}"
+        );
+        assert_eq!(std::fs::read(&data).unwrap(), b"precious");
+    }
+}
+
+#[test]
+fn a_resize_takes_the_data_file_along_and_reveals_nothing() {
+    let scratch = tempfile::tempdir().unwrap();
+    for kind in KINDS {
+        let path = scratch.path().join("a.qcow2");
+        let data = scratch.path().join("data.raw");
+        let raw = kind.contains("raw");
+        create(
+            &path,
+            &format!("{kind},data_file={}", data.display()),
+            1 << 20,
+        );
+        let rig = Rig::new();
+        let mut disk = vec![5; 1 << 20];
+        rig.block_on(async {
+            let mut handle = rig.open(&path, "").await.unwrap();
+            write(&handle, 0, 1 << 20, 5).await.unwrap();
+            let mut random = SmallRng::seed_from_u64(1);
+            for n in 0..12 {
+                let size = random.random_range(1..8000) * 512;
+                let preallocation = match (n % 4, size > disk.len()) {
+                    (1, true) => Preallocation::Metadata,
+                    (2, true) => Preallocation::Full,
+                    _ => Preallocation::Off,
+                };
+                let how = Truncate {
+                    preallocation,
+                    ..Truncate::default()
+                };
+                handle.truncate(size as u64, how).await.unwrap();
+                disk.resize(size, 0);
+                assert_eq!(
+                    std::fs::metadata(&data).unwrap().len(),
+                    size as u64,
+                    "{kind}"
+                );
+                // Somebody put something behind the end.
+                if n % 3 == 0 {
+                    rig.close(handle).await.unwrap();
+                    let mut bytes = std::fs::read(&data).unwrap();
+                    bytes.resize(size + 70_000, 0xee);
+                    std::fs::write(&data, bytes).unwrap();
+                    handle = rig.open(&path, "").await.unwrap();
+                }
+                let read = handle.read(0, size).await.unwrap();
+                assert_same(&read, &disk, &format!("{kind}, resize {n}"));
+                if raw {
+                    assert_raw(&data, &disk, kind);
+                }
+                let at = random.random_range(0..size / 512) * 512;
+                let len = (size - at).min(2048);
+                let fill = n as u8 + 10;
+                write(&handle, at as u64, len as u64, fill).await.unwrap();
+                disk[at..at + len].fill(fill);
+            }
+            let report = handle
+                .check(CheckMode::ReadOnly, Progress::new())
+                .await
+                .unwrap();
+            assert!(report.is_clean(), "{kind}: {report:?}");
+            rig.close(handle).await.unwrap();
+        });
+        assert_clean(&path);
+        assert_same(&contents(&path, scratch.path()), &disk, kind);
+        std::fs::remove_file(&path).unwrap();
+        std::fs::remove_file(&data).unwrap();
+    }
+}
+
+#[test]
+fn entries_that_an_image_with_a_data_file_can_not_have_are_refused() {
+    const L2: usize = 0x40000;
+    let scratch = tempfile::tempdir().unwrap();
+    let path = scratch.path().join("a.qcow2");
+    let data = scratch.path().join("data.raw");
+    for (raw, message) in [
+        (
+            (1u64 << 63) | 0x50000,
+            "does not match guest cluster offset",
+        ),
+        (
+            (1 << 62) | 0x50000,
+            "Compressed cluster entry found in image with external data file",
+        ),
+    ] {
+        create(&path, &format!("data_file={}", data.display()), 1 << 20);
+        tool(
+            "qemu-io",
+            &["-f", "qcow2", "-c", "write 0 128k", path.to_str().unwrap()],
+        );
+        let mut image = std::fs::read(&path).unwrap();
+        assert_eq!(be64(&image, L2), 1 << 63);
+        image[L2 + 8..L2 + 16].copy_from_slice(&raw.to_be_bytes());
+        std::fs::write(&path, &image).unwrap();
+        let rig = Rig::new();
+        rig.block_on(async {
+            let handle = rig.open(&path, "read-only=on").await.unwrap();
+            handle.read(0, 1 << 16).await.unwrap();
+            let error = handle.read(1 << 16, 512).await.unwrap_err();
+            assert!(error.to_string().contains(message), "{error}");
+            assert_eq!(error.errno(), 5);
+            rig.close(handle).await.unwrap();
+        });
+    }
+}
+
+/// The bytes of both storages after a cut: all up to each one's last flush, and any of what came between.
+fn after_cut(
+    start: &[Vec<u8>; 2],
+    log: &[(usize, Event)],
+    cut: usize,
+    rng: &mut SmallRng,
+) -> [Vec<u8>; 2] {
+    let mut after = start.clone();
+    for (which, bytes) in after.iter_mut().enumerate() {
+        let events: Vec<&Event> = log[..cut]
+            .iter()
+            .filter(|(of, _)| *of == which)
+            .map(|(_, event)| event)
+            .collect();
+        let flushed = events
+            .iter()
+            .rposition(|event| matches!(event, Event::Flush))
+            .unwrap_or(0);
+        // One storage may lose all that the other one keeps.
+        let keep = [0.0, 0.0, 0.5, 1.0, 1.0][rng.random_range(0..5)];
+        for (n, event) in events.into_iter().enumerate() {
+            if n < flushed || rng.random_bool(keep) {
+                event.apply(bytes);
+            }
+        }
+    }
+    after
+}
+
+const BLOCK: usize = 4096;
+
+/// What each block may hold after a cut: (position in the log when it was begun, when a flush had made it durable, value).
+#[derive(Default, Clone)]
+struct Versions(Vec<(usize, Option<usize>, u8)>);
+
+#[test]
+fn after_a_power_cut_the_data_file_holds_what_the_metadata_says() {
+    for (seed, kind) in [
+        (1, "cluster_size=4k"),
+        (2, "cluster_size=4k,data_file_raw=on"),
+        (3, "cluster_size=16k,extended_l2=on"),
+    ] {
+        let size = 48 * BLOCK;
+        let scratch = tempfile::tempdir().unwrap();
+        let (path, data) = (scratch.path().join("a"), scratch.path().join("d"));
+        create(&path, &format!("{kind},data_file={}", data.display()), size);
+        // What a data file held before isn't to be seen.
+        let stale = if kind.contains("raw") { 0 } else { 0xee };
+        let start = [std::fs::read(&path).unwrap(), vec![stale; size]];
+        let storages = start.clone().map(Storage::new);
+        let log = JointLog::default();
+        for (which, storage) in storages.iter().enumerate() {
+            storage.log_to(which, &log);
+            storage.set_dawdle(6);
+        }
+        let rig = Rig::new();
+        let open = "data-file.driver=memory,data-file.name=d";
+        let mut blocks = vec![Versions(vec![(0, Some(0), 0)]); size / BLOCK];
+        rig.block_on(async {
+            rig.storages.add("d", &storages[1]);
+            let handle = rig.open_storage(&storages[0], open).await.unwrap();
+            let mut rng = SmallRng::seed_from_u64(seed);
+            for n in 0..120u8 {
+                let at = rng.random_range(0..size / BLOCK);
+                let count = rng.random_range(1..4).min(size / BLOCK - at);
+                let begun = log.lock().len();
+                let (start, len) = ((at * BLOCK) as u64, (count * BLOCK) as u64);
+                let value = match rng.random_range(0..6) {
+                    0 => {
+                        handle
+                            .write_zeroes(start, len, RequestFlags::empty())
+                            .await
+                            .unwrap();
+                        0
+                    }
+                    1 => {
+                        handle
+                            .write_zeroes(start, len, RequestFlags::MAY_UNMAP)
+                            .await
+                            .unwrap();
+                        0
+                    }
+                    _ => {
+                        write(&handle, start, len, n + 1).await.unwrap();
+                        n + 1
+                    }
+                };
+                for block in &mut blocks[at..at + count] {
+                    block.0.push((begun, None, value));
+                }
+                if rng.random_bool(0.15) {
+                    handle.flush().await.unwrap();
+                    let now = log.lock().len();
+                    for version in blocks.iter_mut().flat_map(|block| &mut block.0) {
+                        version.1.get_or_insert(now);
+                    }
+                }
+            }
+            rig.close(handle).await.unwrap();
+        });
+        let log = std::mem::take(&mut *log.lock());
+        let mut rng = SmallRng::seed_from_u64(seed);
+        for _ in 0..150 {
+            let cut = rng.random_range(0..=log.len());
+            let after = after_cut(&start, &log, cut, &mut rng);
+            let what = format!("{kind}, cut at {cut} of {}", log.len());
+            let [image, data] = after.map(Storage::new);
+            let rig = Rig::new();
+            rig.block_on(async {
+                rig.storages.add("d", &data);
+                let handle = rig
+                    .open_storage(&image, &format!("{open},read-only=on"))
+                    .await
+                    .unwrap();
+                let report = handle
+                    .check(CheckMode::ReadOnly, Progress::new())
+                    .await
+                    .unwrap();
+                assert_eq!(
+                    report.corruptions + report.check_errors,
+                    0,
+                    "{what}: {report:?}"
+                );
+                let disk = handle.read(0, size).await.unwrap();
+                for (n, versions) in blocks.iter().enumerate() {
+                    let durable = versions
+                        .0
+                        .iter()
+                        .rposition(|(_, durable, _)| durable.is_some_and(|at| at <= cut));
+                    let allowed: Vec<u8> = versions.0[durable.unwrap_or(0)..]
+                        .iter()
+                        .filter(|(begun, _, _)| *begun <= cut)
+                        .map(|(_, _, value)| *value)
+                        .collect();
+                    let found = &disk[n * BLOCK..(n + 1) * BLOCK];
+                    assert!(
+                        found.iter().all(|byte| allowed.contains(byte)),
+                        "{what}: block {n} holds {:#x}, may hold {allowed:x?}",
+                        found[0]
+                    );
+                }
+                if kind.contains("raw") {
+                    let data = data.state.lock().data.clone();
+                    assert_same(&data, &disk, &format!("{what}: the raw file"));
+                }
+                rig.close(handle).await.unwrap();
+            });
+        }
+    }
+}
