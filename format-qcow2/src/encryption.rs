@@ -159,11 +159,11 @@ impl Encryption {
         }
         let graph = context.graph();
         let secrets = graph.secrets();
-        let needed = !context.how.metadata_only && !(context.how.for_check && id.is_none());
-        let password = if needed {
-            Some(passphrase(secrets, id.as_deref())?)
-        } else {
+        let needless = context.how.metadata_only || context.how.for_check && id.is_none();
+        let password = if needless {
             None
+        } else {
+            Some(passphrase(secrets, id.as_deref())?)
         };
         let Some(pointer) = header.extensions.luks.filter(|_| header.crypt_method == 2) else {
             let key = password.map(|password| legacy_aes(password.expose()));
