@@ -136,6 +136,9 @@ pub struct OpenOptions {
     pub no_data_file: bool,
     /// Open for check or repair: dirty and corrupt images are accepted as they are.
     pub for_check: bool,
+    /// Nothing but what the image says of itself is wanted: encrypted images are opened without their keys, and fail all
+    /// requests for encrypted data.
+    pub metadata_only: bool,
 }
 
 /// What a driver's `open` may use.

@@ -115,20 +115,21 @@ pub fn take_number(options: &mut Options, key: &str) -> Result<Option<u64>> {
     })
 }
 
+/// No secret was named for an encrypted image.
+pub fn missing_key() -> Error {
+    Error::invalid("Parameter 'encrypt.key-secret' is required for cipher").with_field(
+        "encrypt.key-secret",
+        "missing",
+        "the id of a secret",
+    )
+}
+
 /// The password that the secret `id` holds. Passwords are text.
 ///
 /// # Errors
 /// EINVAL when no id was given or the secret isn't UTF-8 without NUL, ENOENT when there is no such secret.
 pub fn passphrase(secrets: &Secrets, id: Option<&str>) -> Result<Secret> {
-    let Some(id) = id else {
-        return Err(
-            Error::invalid("Parameter 'encrypt.key-secret' is required for cipher").with_field(
-                "encrypt.key-secret",
-                "missing",
-                "the id of a secret",
-            ),
-        );
-    };
+    let id = id.ok_or_else(missing_key)?;
     let secret = secrets.get(id)?;
     if std::str::from_utf8(secret.expose()).is_err() || secret.expose().contains(&0) {
         return Err(Error::invalid(format!(
@@ -170,8 +171,12 @@ mod tests {
                 "Parameter 'format' does not accept value 'foo'",
             ),
             (
+                "format=luks,cipher-alg=rot13",
+                "Parameter 'cipher-alg' does not accept value 'rot13'",
+            ),
+            (
                 "format=luks,cipher-alg=des",
-                "Parameter 'cipher-alg' does not accept value 'des'",
+                "Algorithm 'des' not supported",
             ),
             (
                 "format=luks,cipher-alg=cast5-128",

@@ -69,7 +69,10 @@ pub(crate) async fn open(
 impl Qcow2 {
     /// Whether the data file by itself is what the guest sees.
     pub fn has_raw_data(&self) -> bool {
-        self.geometry.has_data_file() && self.raw_data.load(Ordering::Acquire)
+        self.geometry.has_data_file()
+            && self.raw_data.load(Ordering::Acquire)
+            // What such a file holds isn't what the guest sees, zeroes least of all.
+            && self.encryption.is_none()
     }
 
     /// Refuses what an image with a data file can't hold.

@@ -67,8 +67,7 @@ impl Qcow2 {
         let report = check::run(file, &mut header, mode, progress).await;
         if mode != CheckMode::ReadOnly {
             self.reload(&mut meta, request).await?;
-            let served = meta.header.refuse_unsupported().is_ok();
-            if !meta.header.is_corrupt() && served {
+            if !meta.header.is_corrupt() {
                 self.shut.store(false, Ordering::Release);
             }
         }
@@ -248,7 +247,7 @@ impl BlockDriver for Qcow2 {
             .primary()
             .map_or_else(Limits::default, block_core::request::Child::limits);
         Limits {
-            request_alignment: 1,
+            request_alignment: if self.encryption.is_some() { 512 } else { 1 },
             zeroes_alignment: self.geometry.subcluster_size(),
             discard_alignment: size,
             serialising_granularity: size,
@@ -422,6 +421,9 @@ impl BlockDriver for Qcow2 {
                 .collect(),
             ..info::image_info(&meta.header)
         };
+        if let (Some(encryption), Some((_, data))) = (&self.encryption, &mut info.format_specific) {
+            info::add_encryption(data, encryption.info().await);
+        }
         self.bitmaps.add_to(&mut info);
         Ok(info)
     }

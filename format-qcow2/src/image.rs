@@ -21,6 +21,7 @@ use crate::{
     claims::Claims,
     compress::Codec,
     counters::Counters,
+    encryption::Encryption,
     header_update,
     io::compressed::PackingOrder,
     layout::{ClusterIndex, Geometry, GuestOffset, HostOffset, Incompatible, L1Entry, units::hex},
@@ -92,6 +93,8 @@ pub(crate) struct Qcow2 {
     pub bitmaps: Stored,
     pub writeback: Writeback,
     pub counters: Counters,
+    /// The key of an encrypted image.
+    pub encryption: Option<Encryption>,
     /// Shared with [`Meta`].
     pub tap: Arc<SpaceTap>,
     /// What [`Meta`] last said about its sizes, for decisions made without the lock.

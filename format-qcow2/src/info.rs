@@ -23,6 +23,15 @@ pub fn image_info(header: &Header) -> ImageInfo {
     }
 }
 
+/// Puts the section about encryption where qemu-img has it: behind the refcount width.
+pub(crate) fn add_encryption(data: &mut Value, encryption: Value) {
+    if let Some(map) = data.as_object_mut() {
+        let at = map.keys().position(|key| key == "refcount-bits");
+        let at = at.map_or(map.len(), |at| at + 1);
+        map.shift_insert(at, "encrypt".into(), encryption);
+    }
+}
+
 impl crate::bitmaps::Stored {
     /// Puts the stored bitmaps into the `format-specific` section, where qemu-img has them.
     pub(crate) fn add_to(&self, info: &mut ImageInfo) {

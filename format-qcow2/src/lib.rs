@@ -61,6 +61,8 @@ mod data_file;
 #[cfg(not(loom))]
 mod driver;
 #[cfg(not(loom))]
+mod encryption;
+#[cfg(not(loom))]
 pub mod header_update;
 #[cfg(not(loom))]
 mod image;

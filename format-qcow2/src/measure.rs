@@ -24,6 +24,9 @@ pub fn measure(size: u64, data: &[(u64, u64)], mut options: Options) -> Result<M
         options.take(name);
     }
     let parameters = Parameters::for_size(size, options)?;
+    if parameters.encryption.is_some() && parameters.key_secret.is_none() {
+        return Err(crypto::options::missing_key());
+    }
     let plan = Plan::with_data(&parameters, true).ok_or_else(|| {
         too_large(
             "The image size is too large (try using a larger cluster size)",

@@ -29,6 +29,7 @@ use crate::{
     counters::Counters,
     create, data_file,
     driver::prepare_for_writing,
+    encryption::Encryption,
     header_update,
     image::Qcow2,
     io::compressed::PackingOrder,
@@ -123,7 +124,7 @@ async fn open_image(
         header.check_inside(child.length())?;
     }
     let backing = options.take("backing");
-    refuse_foreign(options)?;
+    let encryption = Encryption::open(context, options, &header, &child).await?;
     let mut own = std::mem::take(options);
     if let Some(backing) = backing {
         options.set("backing", backing);
@@ -187,8 +188,7 @@ async fn open_image(
         packing_order: PackingOrder::default(),
         read_only: AtomicBool::new(read_only),
         names_backing: AtomicBool::new(header.backing_file.is_some()),
-        // What is opened for a check alone may need more than this driver can do: it serves no requests then.
-        shut: AtomicBool::new(header.refuse_unsupported().is_err()),
+        shut: AtomicBool::new(false),
         retired: AtomicBool::new(false),
         warned_corrupt: AtomicBool::new(false),
         l1: ArcSwap::from_pointee(l1),
@@ -205,21 +205,12 @@ async fn open_image(
         tap,
         writeback,
         counters: Counters::default(),
+        encryption,
         quarantined: AtomicU64::new(0),
         cached_refcount_blocks: AtomicUsize::new(0),
         cleaner: AtomicU64::new(0),
     };
     Ok((image, header, data))
-}
-
-/// Options that only make sense for images that are refused.
-fn refuse_foreign(options: &mut Options) -> Result<()> {
-    if options.take("encrypt").is_some() {
-        return Err(Error::invalid(
-            "No encryption in image header, but options specified a format",
-        ));
-    }
-    Ok(())
 }
 
 #[async_trait]

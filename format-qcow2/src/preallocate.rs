@@ -8,7 +8,7 @@ use std::sync::Arc;
 use block_core::{
     buffer::IoBuf,
     driver::Preallocation,
-    error::{ErrorKind, Result},
+    error::{Error, ErrorKind, Result},
     flags::RequestFlags,
     request::{Child, Request},
 };
@@ -32,6 +32,14 @@ impl Qcow2 {
         new: u64,
         how: Preallocation,
     ) -> Result<()> {
+        if self.encryption.is_some()
+            && !self.geometry.has_zero_flag()
+            && !self.geometry.has_extended_l2()
+        {
+            return Err(Error::unsupported(
+                "Preallocation of encrypted images is only supported with compatibility level 1.1 and above",
+            ));
+        }
         // The cluster that the old end lies in shows the backing file, which zeroes must not cover. Where L2 entries are
         // extended, space covers nothing.
         let mut at = if self.has_backing(request) && !self.geometry.has_extended_l2() {
@@ -103,6 +111,9 @@ impl Qcow2 {
                 // What the subclusters show stays what it is.
                 let old = self.decode(slice.load(entry), ClusterIndex(start + n as u64))?;
                 Self::with_data(old, host, 0)
+            } else if self.encryption.is_some() {
+                // Zeroes in the file are noise once they are decrypted.
+                L2Entry::ZeroAllocated { host, copied: true }
             } else {
                 L2Entry::Normal { host, copied: true }
             };

@@ -306,6 +306,7 @@ async fn read_parent_cid(context: &CreateContext, name: &str) -> Result<u32> {
         no_backing: true,
         no_data_file: false,
         for_check: false,
+        metadata_only: false,
     };
     let options = Options::new().with("read-only", true);
     let could_not = |error: Error| error.context(format!("Could not open '{name}'"));

@@ -6,20 +6,26 @@
 pub mod parameters;
 pub mod plan;
 
+use std::sync::Arc;
+
 use block_core::{
     buffer::IoBuf,
     driver::{Preallocation, Truncate},
+    env::Environment,
     error::{Error, ErrorKind, Result},
     flags::RequestFlags,
     options::Options,
     registry::{CreateContext, CreateOption},
     request::Child,
+    secret::Secret,
 };
+use crypto::{EncryptionFormat, luks, passphrase};
 
 pub use parameters::Parameters;
 pub use plan::Plan;
 
-use crate::layout::{HostOffset, L1Entry, L2Entry, Refcounts, Space, Subclusters};
+use crate::encryption::FileArea;
+use crate::layout::{Header, HostOffset, L1Entry, L2Entry, Refcounts, Space, Subclusters};
 
 /// The options that [`create`] takes, for help texts.
 pub const OPTIONS: &[CreateOption] = &[
@@ -59,9 +65,44 @@ pub const OPTIONS: &[CreateOption] = &[
         help: "The external data file must stay valid as a raw image",
     },
     CreateOption {
+        name: "encrypt.cipher-alg",
+        kind: "str",
+        help: "Name of encryption cipher algorithm",
+    },
+    CreateOption {
+        name: "encrypt.cipher-mode",
+        kind: "str",
+        help: "Name of encryption cipher mode",
+    },
+    CreateOption {
         name: "encrypt.format",
         kind: "str",
         help: "Encrypt the image, format choices: 'aes', 'luks'",
+    },
+    CreateOption {
+        name: "encrypt.hash-alg",
+        kind: "str",
+        help: "Name of encryption hash algorithm",
+    },
+    CreateOption {
+        name: "encrypt.iter-time",
+        kind: "num",
+        help: "Time to spend in PBKDF in milliseconds",
+    },
+    CreateOption {
+        name: "encrypt.ivgen-alg",
+        kind: "str",
+        help: "Name of IV generator algorithm",
+    },
+    CreateOption {
+        name: "encrypt.ivgen-hash-alg",
+        kind: "str",
+        help: "Name of IV generator hash algorithm",
+    },
+    CreateOption {
+        name: "encrypt.key-secret",
+        kind: "str",
+        help: "ID of secret providing qcow AES key or LUKS passphrase",
     },
     CreateOption {
         name: "encryption",
@@ -107,8 +148,16 @@ const CHUNK: usize = 1 << 20;
 /// A creation that is cut off leaves storage without a header, which no driver takes for an image.
 pub async fn create(context: CreateContext, options: Options) -> Result<()> {
     let parameters = Parameters::from_options(options)?;
+    let graph = context.graph();
+    let key = match parameters.encryption {
+        None => None,
+        Some(_) => Some(passphrase(
+            graph.secrets(),
+            parameters.key_secret.as_deref(),
+        )?),
+    };
     let Some(name) = &parameters.data_file else {
-        return create_in(context.file()?, &parameters).await;
+        return create_image(&context, &parameters, key).await;
     };
     // Nothing is made, and no file emptied, for an image that can't be.
     Plan::new(&parameters)?.header(&parameters).encode()?;
@@ -121,28 +170,83 @@ pub async fn create(context: CreateContext, options: Options) -> Result<()> {
     let node = context.create_sibling(name, storage).await?;
     let created = async {
         Child::unattached(node.clone()).flush().await?;
-        create_in(context.file()?, &parameters).await
+        create_image(&context, &parameters, key).await
     }
     .await;
-    let released = context.graph().release(&node).await;
+    let released = graph.release(&node).await;
     created.and(released)
 }
 
-/// Makes a new image in `file`.
+/// Makes the image itself; its data file is there.
+async fn create_image(
+    context: &CreateContext,
+    parameters: &Parameters,
+    key: Option<Secret>,
+) -> Result<()> {
+    match (parameters.encryption, key) {
+        (Some(EncryptionFormat::Luks(luks)), Some(key)) => {
+            let env = context.graph().env();
+            create_encrypted(context.file()?, parameters, &luks, env, &key).await
+        }
+        _ => create_in(context.file()?, parameters).await,
+    }
+}
+
+/// Makes a new image with a LUKS header in `file`.
+async fn create_encrypted(
+    file: &Child,
+    parameters: &Parameters,
+    luks: &luks::CreateParameters,
+    env: &Arc<dyn Environment>,
+    password: &Secret,
+) -> Result<()> {
+    let plan = Plan::new(parameters)?;
+    let header = plan.header(parameters);
+    // Deriving the keys takes its time: all that can be refused is refused before.
+    header.encode()?;
+    let (_, _, steps) = luks::create(env, luks, password).await?;
+    let Some(pointer) = header.extensions.luks else {
+        return Err(Error::invalid("The plan has no place for a LUKS header"));
+    };
+    write_tables(file, parameters, &plan).await?;
+    let area = plan.luks_clusters * plan.geometry.cluster_size();
+    file.write_zeroes(pointer.offset, area, RequestFlags::empty())
+        .await?;
+    luks::run(env, &FileArea { file, pointer }, steps).await?;
+    write_header(file, &header).await
+}
+
+/// Makes a new image in `file`, of any kind but with a LUKS header.
 pub async fn create_in(file: &Child, parameters: &Parameters) -> Result<()> {
+    if let Some(EncryptionFormat::Luks(_)) = parameters.encryption {
+        return Err(Error::invalid(
+            "An image with a LUKS header needs a password",
+        ));
+    }
     let plan = Plan::new(parameters)?;
     let header = plan.header(parameters);
     // The header has to fit before anything is written.
-    let header_cluster = header.encode()?;
+    header.encode()?;
+    write_tables(file, parameters, &plan).await?;
+    write_header(file, &header).await
+}
 
-    prepare_storage(file, &plan, parameters.preallocation).await?;
-    write_refcounts(file, &plan).await?;
-    write_l1(file, &plan).await?;
+/// Writes everything but the header.
+async fn write_tables(file: &Child, parameters: &Parameters, plan: &Plan) -> Result<()> {
+    prepare_storage(file, plan, parameters.preallocation).await?;
+    write_refcounts(file, plan).await?;
+    write_l1(file, plan).await?;
     if plan.mapped_clusters > 0 {
-        write_l2(file, &plan, parameters.data_file_raw).await?;
+        write_l2(file, plan, parameters).await?;
     }
+    Ok(())
+}
+
+/// Makes the image one, once all that it refers to is durable.
+async fn write_header(file: &Child, header: &Header) -> Result<()> {
     file.flush().await?;
-    file.write(0, header_cluster, RequestFlags::empty()).await?;
+    file.write(0, header.encode()?, RequestFlags::empty())
+        .await?;
     file.flush().await
 }
 
@@ -252,7 +356,9 @@ async fn write_l1(file: &Child, plan: &Plan) -> Result<()> {
 }
 
 /// The L2 tables of a preallocated image: every guest cluster has a host cluster of its own.
-async fn write_l2(file: &Child, plan: &Plan, raw_data: bool) -> Result<()> {
+async fn write_l2(file: &Child, plan: &Plan, parameters: &Parameters) -> Result<()> {
+    let encrypted = parameters.encryption.is_some();
+    let shows_space = parameters.data_file_raw && !encrypted;
     let geometry = plan.geometry;
     let cluster_size = geometry.cluster_size();
     let tables_at_once = (CHUNK as u64 / cluster_size).max(1);
@@ -271,10 +377,13 @@ async fn write_l2(file: &Child, plan: &Plan, raw_data: bool) -> Result<()> {
             };
             let host = HostOffset(start + cluster * cluster_size);
             // A raw data file shows all that it has; there is no backing file then.
-            let entry = if geometry.has_extended_l2() && !raw_data {
+            let entry = if geometry.has_extended_l2() && !shows_space {
                 // The space is reserved, and hides nothing of a backing file.
                 let space = Some(Space { host, copied: true });
                 L2Entry::from_parts(space, Subclusters::UNALLOCATED)
+            } else if encrypted && geometry.has_zero_flag() {
+                // Zeroes in the file are noise once they are decrypted.
+                L2Entry::ZeroAllocated { host, copied: true }
             } else {
                 L2Entry::Normal { host, copied: true }
             };

@@ -7,6 +7,7 @@ use block_core::{
     error::{Error, Result},
     options::{Options, parse_size},
 };
+use crypto::EncryptionFormat;
 use serde_json::Value;
 
 use crate::{
@@ -41,6 +42,10 @@ pub struct Parameters {
     pub backing_file: Option<String>,
     /// Its format.
     pub backing_format: Option<String>,
+    /// How guest data is encrypted.
+    pub encryption: Option<EncryptionFormat>,
+    /// The id of the secret that it opens with.
+    pub key_secret: Option<String>,
 }
 
 impl Default for Parameters {
@@ -58,17 +63,14 @@ impl Default for Parameters {
             preallocation: Preallocation::Off,
             backing_file: None,
             backing_format: None,
+            encryption: None,
+            key_secret: None,
         }
     }
 }
 
 fn not_accepted(key: &str, value: &str, allowed: &str) -> Error {
     Error::invalid(format!("Parameter '{key}' does not accept value '{value}'"))
-        .with_field(key, value, allowed)
-}
-
-fn refused(feature: &str, key: &str, value: &str, allowed: &str) -> Error {
-    Error::unsupported(format!("Creating images with {feature} is not supported"))
         .with_field(key, value, allowed)
 }
 
@@ -161,7 +163,6 @@ impl Parameters {
         let codec = take_codec(&mut options, version)?;
         let extended_l2 = take_extended_l2(&mut options, version, cluster_size)?;
         let (data_file, data_file_raw) = take_data_file(&mut options, version)?;
-        refuse_features(&mut options)?;
         let preallocation = match options.take_str("preallocation")?.as_deref() {
             None | Some("off") => Preallocation::Off,
             Some("metadata") => Preallocation::Metadata,
@@ -175,6 +176,7 @@ impl Parameters {
                 ));
             }
         };
+        let (encryption, key_secret) = take_encryption(&mut options)?;
         let backing_file = options.take_str("backing_file")?;
         let backing_format = options
             .take_str("backing_fmt")?
@@ -187,6 +189,14 @@ impl Parameters {
         )?;
         if let Some(key) = options.0.keys().next() {
             return Err(Error::invalid(format!("Invalid parameter '{key}'")));
+        }
+        if encryption.is_some() && version < 3 && preallocation != Preallocation::Off {
+            // Such clusters can't be marked as zeroes, and what is in them would be decrypted.
+            return Err(Error::unsupported(
+                "Preallocation of encrypted images is only supported with compatibility level 1.1 and above (use \
+                 version=v3 or greater)",
+            )
+            .with_field("preallocation", "on", "off"));
         }
         if let Some(name) = &backing_file
             && data_file_raw
@@ -209,6 +219,8 @@ impl Parameters {
             preallocation,
             backing_file,
             backing_format,
+            encryption,
+            key_secret,
         })
     }
 
@@ -288,22 +300,45 @@ fn take_data_file(options: &mut Options, version: u32) -> Result<(Option<String>
     Ok((name, raw))
 }
 
-/// Takes the options of features that have an issue of their own out, and refuses those that ask for them.
-fn refuse_features(options: &mut Options) -> Result<()> {
-    if options.take_switch("encryption")?.unwrap_or(false) {
-        return Err(refused("AES encryption", "encryption", "on", "off"));
-    }
-    let keys: Vec<String> = options.0.keys().cloned().collect();
-    for key in keys
-        .iter()
-        .filter(|key| *key == "encrypt" || key.starts_with("encrypt."))
-    {
-        let value = options.take(key).unwrap_or_default();
-        if !value.is_null() {
-            return Err(refused("encryption", key, &value.to_string(), "none"));
+/// Takes `encrypt.*` and `encryption` out: how the image is encrypted, and the id of the secret.
+fn take_encryption(options: &mut Options) -> Result<(Option<EncryptionFormat>, Option<String>)> {
+    let legacy = options.take_switch("encryption")?;
+    let mut encrypt = match options.take("encrypt") {
+        None | Some(Value::Null) => Options::new(),
+        Some(Value::Object(map)) => Options(map),
+        Some(other) => {
+            return Err(
+                Error::invalid("Parameter 'encrypt' expects an object").with_field(
+                    "encrypt",
+                    other,
+                    "an object",
+                ),
+            );
+        }
+    };
+    let flat: Vec<String> = options.0.keys().cloned().collect();
+    for key in flat {
+        if let Some(name) = key.strip_prefix("encrypt.")
+            && let Some(value) = options.take(&key)
+        {
+            encrypt.set(name, value);
         }
     }
-    Ok(())
+    if let Some(legacy) = legacy {
+        if encrypt.get("format").is_some() {
+            return Err(Error::invalid(
+                "'encrypt.format' and its alias 'encryption' can't be used at the same time",
+            ));
+        }
+        if legacy {
+            encrypt.set("format", "aes");
+        }
+    }
+    if encrypt.0.is_empty() {
+        return Ok((None, None));
+    }
+    let (format, secret) = EncryptionFormat::parse(encrypt)?;
+    Ok((Some(format), secret))
 }
 
 fn check_backing(
@@ -404,6 +439,8 @@ mod tests {
                 preallocation: Preallocation::Off,
                 backing_file: Some("a".into()),
                 backing_format: Some("raw".into()),
+                encryption: None,
+                key_secret: None,
             }
         );
         for (text, version) in [("0.10", 2), ("v2", 2), ("1.1", 3), ("v3", 3)] {
@@ -531,18 +568,6 @@ mod tests {
             ("size=1,nonsense=1", "Invalid parameter 'nonsense'"),
         ] {
             assert_eq!(read(text).expect_err(text).reason(), message);
-        }
-    }
-
-    #[test]
-    fn features_with_an_issue_of_their_own_are_refused_by_name() {
-        for (text, name) in [
-            ("encryption=on", "encryption"),
-            ("encrypt.format=luks,encrypt.key-secret=s", "encryption"),
-        ] {
-            let error = read(&format!("size=1,{text}")).expect_err(text);
-            assert_eq!(error.errno(), 95, "{text}");
-            assert!(error.reason().contains(name), "{error}");
         }
     }
 }

@@ -9,11 +9,14 @@ use block_core::{
     error::{Error, ErrorKind, Result},
 };
 
+use crypto::EncryptionFormat;
+
 use super::Parameters;
 use crate::{
     compress::Codec,
     layout::{
         Autoclear, Compatible, Extensions, Geometry, Header, HostOffset, Incompatible,
+        extensions::LuksPointer,
         header::{MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES},
     },
 };
@@ -29,6 +32,8 @@ pub struct Plan {
     pub refcount_blocks: u64,
     /// Entries of the L1 table.
     pub l1_entries: u64,
+    /// Clusters of the LUKS header and its key material.
+    pub luks_clusters: u64,
     /// L2 tables, one cluster each; 0 unless preallocated.
     pub l2_tables: u64,
     /// Data clusters; 0 unless preallocated, and with an external data file.
@@ -93,7 +98,10 @@ impl Plan {
             mapped_clusters
         };
         let l2_tables = if data { l1_entries } else { 0 };
-        let fixed = 1 + geometry.clusters_for(l1_entries * 8) + l2_tables + data_clusters;
+        let luks = parameters.encryption.map_or(0, |format| format.area_len());
+        let luks_clusters = geometry.clusters_for(luks);
+        let fixed =
+            1 + geometry.clusters_for(l1_entries * 8) + luks_clusters + l2_tables + data_clusters;
 
         // Blocks and table describe themselves too. Both only grow from round to round, and each round adds less.
         let (mut table, mut blocks) = (1, 1);
@@ -107,6 +115,7 @@ impl Plan {
                     refcount_table_clusters: table,
                     refcount_blocks: blocks,
                     l1_entries,
+                    luks_clusters,
                     l2_tables,
                     data_clusters,
                     mapped_clusters,
@@ -136,10 +145,15 @@ impl Plan {
         self.at(1 + self.refcount_table_clusters + self.refcount_blocks)
     }
 
-    /// Where the first L2 table is.
-    pub fn l2_offset(&self) -> HostOffset {
+    /// Where the LUKS header is, if there is one.
+    pub fn luks_offset(&self) -> HostOffset {
         let l1_clusters = self.geometry.clusters_for(self.l1_entries * 8);
         HostOffset(self.l1_offset().0 + self.at(l1_clusters).0)
+    }
+
+    /// Where the first L2 table is.
+    pub fn l2_offset(&self) -> HostOffset {
+        HostOffset(self.luks_offset().0 + self.at(self.luks_clusters).0)
     }
 
     /// Where the data is.
@@ -166,7 +180,11 @@ impl Plan {
             version: parameters.version,
             cluster_bits: parameters.cluster_bits,
             size: parameters.size,
-            crypt_method: 0,
+            crypt_method: match parameters.encryption {
+                None => 0,
+                Some(EncryptionFormat::Aes) => 1,
+                Some(EncryptionFormat::Luks(_)) => 2,
+            },
             l1_size: self.l1_entries as u32,
             l1_table_offset: if self.l1_entries == 0 {
                 HostOffset(0)
@@ -189,6 +207,10 @@ impl Plan {
                 .map(|name| name.as_bytes().to_vec()),
             extensions: Extensions {
                 backing_format: parameters.backing_format.clone(),
+                luks: (self.luks_clusters > 0).then(|| LuksPointer {
+                    offset: self.luks_offset().0,
+                    len: parameters.encryption.map_or(0, |format| format.area_len()),
+                }),
                 data_file: parameters
                     .data_file
                     .as_ref()

@@ -71,6 +71,7 @@ impl Qcow2 {
         buf: IoBuf,
     ) -> Result<()> {
         self.check_writable()?;
+        self.check_compressible()?;
         if self.geometry.has_data_file() {
             return Err(Error::from_kind(ErrorKind::NotSupported));
         }

@@ -18,7 +18,7 @@ use futures::FutureExt;
 
 use super::{
     map::Run,
-    read::{WINDOW, read_host},
+    read::WINDOW,
     subclusters::ALL,
     window::Window,
     write::{Place, Target},
@@ -26,7 +26,7 @@ use super::{
 use crate::{
     counters::Counters,
     image::Qcow2,
-    layout::{ClusterIndex, L2Entry},
+    layout::{ClusterIndex, HostOffset, L2Entry},
 };
 
 /// From how many bytes of zeroes around a write on the storage is asked to zero them.
@@ -128,8 +128,10 @@ impl Qcow2 {
             u64::from(head_len > 0) + u64::from(tail_len > 0 && (last > 0 || head_len == 0));
         Counters::add(&self.counters.copies_on_write, copied);
         // In large clusters the storage zeroes faster than zeroes can be written.
-        let surrounded_by_zeroes =
-            head_len + tail_len >= LARGE_FILL && all.is_zero() && tail.is_zero();
+        let surrounded_by_zeroes = head_len + tail_len >= LARGE_FILL
+            && self.encryption.is_none()
+            && all.is_zero()
+            && tail.is_zero();
         let data_range = head_len as usize..(head_len + place.len) as usize;
         all.append(data);
         all.append(tail);
@@ -141,7 +143,8 @@ impl Qcow2 {
         match &place.target {
             Target::Reserved(first) => {
                 let host = self.geometry.host_start(*first).0 + (start - base);
-                file.write(host, all, RequestFlags::empty()).await
+                self.write_sealed(request, start, HostOffset(host), all)
+                    .await
             }
             Target::New(allocation) if surrounded_by_zeroes && allocation.runs().len() == 1 => {
                 let host = self.geometry.host_start(allocation.first()).0 + (start - base);
@@ -171,12 +174,13 @@ impl Qcow2 {
                     }
                     let (from, to) = (guest.max(start), (guest + count * size).min(stop));
                     let piece = all.split_to((to - from) as usize);
-                    let host = self.geometry.host_start(*first).0 + (from - guest);
+                    let host = HostOffset(self.geometry.host_start(*first).0 + (from - guest));
                     guest += count * size;
+                    let write = self.write_sealed(request, from, host, piece);
                     if all.is_empty() && window.is_idle() {
-                        return file.write(host, piece, RequestFlags::empty()).await;
+                        return write.await;
                     }
-                    window.push(file.write(host, piece, RequestFlags::empty()).boxed());
+                    window.push(write.boxed());
                 }
                 window.finish().await
             }
@@ -239,7 +243,7 @@ impl Qcow2 {
             }
             Run::Data { host, .. } => {
                 let (lent, buf) = Buffer::try_new(len)?.lend();
-                read_host(self.data(request)?, host, buf).await?;
+                self.read_opened(request, guest, host, buf).await?;
                 Ok(lent.reclaim().map_err(|_| kept())?.into())
             }
             Run::Compressed { run, .. } => {

@@ -184,6 +184,8 @@ impl Qcow2 {
             },
         };
         match (run, intent) {
+            // It has to be decrypted on the way.
+            (Run::Data { .. }, _) if self.encryption.is_some() => Mapping::NotCached,
             (Run::Data { host, len, copied }, intent) => {
                 let Some(edge) = edges.index(self.data_role()) else {
                     return Mapping::NotCached;

@@ -81,9 +81,8 @@ impl Qcow2 {
     ) -> Result<()> {
         let result = match run {
             Run::Data { host, .. } => {
-                let data = self.data(request)?;
-                data.debug_event(DebugEvent::ReadAio).await;
-                read_host(data, host, buf).await
+                self.data(request)?.debug_event(DebugEvent::ReadAio).await;
+                self.read_opened(request, offset, host, buf).await
             }
             Run::Zero { .. } => {
                 buf.fill(0);

@@ -54,7 +54,12 @@ impl Qcow2 {
             }
             self.make_room(request).await.ok();
             let (run, _pin) = self.locate(file, offset + done, len - done).await?;
-            let next = status_of(run);
+            let mut next = status_of(run);
+            if self.encryption.is_some() {
+                // What is in the file isn't what the guest sees.
+                next.flags -= StatusFlags::OFFSET_VALID | StatusFlags::RECURSE;
+                next.file_offset = 0;
+            }
             match &mut whole {
                 None => whole = Some(next),
                 Some(status) => {

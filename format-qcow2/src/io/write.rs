@@ -10,7 +10,6 @@ use block_core::{
     buffer::IoBuf,
     debug::DebugEvent,
     error::{Error, ErrorKind, Result},
-    flags::RequestFlags,
     mutant,
     pins::Pin,
     request::Request,
@@ -132,7 +131,7 @@ impl Qcow2 {
                     let write = async move {
                         allowed?;
                         data.debug_event(DebugEvent::WriteAio).await;
-                        let result = data.write(host.0, piece, RequestFlags::empty()).await;
+                        let result = self.write_sealed(request, offset, host, piece).await;
                         drop(pin);
                         result
                     };
@@ -240,7 +239,7 @@ impl Qcow2 {
                 let pin = (!mutant::is_active("qcow2-pin-dropped-before-write")).then_some(pin);
                 let data = self.data(request)?;
                 data.debug_event(DebugEvent::WriteAio).await;
-                data.write(host.0, buf.slice(..len as usize), RequestFlags::empty())
+                self.write_sealed(request, offset, host, buf.slice(..len as usize))
                     .await?;
                 drop(pin);
                 Ok(len)

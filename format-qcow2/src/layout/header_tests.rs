@@ -298,34 +298,6 @@ fn subclusters_need_large_clusters() {
 }
 
 #[test]
-fn features_with_an_issue_of_their_own_are_refused_by_name() {
-    let refused = |change: &dyn Fn(&mut Header), read_only| {
-        let mut header = header();
-        change(&mut header);
-        header.check_open(read_only, false).map_err(|error| {
-            assert_eq!(error.errno(), 95);
-            assert!(error.field().is_some());
-            error.reason()
-        })
-    };
-    for read_only in [true, false] {
-        let error = refused(&|header| header.crypt_method = 1, read_only).unwrap_err();
-        assert!(error.contains("AES encryption"), "{error}");
-        let error = refused(&|header| header.crypt_method = 2, read_only).unwrap_err();
-        assert!(error.contains("LUKS encryption"), "{error}");
-    }
-    let bitmaps = |header: &mut Header| {
-        header.extensions.bitmaps = Some(extensions::BitmapsPointer {
-            count: 1,
-            directory_size: 32,
-            directory_offset: 1 << 20,
-        });
-    };
-    assert_eq!(refused(&bitmaps, false), Ok(()));
-    assert_eq!(refused(&bitmaps, true), Ok(()));
-}
-
-#[test]
 fn a_corrupt_image_opens_for_reading_and_for_checks_only() {
     let mut corrupt = header();
     corrupt.incompatible = Incompatible::CORRUPT;

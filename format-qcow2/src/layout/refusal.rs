@@ -1,7 +1,5 @@
-//! What is refused although the header is valid: images that this driver can't handle yet, or can't handle the way
-//! they are to be used. No I/O.
-//!
-//! A feature that is refused here is named; nothing was written by then.
+//! What is refused although the header is valid: images that can't be used the way they are to be used. No I/O; nothing was
+//! written by then.
 
 use block_core::error::{Error, ErrorKind, Result};
 
@@ -12,7 +10,7 @@ use super::{
 
 impl Header {
     /// What depends on how the image is opened: refuses a corrupt image for writing and one without refcounts, except
-    /// for a check, and everything that [`Self::refuse_unsupported`] refuses, except for a check.
+    /// for a check.
     pub fn check_open(&self, read_only: bool, for_check: bool) -> Result<()> {
         if !read_only && !for_check && self.incompatible.contains(Incompatible::CORRUPT) {
             return Err(Error::new(
@@ -42,37 +40,6 @@ impl Header {
                 format!("{:#x}", self.autoclear.bits()),
                 "bit 1 only with incompatible feature bit 2",
             ));
-        }
-        if for_check {
-            // A check follows the metadata of every feature, whether or not the driver can serve it.
-            return Ok(());
-        }
-        self.refuse_unsupported()
-    }
-
-    /// Refuses what this driver can't handle yet, by name.
-    pub fn refuse_unsupported(&self) -> Result<()> {
-        let refuse = |feature: &str, field: &str, value: String, allowed: &str| {
-            Err(
-                Error::unsupported(format!("Unsupported qcow2 feature(s): {feature}"))
-                    .with_field(field, value, allowed),
-            )
-        };
-        match self.crypt_method {
-            0 => {}
-            method => {
-                let name = if method == 1 {
-                    "AES encryption"
-                } else {
-                    "LUKS encryption"
-                };
-                return refuse(
-                    name,
-                    "crypt_method",
-                    method.to_string(),
-                    "0 in this version of the driver",
-                );
-            }
         }
         Ok(())
     }

@@ -4,6 +4,7 @@ pub mod cache;
 pub mod failure;
 pub mod getopt;
 pub mod json;
+pub mod object;
 pub mod open;
 pub mod output;
 pub mod program;

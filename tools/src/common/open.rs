@@ -44,6 +44,8 @@ pub struct Access {
     pub no_data_file: bool,
     /// For check or repair.
     pub for_check: bool,
+    /// Nothing but what the image says of itself is wanted.
+    pub metadata_only: bool,
     /// Cache mode.
     pub cache: CacheMode,
 }
@@ -63,7 +65,17 @@ pub async fn open(
     image: ImageSpec<'_>,
     access: Access,
 ) -> Result<BlockHandle, Failure> {
-    open_quietly(session, image, access)
+    open_nested(session, image, access, Options::new()).await
+}
+
+/// The same, with options that nest.
+pub async fn open_nested(
+    session: &Session,
+    image: ImageSpec<'_>,
+    access: Access,
+    options: Options,
+) -> Result<BlockHandle, Failure> {
+    attempt(session, image, access, options, &[])
         .await
         .map_err(|error| Failure::open(image.name, &error))
 }
@@ -74,7 +86,7 @@ pub async fn open_quietly(
     image: ImageSpec<'_>,
     access: Access,
 ) -> block_core::Result<BlockHandle> {
-    open_with(session, image, access, &[]).await
+    attempt(session, image, access, Options::new(), &[]).await
 }
 
 /// The same, with more options for the node.
@@ -84,11 +96,22 @@ pub async fn open_with(
     access: Access,
     more: &[(&str, &str)],
 ) -> block_core::Result<BlockHandle> {
+    attempt(session, image, access, Options::new(), more).await
+}
+
+async fn attempt(
+    session: &Session,
+    image: ImageSpec<'_>,
+    access: Access,
+    mut node: Options,
+    more: &[(&str, &str)],
+) -> block_core::Result<BlockHandle> {
     let how = OpenOptions {
         implicit: ImplicitOpens::Permit,
         no_backing: access.no_backing,
         no_data_file: access.no_data_file,
         for_check: access.for_check,
+        metadata_only: access.metadata_only,
     };
     let is_protocol = |driver: &str| {
         session
@@ -96,9 +119,11 @@ pub async fn open_with(
             .get(driver)
             .is_ok_and(|factory| factory.kind() == DriverKind::Protocol)
     };
-    let mut node = Options::new();
     let opened = if image.image_opts {
         let mut options = parse_image_opts(image.name)?;
+        for (key, value) in node.0 {
+            options.set_default(&key, value);
+        }
         let named = options.get_str("driver").map(str::to_owned);
         common(&mut options, access);
         for (key, value) in more {

@@ -4,7 +4,9 @@ use crate::common::{
     cache::CacheMode,
     failure::Failure,
     getopt::{Opt, Parsed},
+    object,
     open::ImageSpec,
+    session::Session,
 };
 
 pub const QUIET: Opt = Opt::flag('q', "quiet", "print nothing but errors");
@@ -26,7 +28,12 @@ pub const FORCE_SHARE: Opt = Opt::flag(
     "open FILE even if others are writing to it",
 );
 pub const OUTPUT: Opt = Opt::value(' ', "output", "human|json", "how to print (default: human)");
-pub const OBJECT: Opt = Opt::value(' ', "object", "OBJDEF", "(secrets; not supported yet)");
+pub const OBJECT: Opt = Opt::value(
+    ' ',
+    "object",
+    "OBJDEF",
+    "define a secret: secret,id=ID,data=TEXT|file=PATH[,format=raw|base64]",
+);
 
 /// How the result is printed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -126,10 +133,7 @@ pub fn asks_for_help(list: Option<&str>) -> bool {
     list.is_some_and(|list| list.split(',').any(|item| item == "help" || item == "?"))
 }
 
-/// Options that are understood but belong to a later issue.
-pub fn refuse_unsupported(parsed: &Parsed) -> Result<(), Failure> {
-    if parsed.has("object") {
-        return Err(Failure::new("--object is not supported yet"));
-    }
-    Ok(())
+/// Defines what `--object` says.
+pub fn define_objects(session: &Session, parsed: &Parsed) -> Result<(), Failure> {
+    Ok(object::define(&session.graph, parsed.all(OBJECT.long))?)
 }

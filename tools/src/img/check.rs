@@ -117,6 +117,7 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
         no_backing: !session.program.is_qemu(),
         no_data_file: !session.program.is_qemu(),
         for_check: true,
+        metadata_only: false,
         cache,
     };
     let handle = open::open(session, image, access).await?;

@@ -16,6 +16,13 @@ fn display_order(format: &str) -> &'static [(&'static str, Option<&'static str>)
         "qcow2" => &[
             ("encryption", None),
             ("encrypt.format", None),
+            ("encrypt.key-secret", None),
+            ("encrypt.cipher-alg", None),
+            ("encrypt.cipher-mode", None),
+            ("encrypt.ivgen-alg", None),
+            ("encrypt.ivgen-hash-alg", None),
+            ("encrypt.hash-alg", None),
+            ("encrypt.iter-time", None),
             ("cluster_size", Some("65536")),
             ("extended_l2", Some("off")),
             ("preallocation", None),

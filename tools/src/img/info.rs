@@ -50,6 +50,7 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     let follow = parsed.has("backing-chain");
     let access = Access {
         no_backing: true,
+        metadata_only: true,
         no_data_file: true,
         force_share: parsed.has("force-share"),
         ..Access::default()

@@ -91,7 +91,9 @@ pub fn run(program: Program, name: &str, args: &[String]) -> Option<u8> {
             return Some(1);
         }
     };
-    match args::refuse_unsupported(&parsed).and_then(|()| Session::new(program)) {
+    let started = Session::new(program)
+        .and_then(|session| args::define_objects(&session, &parsed).map(|()| session));
+    match started {
         Ok(session) => Some((command.run)(&session, &parsed)),
         Err(failure) => {
             failure.report(program);

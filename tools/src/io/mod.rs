@@ -12,10 +12,10 @@ use std::{
     sync::Arc,
 };
 
-use block_core::{Error, Graph, Registry};
+use block_core::{Error, Graph, Registry, secret::Secret};
 use futures::{StreamExt, channel::mpsc};
 
-use crate::common::program::Program;
+use crate::common::{object, program::Program};
 
 use self::{
     commands::Outcome,
@@ -26,6 +26,8 @@ const USAGE: &str = "\
 Usage: qemu-io [OPTIONS]... [-c STRING]... [file]
 QEMU Disk exerciser
 
+  --object OBJECTDEF   define an object such as 'secret' for
+                       passwords and/or encryption keys
   --image-opts         treat file as option string
   -c, --cmd STRING     execute command with its arguments
                        from the given string
@@ -49,6 +51,8 @@ See 'qemu-io -c help' for information on available commands.
 #[derive(Debug, Default)]
 struct Arguments {
     commands: Vec<String>,
+    /// They may hold passwords.
+    objects: Vec<Secret>,
     how: OpenHow,
     file: Option<String>,
 }
@@ -61,7 +65,8 @@ enum Parsed {
 
 /// getopt_long, as far as this program needs it.
 fn parse(program: &str, args: &[String]) -> Result<Parsed, String> {
-    const LONG: [(&str, char, bool); 14] = [
+    const LONG: [(&str, char, bool); 15] = [
+        ("object", 'O', true),
         ("image-opts", 'I', false),
         ("cmd", 'c', true),
         ("format", 'f', true),
@@ -154,6 +159,7 @@ fn parse(program: &str, args: &[String]) -> Result<Parsed, String> {
             'd' => parsed.how.discard = Some(value),
             'U' => parsed.how.force_share = true,
             'I' => parsed.how.image_opts = true,
+            'O' => parsed.objects.push(Secret::new(value)),
             's' => return Err(format!("{program}: --snapshot is not supported yet")),
             _ => {}
         }
@@ -209,6 +215,12 @@ async fn main(program: &str, args: &[String], graph: Arc<Graph>, registry: Arc<R
             return 1;
         }
     };
+    let objects = arguments.objects.iter();
+    let objects = objects.map(|text| std::str::from_utf8(text.expose()).unwrap_or_default());
+    if let Err(error) = object::define(&graph, objects) {
+        eprintln!("{program}: {}", error.reason());
+        return 1;
+    }
     let mut session = Session::new(graph, registry);
     if let Some(name) = &arguments.file
         && let Err(error) = session.open(name, &arguments.how).await

@@ -1,6 +1,7 @@
 //! The image that `convert` writes to: made anew, or there already; and what is known of its content beforehand.
 
-use block_core::{BlockHandle, Capabilities, ErrorKind, RequestFlags};
+use block_core::{BlockHandle, Capabilities, ErrorKind, Options, RequestFlags};
+use serde_json::json;
 
 use super::super::create_options::CreateOptions;
 use crate::common::{
@@ -75,8 +76,11 @@ impl Target {
         request: &Request<'_>,
         length: u64,
     ) -> Result<Self, Failure> {
-        if !request.exists {
-            create(session, request, length).await?;
+        let mut own = Options::new();
+        if !request.exists
+            && let Some(secret) = create(session, request, length).await?
+        {
+            own.set("encrypt", json!({ "key-secret": secret }));
         }
         let access = Access {
             write: true,
@@ -88,7 +92,7 @@ impl Target {
             format: (!request.image_opts).then_some(request.format),
             image_opts: request.image_opts,
         };
-        let handle = open::open(session, image, access).await?;
+        let handle = open::open_nested(session, image, access, own).await?;
         let node = handle.node();
         let capabilities = node.driver().capabilities();
         if request.compress && !capabilities.contains(Capabilities::COMPRESSED) {
@@ -136,7 +140,12 @@ fn no_compression() -> Failure {
     Failure::new("Compression not supported for this file format")
 }
 
-async fn create(session: &Session, request: &Request<'_>, length: u64) -> Result<(), Failure> {
+/// Makes the target; gives the id of the secret that it is encrypted with.
+async fn create(
+    session: &Session,
+    request: &Request<'_>,
+    length: u64,
+) -> Result<Option<String>, Failure> {
     let registry = &session.registry;
     let Request { name, format, .. } = *request;
     let mut options = CreateOptions::of(registry, format, name, request.list)?;
@@ -154,6 +163,13 @@ async fn create(session: &Session, request: &Request<'_>, length: u64) -> Result
     if request.compress && format == "raw" {
         return Err(no_compression());
     }
+    let encrypts =
+        options.get("encrypt.format").is_some() || options.get("encryption") == Some("on");
+    if request.compress && encrypts {
+        return Err(Failure::new(
+            "Compression and encryption not supported at the same time",
+        ));
+    }
     options.set(
         "size",
         &options.get_size("size").unwrap_or(length).to_string(),
@@ -170,5 +186,6 @@ async fn create(session: &Session, request: &Request<'_>, length: u64) -> Result
             };
             Failure::new(format!("{name}: error while converting {format}: {reason}"))
                 .with_details(&error)
-        })
+        })?;
+    Ok(options.get("encrypt.key-secret").map(str::to_owned))
 }
