@@ -4,7 +4,7 @@
 use std::{sync::Arc, time::Duration};
 
 use block_core::{ErrorKind, env::Environment};
-use jobs::{Job, JobManager, JobOptions, JobStatus, OnError};
+use jobs::{CommitOptions, Job, JobManager, JobOptions, JobStatus, OnError, StreamOptions};
 
 use super::work::{Work, close_target, expect_chain, named};
 use crate::{
@@ -115,6 +115,13 @@ pub(super) fn cases() -> Vec<Case> {
             move |scene| drained(scene, work),
         ));
     }
+    cases.push(Case::new(
+        Group::Jobs,
+        "jobs-base-of-stream-is-not-merged-away",
+        "a commit of a stream's base into the layer below is refused until the stream has ended, also while its last \
+         change of header and graph is under way, and succeeds afterwards",
+        stream_onto_commit,
+    ));
     cases
 }
 
@@ -353,6 +360,60 @@ async fn finalize(scene: Arc<Scene>, work: Work) -> CaseResult {
     }
     load.stop().await?;
     finish(&scene, stack, work, target).await
+}
+
+/// What the image will be put on has to be there when the stream ends.
+async fn stream_onto_commit(scene: Arc<Scene>) -> CaseResult {
+    let stack = match Work::StreamTo.stack(&scene).await? {
+        Ok(stack) => stack,
+        Err(verdict) => return Ok(verdict),
+    };
+    let manager = JobManager::new(stack.graph());
+    let env = scene.lab.env.clone();
+    let (base, merged) = (&stack.nodes[0], &stack.nodes[1]);
+    let load = Load::start(&stack, 2);
+    let mut options = StreamOptions::new(stack.top()).base(merged);
+    options.job = JobOptions {
+        auto_finalize: false,
+        ..named("stream")
+    };
+    let stream = manager.stream(options).await?;
+    let commit = async || {
+        let options = CommitOptions::new(stack.top()).top(merged).base(base);
+        manager.commit(options).await
+    };
+    if !stream.wait_status(JobStatus::Pending).await {
+        stream.wait().await?;
+        return Err("the stream ended without being finalized".into());
+    }
+    load.stop().await?;
+    if commit().await.is_ok() {
+        return Err("the base of a pending stream was merged away".into());
+    }
+    let disk = stack.disk(3)?;
+    let slow = disk.delay(Choose::any(), Duration::from_millis(10));
+    stream.finalize()?;
+    let mut tried = 0;
+    while !matches!(stream.status(), JobStatus::Concluded | JobStatus::Null) {
+        env.sleep(Duration::from_millis(3)).await;
+        match commit().await {
+            Ok(job) => {
+                stream.wait().await?;
+                job.wait().await?;
+                break;
+            }
+            Err(_) => tried += 1,
+        }
+        if tried > 10_000 {
+            return Err("the stream doesn't end".into());
+        }
+    }
+    stream.wait().await?;
+    disk.remove_rule(slow);
+    if stack.guest.handle().node().chain().len() > 1 {
+        commit().await?.wait().await?;
+    }
+    finish(&scene, stack, Work::StreamTo, None).await
 }
 
 async fn speed(scene: Arc<Scene>, work: Work) -> CaseResult {
