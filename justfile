@@ -37,6 +37,7 @@ bench:
     cargo bench -p block-core --bench tracked
     cargo bench -p protocol-file --bench inline_read
     cargo bench -p tools --bench stack
+    cargo bench -p format-qcow2 --bench check
 
 # The conformance suite and the race tests as a program: run, list, race, crash, storm-commands
 iotests *args:

@@ -97,7 +97,7 @@ bitflags! {
         /// A write past the end grows the node.
         const GROW = 1 << 17;
         /// `amend`.
-        const AMEND = 1 << 19;
+        const AMEND = 1 << 20;
         /// `debug_event` wants to be told what drivers above do (a fault injector). Set once and for all.
         const DEBUG_EVENTS = 1 << 18;
         /// Internal snapshots: `snapshot_create`, `snapshot_apply` and `snapshot_delete`.

@@ -1,6 +1,7 @@
-//! How long a check of a large image takes, beside the installed qemu-img. Run by name, with optimisations:
-//! `cargo test --release -p format-qcow2 --test check_speed -- --ignored --nocapture`.
+//! How long a check of a large image takes, as a ratio to the installed qemu-img in the same run:
+//! `cargo bench -p format-qcow2 --bench check`.
 
+#[path = "../tests/common/mod.rs"]
 mod common;
 
 use std::time::{Duration, Instant};
@@ -8,9 +9,7 @@ use std::time::{Duration, Instant};
 use block_core::image::{CheckMode, Progress};
 use common::{Rig, qemu_img};
 
-#[test]
-#[ignore = "takes minutes, and says something only with optimisations and on a quiet machine"]
-fn a_check_of_a_large_image_takes_less_time_than_qemu_imgs() {
+fn main() {
     let scratch = tempfile::tempdir().unwrap();
     for (cluster_size, size) in [("64k", "400G"), ("16k", "100G"), ("4k", "16G")] {
         let path = scratch.path().join("large.qcow2");
@@ -39,7 +38,6 @@ fn a_check_of_a_large_image_takes_less_time_than_qemu_imgs() {
         println!(
             "{size} in clusters of {cluster_size}: qemu-img {theirs:?}, ours {ours:?}, ratio {ratio:.2}"
         );
-        assert!(ratio > 1.0, "slower than qemu-img");
         std::fs::remove_file(&path).unwrap();
     }
 }
