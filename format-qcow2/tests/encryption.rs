@@ -265,6 +265,10 @@ fn images_that_are_encrypted_here_are_read_and_written_by_qemu() {
         "encrypt.format=luks,encrypt.cipher-alg=serpent-256,encrypt.hash-alg=sha512",
         "encrypt.format=luks,encrypt.cipher-alg=twofish-128,encrypt.cipher-mode=cbc,encrypt.ivgen-alg=essiv",
         "encrypt.format=luks,refcount_bits=1",
+        "encrypt.format=luks,data_file=DIR/data",
+        "encrypt.format=luks,data_file=DIR/raw,data_file_raw=on",
+        "encrypt.format=luks,data_file=DIR/full,data_file_raw=on,extended_l2=on,preallocation=full",
+        "encrypt.format=aes,data_file=DIR/aes",
         "encrypt.format=aes",
         "encryption=on,compat=0.10,cluster_size=1k",
     ]
@@ -272,6 +276,7 @@ fn images_that_are_encrypted_here_are_read_and_written_by_qemu() {
     .enumerate()
     {
         let options = format!("{options},size={SIZE}");
+        let options = options.replace("DIR", lab.dir.path().to_str().unwrap());
         let options = if options.starts_with("encryption") {
             format!("encrypt.format=aes,{}", &options["encryption=on,".len()..])
         } else {
