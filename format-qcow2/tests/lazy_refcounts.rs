@@ -3,7 +3,10 @@
 
 mod common;
 
-use block_core::{RequestFlags, driver::Reopen};
+use block_core::{
+    RequestFlags,
+    driver::{Reopen, Truncate},
+};
 use common::{
     cuts::{Look, prepared, record},
     storage::Event,
@@ -27,7 +30,7 @@ async fn work(handle: &block_core::BlockHandle) -> block_core::Result<()> {
         .await?;
     write(handle, 800_000, 70_000, 3).await?;
     handle.flush().await?;
-    handle.truncate(SIZE / 2, Default::default()).await?;
+    handle.truncate(SIZE / 2, Truncate::default()).await?;
     write(handle, 0, 4096, 4).await
 }
 
