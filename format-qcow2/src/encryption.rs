@@ -16,10 +16,12 @@ use block_core::{
     options::Options,
     registry::OpenContext,
     request::{Child, Request},
+    secret::Secrets,
 };
 use crypto::{
     SectorCrypto, legacy_aes,
-    luks::{self, Area, HEADER_LEN, LuksHeader},
+    luks::{self, Area, HEADER_LEN, LuksHeader, MasterKey, SlotChange},
+    options::{missing_key, take_number},
     passphrase,
 };
 use futures::lock::Mutex;
@@ -43,12 +45,15 @@ pub(crate) struct Encryption {
     /// IVs are made of guest offsets, not of host offsets.
     by_guest: bool,
     luks: Option<Luks>,
+    /// Where passwords of changes are looked up.
+    secrets: Arc<Secrets>,
 }
 
 struct Luks {
     pointer: LuksPointer,
     /// The header as it is on disk. Held over a change of key slots.
     header: Mutex<LuksHeader>,
+    master: Option<MasterKey>,
 }
 
 /// The LUKS header and its key material in the image file.
@@ -158,12 +163,12 @@ impl Encryption {
             return Ok(None);
         }
         let graph = context.graph();
-        let secrets = graph.secrets();
+        let secrets = graph.secrets().clone();
         let needless = context.how.metadata_only || context.how.for_check && id.is_none();
         let password = if needless {
             None
         } else {
-            Some(passphrase(secrets, id.as_deref())?)
+            Some(passphrase(&secrets, id.as_deref())?)
         };
         let Some(pointer) = header.extensions.luks.filter(|_| header.crypt_method == 2) else {
             let key = password.map(|password| legacy_aes(password.expose()));
@@ -171,6 +176,7 @@ impl Encryption {
                 key: key.transpose()?.map(Arc::new),
                 by_guest: true,
                 luks: None,
+                secrets,
             }));
         };
         let luks = read_luks(file, pointer).await?;
@@ -188,7 +194,9 @@ impl Encryption {
             luks: Some(Luks {
                 pointer,
                 header: Mutex::new(luks),
+                master,
             }),
+            secrets,
         }))
     }
 
@@ -209,6 +217,44 @@ impl Encryption {
             Some(luks) => luks.header.lock().await.info(),
         }
     }
+}
+
+/// What a change of key slots takes: the options below `encrypt`.
+fn slot_change(mut options: Options, force: bool, secrets: &Secrets) -> Result<SlotChange> {
+    const KNOWN: [&str; 5] = ["state", "new-secret", "old-secret", "keyslot", "iter-time"];
+    if let Some(key) = options.0.keys().find(|key| !KNOWN.contains(&key.as_str())) {
+        return Err(Error::invalid(format!("Invalid parameter 'encrypt.{key}'")));
+    }
+    let Some(state) = options.take_str("state")? else {
+        return Err(Error::invalid("Parameter 'state' is missing").with_field(
+            "encrypt.state",
+            "missing",
+            "active, inactive",
+        ));
+    };
+    let activate = match state.as_str() {
+        "active" => true,
+        "inactive" => false,
+        other => {
+            return Err(Error::invalid(format!(
+                "Parameter 'state' does not accept value '{other}'"
+            ))
+            .with_field("encrypt.state", other, "active, inactive"));
+        }
+    };
+    let mut secret = |key: &str| {
+        let id = options.take_str(key)?;
+        id.map(|id| passphrase(secrets, Some(&id))).transpose()
+    };
+    let (new_secret, old_secret) = (secret("new-secret")?, secret("old-secret")?);
+    Ok(SlotChange {
+        activate,
+        new_secret,
+        old_secret,
+        slot: take_number(&mut options, "keyslot")?,
+        iter_time: take_number(&mut options, "iter-time")?,
+        force,
+    })
 }
 
 /// Does what `work` does to a buffer, on the workers if that takes long.
@@ -293,6 +339,49 @@ impl Qcow2 {
             done += len as u64;
         }
         Ok(())
+    }
+
+    /// Changes the key slots of a LUKS header; `options` are those below `encrypt`. `force` allows what may lose the last
+    /// key.
+    ///
+    /// Cancellation: as a power cut; a password that opened the image before or that was added still does.
+    ///
+    /// # Errors
+    /// EINVAL with qemu's words for what makes no sense or would lose the data; nothing was changed then.
+    pub async fn amend_encryption(
+        &self,
+        request: &Request,
+        options: Options,
+        force: bool,
+    ) -> Result<()> {
+        self.check_writable()?;
+        let Some(encryption) = &self.encryption else {
+            return Err(Error::invalid(
+                "Can't amend encryption options - encryption not present",
+            ));
+        };
+        let Some(luks) = &encryption.luks else {
+            return Err(Error::unsupported(
+                "Only LUKS encryption options can be amended",
+            ));
+        };
+        let master = luks.master.as_ref().ok_or_else(missing_key)?;
+        let change = slot_change(options, force, &encryption.secrets)?;
+        let area = FileArea {
+            file: request.file()?,
+            pointer: luks.pointer,
+        };
+        let env = request.env();
+        let mut header = luks.header.lock().await;
+        let mut after = header.clone();
+        let steps = luks::amend(env, &mut after, &area, master, &change).await?;
+        // Whatever becomes of the steps, the header on disk is no longer the old one.
+        let done = luks::run(env, &area, steps).await;
+        *header = match &done {
+            Ok(()) => after,
+            Err(_) => read_luks(area.file, area.pointer).await?,
+        };
+        done
     }
 
     /// ENOTSUP for compressed writes into an encrypted image.
