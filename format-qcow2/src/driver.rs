@@ -364,10 +364,10 @@ impl BlockDriver for Qcow2 {
         self: Arc<Self>,
         request: Request,
         options: Options,
-        _force: bool,
+        force: bool,
         progress: Progress,
     ) -> Result<()> {
-        let result = self.amend_image(&request, options, &progress).await;
+        let result = self.amend_image(&request, options, force, &progress).await;
         self.judged(&request, result).await
     }
 

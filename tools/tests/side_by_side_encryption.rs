@@ -123,3 +123,40 @@ fn secrets_are_defined_and_refused_as_by_qemu_img() {
     }
     both.finish();
 }
+
+const SLOTS: &str =
+    "--object secret,id=s,file=key --object secret,id=n,data=new --object secret,id=w,data=wrong";
+
+/// Slots are added, found and erased in qemu-img's words, and whoever's change it was, the other side opens what is left.
+#[test]
+fn key_slots_are_added_and_erased_as_by_qemu_img() {
+    if !qemu_is_installed() {
+        return;
+    }
+    let open = "--image-opts driver=qcow2,encrypt.key-secret=s,file.filename=l.qcow2";
+    let fast = "encrypt.iter-time=10";
+    let mut both = SideBySide::new(IMAGES);
+    let commands = [
+        format!("amend -o encrypt.state=active,encrypt.new-secret=n,{fast} {SLOTS} {open}"),
+        format!(
+            "amend -o encrypt.state=active,encrypt.new-secret=n,encrypt.keyslot=3,{fast} {SLOTS} {open}"
+        ),
+        format!(
+            "amend -o encrypt.state=active,encrypt.new-secret=n,encrypt.keyslot=0,{fast} {SLOTS} {open}"
+        ),
+        format!(
+            "amend -o encrypt.state=active,encrypt.new-secret=n,encrypt.keyslot=8,{fast} {SLOTS} {open}"
+        ),
+        format!("amend -o encrypt.state=inactive,encrypt.keyslot=5 {SLOTS} {open}"),
+        format!("amend -o encrypt.state=inactive,encrypt.old-secret=w {SLOTS} {open}"),
+        format!("amend -o encrypt.state=inactive,encrypt.keyslot=3 {SLOTS} {open}"),
+        format!("amend -o encrypt.state=inactive,encrypt.old-secret=n {SLOTS} {open}"),
+        format!("amend -o encrypt.state=inactive,encrypt.old-secret=s {SLOTS} {open}"),
+        format!("amend -o encrypt.state=inactive,encrypt.keyslot=0 {SLOTS} {open}"),
+        "amend -o encrypt.state=inactive,encrypt.keyslot=0 p.qcow2".to_owned(),
+        format!("check {SLOTS} {open}"),
+        format!("compare {SLOTS} {open} driver=qcow2,file.filename=p.qcow2"),
+    ];
+    both.compare_all(&commands.join("\n"));
+    both.finish();
+}

@@ -20,6 +20,7 @@ use block_core::{
 
 use self::options::Wanted;
 use crate::{
+    create::take_below_encrypt,
     header_update,
     image::Qcow2,
     layout::{Autoclear, Compatible, Header},
@@ -28,7 +29,7 @@ use crate::{
 pub use self::options::OPTIONS;
 
 impl Qcow2 {
-    /// Makes the image what `options` say.
+    /// Makes the image what `options` say. `force` allows a change of key slots that may lose the last key.
     ///
     /// # Errors
     /// EINVAL or ENOTSUP, with nothing changed, for what isn't possible; whatever the storage reports. What was done by then
@@ -36,17 +37,22 @@ impl Qcow2 {
     pub async fn amend_image(
         self: &Arc<Self>,
         request: &Request,
-        options: Options,
+        mut options: Options,
+        force: bool,
         progress: &Progress,
     ) -> Result<()> {
         self.check_writable()?;
         let file = request.file()?;
+        let slots = take_below_encrypt(&mut options)?;
         self.settle(request).await?;
         let wanted = {
             let meta = self.lock_meta(file).await?;
             Wanted::read(options, &meta.header)?
         };
         progress.set_total(1);
+        if !slots.0.is_empty() {
+            self.amend_encryption(request, slots, force).await?;
+        }
         let result = self.amend_steps(request, file, &wanted, progress).await;
         if result.is_ok() {
             progress.advance(1);

@@ -28,6 +28,31 @@ pub const OPTIONS: &[CreateOption] = &[
         "The external data file must stay valid as a raw image",
     ),
     option(
+        "encrypt.iter-time",
+        "num",
+        "Time to spend in PBKDF in milliseconds",
+    ),
+    option(
+        "encrypt.keyslot",
+        "num",
+        "Select a single keyslot to modify explicitly",
+    ),
+    option(
+        "encrypt.new-secret",
+        "str",
+        "New secret to set in the matching keyslots. Empty string to erase",
+    ),
+    option(
+        "encrypt.old-secret",
+        "str",
+        "Select all keyslots that match this password",
+    ),
+    option(
+        "encrypt.state",
+        "str",
+        "Select new state of affected keyslots (active/inactive)",
+    ),
+    option(
         "lazy_refcounts",
         "bool (on/off)",
         "Postpone refcount updates",

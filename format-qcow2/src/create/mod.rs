@@ -22,6 +22,7 @@ use block_core::{
 use crypto::{EncryptionFormat, luks, passphrase};
 
 pub use parameters::Parameters;
+pub(crate) use parameters::take_below_encrypt;
 pub use plan::Plan;
 
 use crate::encryption::FileArea;

@@ -300,9 +300,11 @@ fn take_data_file(options: &mut Options, version: u32) -> Result<(Option<String>
     Ok((name, raw))
 }
 
-/// Takes `encrypt.*` and `encryption` out: how the image is encrypted, and the id of the secret.
-fn take_encryption(options: &mut Options) -> Result<(Option<EncryptionFormat>, Option<String>)> {
-    let legacy = options.take_switch("encryption")?;
+/// Takes out what is said below `encrypt`, as an object or as dotted keys.
+///
+/// # Errors
+/// EINVAL when `encrypt` is something else.
+pub(crate) fn take_below_encrypt(options: &mut Options) -> Result<Options> {
     let mut encrypt = match options.take("encrypt") {
         None | Some(Value::Null) => Options::new(),
         Some(Value::Object(map)) => Options(map),
@@ -324,6 +326,13 @@ fn take_encryption(options: &mut Options) -> Result<(Option<EncryptionFormat>, O
             encrypt.set(name, value);
         }
     }
+    Ok(encrypt)
+}
+
+/// Takes `encrypt.*` and `encryption` out: how the image is encrypted, and the id of the secret.
+fn take_encryption(options: &mut Options) -> Result<(Option<EncryptionFormat>, Option<String>)> {
+    let legacy = options.take_switch("encryption")?;
+    let mut encrypt = take_below_encrypt(options)?;
     if let Some(legacy) = legacy {
         if encrypt.get("format").is_some() {
             return Err(Error::invalid(
