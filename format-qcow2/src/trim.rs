@@ -12,6 +12,7 @@ use block_core::{
     flags::RequestFlags,
     request::Request,
 };
+use futures::FutureExt;
 
 use crate::{
     alloc::quarantine::Freed,
@@ -40,8 +41,15 @@ impl Qcow2 {
 
     async fn trim_all(self: &Arc<Self>, request: &Request, size: u64) -> Result<()> {
         self.drop_tables(request, size).await?;
-        // Their references are gone when this returns, and so are those of the data that was cut off.
-        self.reclaim(request).await?;
+        self.write_back(request).await?;
+        // Reads and writes in front of the cut may be in flight, and a shrink doesn't wait for them: then what was cut off is freed by
+        // later batches, and the file keeps its length.
+        let grace = self.pins.retire();
+        if self.pins.wait(grace).now_or_never().is_none() {
+            return Ok(());
+        }
+        // After this the references are gone, and so are those of the data that was cut off.
+        self.release_quarantine(request.file()?).await?;
         {
             // Nobody may be writing blocks, and nobody may allocate.
             let _turn = self.hold_batches().await;

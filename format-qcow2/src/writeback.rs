@@ -346,7 +346,7 @@ impl Qcow2 {
     ///
     /// # Errors
     /// Whatever the storage reports when refcounts can't be read; those references stay in quarantine.
-    async fn release_quarantine(self: &Arc<Self>, file: &Child) -> Result<()> {
+    pub(crate) async fn release_quarantine(self: &Arc<Self>, file: &Child) -> Result<()> {
         let (ready, punches) = {
             let mut meta = self.meta.lock().await;
             let durable = meta.durable;
