@@ -222,8 +222,17 @@ impl Meta {
             if self.refcounts.block_offset(table_index).is_none() {
                 let place = table_index << self.geometry.refcount_block_bits();
                 self.metadata.check(place, 1, self.geometry)?;
-                self.reserve(file, HostCluster(place), 1).await?;
-                self.refcounts.add_block(table_index)?;
+                // A block counts itself: nobody else can be given its place from here on.
+                let place_of_block = HostCluster(place);
+                self.tap.tell(|| self.refcounts.taken(place_of_block));
+                let added = match self.reserve(file, place_of_block, 1).await {
+                    Ok(()) => self.refcounts.add_block(table_index),
+                    Err(error) => Err(error),
+                };
+                if let Err(error) = added {
+                    self.tap.tell(|| self.refcounts.freed(place_of_block));
+                    return Err(error);
+                }
                 self.metadata.add(Kinds::REFCOUNT_BLOCK, [place]);
                 continue;
             }

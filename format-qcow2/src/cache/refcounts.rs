@@ -245,14 +245,16 @@ impl RefcountStore {
         Ok(new)
     }
 
-    fn taken(&self, cluster: HostCluster) -> SpaceEvent {
+    /// What those who watch are told of a cluster that has an owner now.
+    pub fn taken(&self, cluster: HostCluster) -> SpaceEvent {
         SpaceEvent::Taken {
             host: self.geometry.host_start(cluster).0,
             len: self.geometry.cluster_size(),
         }
     }
 
-    fn freed(&self, cluster: HostCluster) -> SpaceEvent {
+    /// What those who watch are told of a cluster that has no owner any more.
+    pub fn freed(&self, cluster: HostCluster) -> SpaceEvent {
         SpaceEvent::Free {
             host: self.geometry.host_start(cluster).0,
             len: self.geometry.cluster_size(),
@@ -310,7 +312,6 @@ impl RefcountStore {
             }
             block.version += 1;
         }
-        self.tap.tell(|| self.taken(cluster));
         Ok(cluster)
     }
 
