@@ -68,7 +68,7 @@ pub async fn run(
     refuse(header)?;
     let mut done = CheckReport::default();
     let mut how = How {
-        separate: true,
+        copies: u64::MAX,
         keep_leaks: false,
     };
     let mut round = 0;
@@ -80,7 +80,7 @@ pub async fn run(
         done.absorb(pass.report);
         how.keep_leaks |= pass.keep_leaks;
         round += 1;
-        how.separate = round < MAX_ROUNDS;
+        how.copies = if round < MAX_ROUNDS { pass.copies } else { 0 };
     };
     let (changed, first) = (first.changed || round > 0, first.report);
     if mode == CheckMode::ReadOnly {
@@ -119,8 +119,8 @@ pub async fn run(
 /// What a pass may do, besides what the mode allows.
 #[derive(Debug, Clone, Copy)]
 struct How {
-    /// Give the owners of doubly used clusters copies.
-    separate: bool,
+    /// So many clusters may still be used for copies of doubly used ones, over all rounds.
+    copies: u64,
     /// Free nothing: what looks leaked may belong to what was given up before.
     keep_leaks: bool,
 }
@@ -133,6 +133,8 @@ struct Pass {
     /// What it did calls for another pass; the report has only what was repaired.
     again: bool,
     keep_leaks: bool,
+    /// What is left of [`How::copies`].
+    copies: u64,
 }
 
 /// Refuses an image whose references can't all be counted.
@@ -184,6 +186,7 @@ async fn pass(
         changed,
         again: false,
         keep_leaks: false,
+        copies: how.copies,
     };
     // Nothing is patched before all is known: whether refcounts are missing altogether, who shares what.
     let mut found = CheckReport::default();
@@ -205,7 +208,8 @@ async fn pass(
         let plan = Plan::new(
             &mut walk,
             header,
-            if how.separate { &claims } else { &none },
+            if how.copies > 0 { &claims } else { &none },
+            how.copies,
         );
         if !plan.is_empty() {
             let mut fixed = only_repaired(report.clone());
@@ -218,6 +222,7 @@ async fn pass(
                     changed: true,
                     again: true,
                     keep_leaks: plan.discards_snapshots(),
+                    copies: plan.copies_left,
                 });
             }
         }

@@ -35,7 +35,8 @@ use crate::{
 /// Where `nb_snapshots` and `snapshots_offset` are in the header.
 const SNAPSHOTS_FIELD: u64 = 60;
 
-/// Copies are made up to the size of the file, or this many if that is more.
+/// Copies are made up to the size that the file had at first, or this many clusters if that is more: garbage that is taken for an
+/// L2 table may claim each cluster thousands of times. Who gets no copy shares, as with qemu-img.
 const MIN_COPIES: u64 = 256;
 
 /// What is moved for one owner.
@@ -52,6 +53,8 @@ pub(super) struct Plan {
     claims: Vec<(u64, Claim)>,
     snapshots: Option<NewTable>,
     bitmaps: Option<NewDirectory>,
+    /// Clusters that may be used for copies in the rounds after this one.
+    pub copies_left: u64,
 }
 
 /// The owners of a cluster that have to leave it.
@@ -80,12 +83,17 @@ fn leaving(claim: &Claim, host_bound: bool) -> Vec<&Owner> {
 }
 
 impl Plan {
-    /// What to do about `claims` and what the walk found broken.
-    pub fn new(walk: &mut Walk<'_>, header: &Header, claims: &BTreeMap<u64, Claim>) -> Self {
+    /// What to do about `claims` with at most `copies` clusters for copies, and about what the walk found broken.
+    pub fn new(
+        walk: &mut Walk<'_>,
+        header: &Header,
+        claims: &BTreeMap<u64, Claim>,
+        copies: u64,
+    ) -> Self {
         let bits = walk.shape.cluster_bits;
         // The initialisation vector of LUKS is the place in the file.
         let host_bound = header.crypt_method == 2;
-        let most = walk.clusters().max(MIN_COPIES);
+        let most = walk.clusters().max(MIN_COPIES).min(copies);
         let max = walk.geometry.refcount_max();
         let mut moves: Vec<Move> = Vec::new();
         let mut moved = HashSet::new();
@@ -138,6 +146,7 @@ impl Plan {
             claims: separated,
             snapshots: walk.new_snapshots.take(),
             bitmaps: walk.new_bitmaps.take(),
+            copies_left: most - total,
         }
     }
 
