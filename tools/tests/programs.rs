@@ -37,14 +37,9 @@ fn help_and_version_are_there() {
 #[test]
 fn commands_of_a_later_issue_say_so() {
     let blk = Alone::new();
-    for command in ["amend", "dd"] {
-        let (code, out, err) = blk.blk(&[command, "x"]);
-        assert_eq!((code, out.as_str()), (1, ""));
-        assert_eq!(
-            err.trim(),
-            format!("blk: The command '{command}' is not supported yet")
-        );
-    }
+    let (code, out, err) = blk.blk(&["dd", "x"]);
+    assert_eq!((code, out.as_str()), (1, ""));
+    assert_eq!(err.trim(), "blk: The command 'dd' is not supported yet");
 }
 
 #[test]
