@@ -25,6 +25,8 @@ use crate::{
     info,
     layout::{Header, Incompatible},
     meta::Meta,
+    overlap::Kinds,
+    snapshots,
 };
 
 impl Qcow2 {
@@ -133,6 +135,18 @@ impl Qcow2 {
             let change = self.settings.changed(changes, &meta.header)?;
             let other_slices = change.slice_bits() != self.settings.slice_bits();
             let (kinds, interval) = (change.overlap_check(), self.settings.clean_interval());
+            if kinds.contains(Kinds::INACTIVE_L2)
+                && !self.metadata.wanted().contains(Kinds::INACTIVE_L2)
+                && !self.is_read_only()
+            {
+                // They weren't looked at yet.
+                let others =
+                    snapshots::others(request.file()?, &meta.header, &meta.snapshots, kinds)
+                        .await?;
+                let l1 = self.l1.load_full();
+                self.metadata
+                    .rebuild(&meta.header, &l1, &meta.refcounts, &others);
+            }
             if other_slices {
                 // Slices of another size: none of the old ones may be left.
                 self.slices.change_tables(|table| {

@@ -36,7 +36,7 @@ use crate::{
     layout::{Header, header},
     measure,
     meta::Meta,
-    overlap::MetadataMap,
+    overlap::{MetadataMap, Others},
     settings::Settings,
     snapshots,
     writeback::Writeback,
@@ -163,7 +163,13 @@ async fn open_image(
     };
     let is_view = view.is_some();
     let metadata = Arc::new(MetadataMap::new(safeguards, kinds));
-    metadata.rebuild(&header, &l1, &refcounts);
+    if !read_only {
+        let others = match snapshots::others(&child, &header, &snapshots, kinds).await {
+            Err(_) if context.how.for_check => Others::default(),
+            found => found?,
+        };
+        metadata.rebuild(&header, &l1, &refcounts, &others);
+    }
     let writeback = Writeback::default();
     let tap = Arc::<SpaceTap>::default();
     let mut meta = Meta::new(

@@ -300,7 +300,9 @@ impl Qcow2 {
         let batch = meta.batch;
         meta.orphans.lock().clear();
         let orphans = meta.orphans.clone();
-        self.metadata.rebuild(&header, &l1, &refcounts);
+        let others = snapshots::others(file, &header, &snapshots, self.metadata.wanted()).await?;
+        self.metadata.forget_bitmaps();
+        self.metadata.rebuild(&header, &l1, &refcounts, &others);
         self.reload_directory(file, &header).await;
         let metadata = self.metadata.clone();
         *meta = Meta::new(

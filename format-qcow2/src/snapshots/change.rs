@@ -24,7 +24,7 @@ use block_core::{
 };
 use futures::StreamExt;
 
-use super::{find, shadow::Shadow, table, tree, unsupported};
+use super::{find, reach, shadow::Shadow, table, tree, unsupported};
 use crate::{
     cache::{
         refcounts::{RefcountStore, TablePlace},
@@ -36,6 +36,7 @@ use crate::{
         Header, HostCluster, HostOffset, L1Entry, SnapshotEntry, entry::be64s, header::MAX_L1_BYTES,
     },
     meta::Meta,
+    overlap::Others,
 };
 
 /// The state that an image is to have.
@@ -442,6 +443,8 @@ impl Qcow2 {
         // The new tables and refcounts are durable before the header points to them.
         self.writeback.failure.flush(file).await?;
         draft.check_cancelled()?;
+        let wanted = self.metadata.wanted();
+        let others = reach::others(file, &draft.header, &draft.snapshots, wanted).await?;
         self.switch(file, &draft.header).await?;
         self.release_replaced(file, &mut draft.shadow).await;
         let Draft {
@@ -453,7 +456,8 @@ impl Qcow2 {
             ..
         } = draft;
         let l1 = L1Table::new(l1_offset.unwrap_or(header.l1_table_offset), l1);
-        self.adopt(&mut meta, header, snapshots, l1, (place, shadow.table()));
+        let refcounts = (place, shadow.table());
+        self.adopt(&mut meta, header, snapshots, l1, refcounts, &others);
         Ok(meta.snapshots.clone())
     }
 
@@ -498,6 +502,7 @@ impl Qcow2 {
         snapshots: Vec<SnapshotEntry>,
         l1: L1Table,
         (place, table): (TablePlace, &[u64]),
+        others: &Others,
     ) {
         let mut refcounts = RefcountStore::with_table(
             self.geometry,
@@ -506,7 +511,7 @@ impl Qcow2 {
             self.settings.refcount_blocks(),
         );
         refcounts.tap = self.tap.clone();
-        self.metadata.rebuild(&header, &l1, &refcounts);
+        self.metadata.rebuild(&header, &l1, &refcounts, others);
         meta.header = header;
         meta.refcounts = refcounts;
         meta.snapshots = snapshots;

@@ -2,6 +2,7 @@
 //! refcounts in `shadow` and what a snapshot reaches in `tree`.
 
 mod change;
+mod reach;
 mod shadow;
 mod table;
 mod tree;
@@ -14,7 +15,7 @@ use block_core::{
 
 use crate::{image::Qcow2, layout::SnapshotEntry};
 
-pub(crate) use table::load;
+pub(crate) use self::{reach::others, table::load};
 
 /// The snapshot that is meant.
 ///
