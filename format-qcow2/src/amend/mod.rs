@@ -47,8 +47,13 @@ impl Qcow2 {
         self.settle(request).await?;
         let wanted = {
             let meta = self.lock_meta(file).await?;
-            Wanted::read(options, &meta.header)?
+            Wanted::read(options, &meta.header, &meta.snapshots)?
         };
+        if wanted.needs_no_compressed && self.has_compressed_clusters(file).await? {
+            return Err(Error::unsupported(
+                "Cannot downgrade an image with zstd compression type and existing compressed clusters",
+            ));
+        }
         progress.set_total(1);
         if !slots.0.is_empty() {
             self.amend_encryption(request, slots, force).await?;

@@ -27,6 +27,7 @@ use crate::{
 const MAX_WRITE: u64 = 1 << 20;
 
 /// A directory that has been written but isn't pointed to yet.
+#[derive(Default)]
 struct Written {
     entries: Vec<DirectoryEntry>,
     /// Everything that was allocated for it, and what it holds.
@@ -183,6 +184,28 @@ impl Qcow2 {
                 taken: Vec::new(),
             };
             self.switch_directory(request, &mut meta, written, &removed)
+                .await
+        })
+        .await
+    }
+
+    /// Empties the directory: the image is going to be one without bitmaps. The node's own are no longer stored.
+    pub(crate) async fn drop_all_bitmaps(self: &Arc<Self>, request: &Request) -> Result<()> {
+        self.check_writable()?;
+        self.reclaiming(request, || async {
+            let file = request.file()?;
+            let _turn = self.hold_batches().await;
+            let mut meta = self.lock_meta(file).await?;
+            self.writeback.failure.check()?;
+            if meta.header.extensions.bitmaps.is_none() {
+                return Ok(());
+            }
+            tracing::warn!(
+                file = self.filename,
+                "persistent bitmaps are dropped: images of version 2 can't have any"
+            );
+            let removed = self.bitmaps.entries();
+            self.switch_directory(request, &mut meta, Written::default(), &removed)
                 .await
         })
         .await

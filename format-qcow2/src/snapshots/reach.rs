@@ -7,7 +7,7 @@
 use block_core::{error::Result, request::Child};
 
 use crate::{
-    layout::{Header, L1Entry, SnapshotEntry, entry::be64s},
+    layout::{Header, HostOffset, L1Entry, SnapshotEntry, entry::be64s},
     overlap::{Kinds, Others, range},
 };
 
@@ -69,4 +69,21 @@ pub(crate) async fn others(
         done = done.max(until);
     }
     Ok(others)
+}
+
+/// Place and length of every L1 table: the active one first.
+///
+/// # Errors
+/// For a table of impossible size or place.
+pub(super) fn trees<'a>(
+    header: &Header,
+    snapshots: &'a [SnapshotEntry],
+) -> impl Iterator<Item = Result<(HostOffset, u64)>> + use<'a> {
+    let geometry = header.geometry();
+    let active = (header.l1_table_offset, header.l1_bytes());
+    let others = snapshots.iter().map(move |entry| {
+        entry.check_l1(geometry)?;
+        Ok((entry.l1_table_offset, entry.l1_bytes()))
+    });
+    std::iter::once(Ok(active)).chain(others)
 }
