@@ -7,8 +7,10 @@ use crate::{
 };
 
 fn header(bits: u32, change: impl FnOnce(&mut Header)) -> Header {
-    let mut parameters = Parameters::default();
-    parameters.cluster_bits = bits;
+    let parameters = Parameters {
+        cluster_bits: bits,
+        ..Parameters::default()
+    };
     let mut header = Plan::new(&parameters).unwrap().header(&parameters);
     change(&mut header);
     header
