@@ -119,7 +119,11 @@ fn make_all(images: &[Image]) -> BTreeMap<&'static str, usize> {
                     while let Some(image) = images.get(next.fetch_add(1, Ordering::Relaxed)) {
                         let begun = Instant::now();
                         let made = make(shop, *image, images.len() == 1);
-                        let verdict = if made.failure.is_some() { "FAILED" } else { "ok" };
+                        let verdict = if made.failure.is_some() {
+                            "FAILED"
+                        } else {
+                            "ok"
+                        };
                         println!(
                             "{} {verdict} ({} ms)",
                             name_of(image),

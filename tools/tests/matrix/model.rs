@@ -149,8 +149,7 @@ impl Disk {
             self.is_cut = false;
         }
         self.bytes.resize(size as usize, 0);
-        self.free
-            .resize(size.div_ceil(self.cluster) as usize, true);
+        self.free.resize(size.div_ceil(self.cluster) as usize, true);
     }
 }
 

@@ -5,7 +5,7 @@ use rand::{Rng, SeedableRng, rngs::SmallRng, seq::IndexedRandom};
 
 use crate::{
     model::{Disk, PATTERNS, Patterns, World},
-    options::{DataFile, Encryption, Options},
+    options::{DataFile, Encryption, Maker, Options},
 };
 
 /// The longest write, in bytes, unless a cluster is longer.
@@ -23,28 +23,63 @@ pub enum Step {
         fua: bool,
     },
     /// Into clusters that are free, whole ones.
-    Compressed { pattern: usize, offset: u64, len: u64 },
+    Compressed {
+        pattern: usize,
+        offset: u64,
+        len: u64,
+    },
     /// Writes side by side, of one byte each, that don't overlap.
     Together(Vec<(u8, u64, u64)>),
-    Zero { offset: u64, len: u64, unmap: bool },
-    Discard { offset: u64, len: u64 },
+    Zero {
+        offset: u64,
+        len: u64,
+        unmap: bool,
+    },
+    Discard {
+        offset: u64,
+        len: u64,
+    },
     Flush,
     /// While the image stays open.
-    Truncate { size: u64 },
+    Truncate {
+        size: u64,
+    },
     /// By a command of its own.
-    Resize { size: u64 },
+    Resize {
+        size: u64,
+    },
     Reopen,
-    SnapshotCreate { name: String },
-    SnapshotApply { name: String },
-    SnapshotDelete { name: String },
+    SnapshotCreate {
+        name: String,
+    },
+    SnapshotApply {
+        name: String,
+    },
+    SnapshotDelete {
+        name: String,
+    },
     /// The image is checked and read before it goes on.
     Audit,
 }
 
 /// The kinds of steps, for counting.
 pub const KINDS: [&str; 16] = [
-    "write", "overwrite", "unaligned", "compressed", "together", "zero", "zero-unmap", "discard",
-    "flush", "grow", "shrink", "reopen", "create", "apply", "delete", "audit",
+    "write",
+    "overwrite",
+    "unaligned",
+    "compressed",
+    "together",
+    "zero",
+    "zero-unmap",
+    "discard",
+    "flush",
+    "grow",
+    "shrink",
+    "reopen",
+    "create",
+    "apply",
+    "delete",
+    "audit",
 ];
 
 impl Step {
@@ -171,7 +206,8 @@ impl Generator {
         } else {
             // Several L2 tables where clusters are small.
             let least: u64 = if cluster < 4096 { 128 << 10 } else { 1 << 20 };
-            rng.random_range(least..=4 * least).next_multiple_of(cluster)
+            rng.random_range(least..=4 * least)
+                .next_multiple_of(cluster)
         };
         if rng.random() {
             initial -= 512 * rng.random_range(0..cluster / 512);
@@ -312,7 +348,10 @@ impl Generator {
                 (edge - before, before + rng.random_range(1..=2 * cluster))
             }
             // Much.
-            5 => (rng.random_range(0..size), rng.random_range(1..=size / 3 + 1)),
+            5 => (
+                rng.random_range(0..size),
+                rng.random_range(1..=size / 3 + 1),
+            ),
             // Where something is.
             _ => match self.recent.choose(rng) {
                 Some((offset, len)) if *offset < size => {
@@ -369,8 +408,7 @@ impl Generator {
         }
         if size > disk.size() && self.has_random_content() {
             self.owed = Some(self.write(disk.size(), size - disk.size()));
-        } else if size > disk.size() && disk.is_cut {
-            // Whatever lies behind the cut: nobody promises it to be zeroes.
+        } else if size > disk.size() && self.is_unsure(disk) {
             let len = disk.cut_end().min(size) - disk.size();
             self.owed = Some(self.write(disk.size(), len));
         }
@@ -379,6 +417,16 @@ impl Generator {
         } else {
             Some(Step::Resize { size })
         }
+    }
+
+    /// Whether something else than zeroes may show behind the end of the disk when it grows, in the cluster that the end is in.
+    /// It never does when we have cut it. qemu's tools leave there what was there; and what they extend an encrypted data
+    /// file with, plain zeroes, isn't zeroes to the guest.
+    fn is_unsure(&self, disk: &Disk) -> bool {
+        let is_sealed = self.options.data_file() != DataFile::None
+            && self.options.encryption() != Encryption::None;
+        self.options.maker() != Maker::Blk
+            && (disk.is_cut || is_sealed && disk.size() < disk.cut_end())
     }
 
     /// Whether an operation on snapshots may be refused: one more reference than narrow refcounts can count.

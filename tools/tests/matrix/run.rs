@@ -168,7 +168,10 @@ impl<'a> Bench<'a> {
         let said = self.run(side, "qemu-io", &args, &input)?;
         let complaints = said.out.replace("qemu-io> ", "");
         if said.status != 0 || !complaints.trim().is_empty() || !said.err.is_empty() {
-            return Err(format!("{side:?}: a session failed: {complaints}{}", said.err));
+            return Err(format!(
+                "{side:?}: a session failed: {complaints}{}",
+                said.err
+            ));
         }
         Ok(())
     }
