@@ -65,7 +65,7 @@ examples:
 
 # All images of the matrix of qcow2 options, made by qemu's tools and by ours, judged by both (minutes; needs qemu-img)
 matrix:
-    cargo test --release -p tools --test matrix -- --include-ignored --nocapture the_
+    cargo test -p tools --test matrix -- --ignored --nocapture the_whole_matrix
 
 # Hunts every seeded bug with the whole suite: what finds it, and how fast (docs/mutants.md)
 mutants *args:

@@ -4,7 +4,7 @@
 //! Whoever made it, both sides have to call an image clean, to say the same of it, and to read the oracle's bytes.
 //!
 //! `cargo test -p tools --test matrix` makes a part of the images (every value of every option is among them);
-//! `cargo test --release -p tools --test matrix -- --ignored` (or `just matrix`) makes all of them. An image is decided by its options
+//! `cargo test -p tools --test matrix -- --ignored` (or `just matrix`) makes all of them. An image is decided by its options
 //! and its seed. `MATRIX_IMAGE='options,seed=N'` makes that one alone, prints what is run, and leaves its files; `MATRIX_COUNT` and
 //! `MATRIX_BASE` ask for more images and for others. Without qemu's tools nothing is made, and that is said.
 

@@ -121,9 +121,10 @@ impl Disk {
         self.bytes[offset as usize..(offset + len) as usize].fill(byte);
     }
 
-    /// Zeroes, written. With `unmap`, whole clusters are given back.
+    /// Zeroes, written. With `unmap`, whole clusters are given back; the last one of the disk may be reserved still, if it is
+    /// shorter than the others.
     pub fn zero(&mut self, offset: u64, len: u64, unmap: bool) {
-        let whole = self.whole_clusters(offset, len);
+        let whole = offset.div_ceil(self.cluster)..(offset + len) / self.cluster;
         self.fill(0, offset, len);
         if unmap {
             for cluster in whole {
