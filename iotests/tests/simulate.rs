@@ -10,6 +10,9 @@ use iotests::{
     simulate::{
         Campaign, FailureKind, How, Outcome, Profile, Saved, Totals, generate, minimise, profile,
         run,
+        scenario::{
+            Fault, FaultKind, FaultOp, Layer, Phase, Queue, Scenario, Step, StepKind, Where,
+        },
     },
 };
 
@@ -98,6 +101,71 @@ fn raw_vmdk_and_a_third_partys_driver_pass() {
     expect_clean("vmdk", 25);
     let totals = expect_clean("thirdparty", 25);
     assert!(totals.counter("images-with-books") > 0);
+}
+
+/// A disk that is made larger, written to beyond its old end, and cut off from power after so many requests.
+fn growth_with_a_cut(format: &str, at: u64) -> Scenario {
+    let step = |kind, offset, len| Step {
+        kind,
+        offset,
+        len,
+        fua: false,
+        dropped: None,
+    };
+    let steps = vec![
+        step(StepKind::Write, 0, 4096),
+        step(StepKind::Resize, 128 << 10, 0),
+        step(StepKind::Write, 96 << 10, 16 << 10),
+        step(StepKind::Flush, 0, 0),
+    ];
+    Scenario {
+        format: format.to_owned(),
+        layers: vec![Layer {
+            size: 64 << 10,
+            options: Vec::new(),
+            fill: Vec::new(),
+        }],
+        jitter: 0,
+        open: Vec::new(),
+        phases: vec![Phase {
+            queues: vec![Queue { depth: 1, steps }],
+            cut: Some(at),
+            ..Phase::default()
+        }],
+    }
+}
+
+#[test]
+fn a_cut_that_loses_a_raw_disks_growth_may_keep_sectors_that_were_written_beyond_it() {
+    for at in 1..8 {
+        let scenario = growth_with_a_cut("raw", at);
+        for seed in 0..20 {
+            let outcome = run(&registry(), &scenario, &How::seed(seed));
+            assert_eq!(outcome.failure, None, "cut {at}, seed {seed}");
+        }
+    }
+}
+
+#[test]
+fn a_growth_whose_flush_fails_leaves_the_old_length_or_the_new_one() {
+    for format in ["qcow2", "raw"] {
+        let mut scenario = growth_with_a_cut(format, 0);
+        for skip in 0..4 {
+            let phase = &mut scenario.phases[0];
+            phase.cut = None;
+            phase.faults = vec![Fault {
+                at: Where::Top,
+                op: FaultOp::Flush,
+                skip,
+                times: 1,
+                what: FaultKind::NoSpace,
+            }];
+            for seed in 0..10 {
+                let outcome = run(&registry(), &scenario, &How::seed(seed));
+                assert_eq!(outcome.failure, None, "{format}: flush {skip}, seed {seed}");
+            }
+        }
+    }
 }
 
 #[test]

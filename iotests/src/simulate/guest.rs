@@ -106,17 +106,12 @@ fn is_excused(world: &World, step: Step, error: &Error) -> bool {
         // The image was found damaged: that is never in order.
         ErrorKind::Corrupt | ErrorKind::NoMedium => false,
         _ if world.may_fail() => true,
-        ErrorKind::NotPermitted | ErrorKind::TooBig => step.kind == StepKind::Resize,
+        _ if is_refusal(error) && step.kind == StepKind::Resize => true,
         // Formats compress only what isn't there yet.
-        ErrorKind::NotSupported | ErrorKind::InvalidInput => {
-            matches!(step.kind, StepKind::Resize | StepKind::WriteCompressed)
-        }
+        ErrorKind::NotSupported | ErrorKind::InvalidInput => step.kind == StepKind::WriteCompressed,
         ErrorKind::Io if step.kind == StepKind::WriteCompressed => true,
         // Beyond the end of a disk that somebody else has made shorter.
-        ErrorKind::Io => {
-            let shortest = world.lengths.lock().iter().copied().min();
-            step.offset + step.len > shortest.unwrap_or(0)
-        }
+        ErrorKind::Io => step.offset + step.len > world.lengths.shortest(),
         _ => false,
     }
 }
@@ -201,9 +196,10 @@ async fn carry_out(world: &Arc<World>, queue: usize, step: Step) -> Result<()> {
             result
         }
         StepKind::Flush => {
-            let began = oracle.flush_begins();
+            let (began, length_then) = (oracle.flush_begins(), world.lengths.flush_begins());
             handle.flush().await?;
             oracle.flushed(began);
+            world.lengths.flushed(length_then);
             Ok(())
         }
         StepKind::Status => handle.block_status(offset, len).await.map(|_| ()),
@@ -212,15 +208,30 @@ async fn carry_out(world: &Arc<World>, queue: usize, step: Step) -> Result<()> {
     }
 }
 
+/// Whether a resize that failed like that has touched nothing.
+fn is_refusal(error: &Error) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::NotPermitted
+            | ErrorKind::TooBig
+            | ErrorKind::NotSupported
+            | ErrorKind::InvalidInput
+    )
+}
+
 /// Through a handle of its own, so that jobs, which share no resizing, can begin in between.
 async fn resize(world: &Arc<World>, length: u64) -> Result<()> {
     let node = world.guest()?.node();
     let set = PermissionSet::new(Permissions::RESIZE | Permissions::WRITE, Permissions::all());
     let handle = world.lab.graph.attach(&node, set, "resizer")?;
-    world.lengths.lock().push(length);
+    let resizing = world.lengths.begin(length);
     // What is cut off reads as zeroes if it comes back; what is added, as well.
     let change = world.oracle.zero(length, MAX_LENGTH.saturating_sub(length));
     let result = handle.truncate(length, Truncate::default()).await;
+    match &result {
+        Err(error) if is_refusal(error) => world.lengths.refused(resizing),
+        _ => world.lengths.end(resizing, result.is_ok()),
+    }
     change.end(if result.is_ok() {
         Ended::Done
     } else {

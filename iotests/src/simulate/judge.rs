@@ -16,6 +16,7 @@ use super::{
 use crate::{
     lab::Lab,
     oracle::{Mismatch, Oracle},
+    storage::SECTOR,
 };
 
 fn content(when: &str, wrong: &[Mismatch]) -> Result<(), Failure> {
@@ -56,7 +57,11 @@ pub(super) async fn end_of_phase(world: &Arc<World>) -> Result<(Vec<String>, boo
     recorder.note([41, 0, 0], || "the content is right".to_owned());
     world.collect_counters();
     let names = world.names();
-    *world.lengths.lock() = vec![handle.length()];
+    let (length, allowed) = (handle.length(), world.lengths.now());
+    if setup.gate && !allowed.contains(&length) {
+        let text = format!("at the end of the phase: it has {length} bytes, may have {allowed:?}");
+        return Err(Failure::new(FailureKind::Content, text));
+    }
     drop(handle);
     world.handle.lock().take();
     let closed = world.lab.graph.close_all().await;
@@ -67,7 +72,11 @@ pub(super) async fn end_of_phase(world: &Arc<World>) -> Result<(Vec<String>, boo
         return Err(error("the disk can't be closed", e));
     }
     // A flush that failed on the way leaves it open what of the metadata is there.
-    Ok((names, clean && recorder.disk_errors() == 0))
+    let clean = clean && recorder.disk_errors() == 0;
+    if clean {
+        world.lengths.settle(length);
+    }
+    Ok((names, clean))
 }
 
 fn findings(report: &CheckReport) -> String {
@@ -154,11 +163,14 @@ pub(super) async fn look_again(
     )
     .await?;
     let length = handle.length();
-    // Without a length of its own an image is as long as its file: a cut may keep a write and lose the growth before it.
-    let is_files = node
-        .edges()
-        .child(ChildRole::File)
-        .is_some_and(|file| file.length() == length);
+    // Without a length of its own an image is as long as its file, which has nothing but data: a cut may keep sectors of a
+    // write and lose the growth before it.
+    let edges = node.edges();
+    let is_files = edges.child(ChildRole::File).is_none()
+        && length % SECTOR == 0
+        && edges
+            .child(ChildRole::DataFile)
+            .is_some_and(|file| file.length() == length);
     let (least, most) = (carried.lengths.iter().min(), carried.lengths.iter().max());
     let between =
         least.is_some_and(|least| *least <= length) && most.is_some_and(|most| length <= *most);
@@ -213,6 +225,10 @@ pub(super) async fn look_again(
         }
     }
     if carried.cut || carried.excused {
+        // What a failed flush left unwritten could still be lost; but what was found is what the next phase goes on with.
+        for disk in setup.disks.all() {
+            disk.track_durability();
+        }
         // What happens to be there is what counts from here on.
         let oracle = Oracle::new(carried.after_discard);
         oracle.set_initial(0, &bytes);

@@ -7,6 +7,7 @@
 //! | [`generate()`] | from a seed to a scenario |
 //! | [`run()`] | one scenario under one schedule, to the last judgement |
 //! | `world`, `guest`, `work`, `progress` | a phase's world, the guest's queues, the jobs, how far the guest has come |
+//! | `lengths` | which length the disk may have |
 //! | `judge` | content, metadata and length at the end and when opened again |
 //! | [`books`] | what must hold at every step |
 //! | [`record`], [`timeline`] | what is left of a run, and how it is read |
@@ -20,6 +21,7 @@ pub mod cli;
 mod generate;
 mod guest;
 mod judge;
+mod lengths;
 mod minimise;
 mod progress;
 pub mod record;

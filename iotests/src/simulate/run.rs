@@ -7,6 +7,7 @@ use parking_lot::Mutex;
 
 use super::{
     guest, judge,
+    lengths::Lengths,
     progress::Progress,
     record::{Event, Failure, FailureKind, Recorder},
     scenario::{FaultKind, Layer, Phase, Scenario, Where},
@@ -327,7 +328,7 @@ fn run_phase(
         oracle: carried.oracle.clone(),
         handle: Mutex::default(),
         progress: Progress::default(),
-        lengths: Mutex::new(carried.lengths.clone()),
+        lengths: Lengths::new(carried.lengths.first().copied().unwrap_or(0)),
         targets: Mutex::default(),
         manager,
         lab,
@@ -343,7 +344,7 @@ fn run_phase(
             Carried {
                 names,
                 excused: !clean,
-                lengths: vec![],
+                lengths: world.lengths.now(),
                 left: Vec::new(),
                 ..carried
             }
@@ -352,10 +353,9 @@ fn run_phase(
         Err(stuck) if stuck.interrupted && recorder.was_cut() => cut(&world, carried),
         Err(stuck) => return Err(Failure::new(FailureKind::Stuck, stuck.to_string())),
     };
-    let lengths = world.lengths.lock().clone();
     take_apart(world);
     setup.watch.clear();
-    Ok(Carried { lengths, ..carried })
+    Ok(carried)
 }
 
 /// Nothing of the phase goes on: its tasks, and what they hold of it, are dropped.
@@ -397,6 +397,7 @@ fn cut(world: &World, carried: Carried) -> Carried {
             names
         },
         left,
+        lengths: world.lengths.after_cut(),
         cut: true,
         excused: true,
         ..carried

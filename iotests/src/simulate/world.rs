@@ -17,6 +17,7 @@ use serde_json::Value;
 
 use super::{
     books::Books,
+    lengths::Lengths,
     progress::Progress,
     record::Recorder,
     scenario::{Layer, Phase, Scenario},
@@ -106,8 +107,8 @@ pub(super) struct World {
     pub oracle: Oracle,
     pub handle: Mutex<Option<Arc<BlockHandle>>>,
     pub progress: Progress,
-    /// Lengths that the disk had, or may have had, in this phase.
-    pub lengths: Mutex<Vec<u64>>,
+    /// Which length the disk has, had, or may have had, in this phase.
+    pub lengths: Lengths,
     /// Where the jobs' targets are; the first of them suffers the faults.
     pub targets: Mutex<Vec<String>>,
     pub manager: Arc<jobs::JobManager>,
