@@ -231,6 +231,7 @@ async fn open_image(
         size: AtomicU64::new(size),
         is_view,
         uncertain: AtomicBool::new(false),
+        size_in_doubt: AtomicBool::new(false),
         raw_data: AtomicBool::new(header.has_raw_data_file()),
         codec: Codec::from_type(header.compression_type).unwrap_or_default(),
         packing_order: PackingOrder::default(),
