@@ -51,6 +51,10 @@ impl Qcow2 {
                 Error::invalid("Preallocation can't be used for shrinking an image"),
             ),
             std::cmp::Ordering::Less => self.shrink(request, old, length).await,
+            // A change that failed may be on disk all the same.
+            std::cmp::Ordering::Equal if self.size_in_doubt.load(Ordering::Acquire) => {
+                self.set_size(request, length).await
+            }
             std::cmp::Ordering::Equal => Ok(()),
             std::cmp::Ordering::Greater => self.grow(request, old, length, how).await,
         }
@@ -109,9 +113,12 @@ impl Qcow2 {
     async fn set_size(&self, request: &Request, size: u64) -> Result<()> {
         let file = request.file()?;
         let mut meta = self.lock_meta(file).await?;
+        self.writeback.failure.check()?;
+        self.size_in_doubt.store(true, Ordering::Release);
         header_update::write_size(file, &mut meta.header, size).await?;
         self.writeback.failure.flush(file).await?;
         self.size.store(size, Ordering::Release);
+        self.size_in_doubt.store(false, Ordering::Release);
         Ok(())
     }
 
@@ -310,7 +317,9 @@ impl Qcow2 {
         let batch = meta.batch;
         meta.orphans.lock().clear();
         let orphans = meta.orphans.clone();
-        self.metadata.rebuild(&header, &l1, &refcounts);
+        let others = snapshots::others(file, &header, &snapshots, self.metadata.wanted()).await?;
+        self.metadata.forget_bitmaps();
+        self.metadata.rebuild(&header, &l1, &refcounts, &others);
         self.reload_directory(file, &header).await;
         let metadata = self.metadata.clone();
         *meta = Meta::new(
@@ -336,6 +345,7 @@ impl Qcow2 {
             .store(meta.header.has_raw_data_file(), Ordering::Release);
         self.writeback.failure.forget();
         self.uncertain.store(false, Ordering::Release);
+        self.size_in_doubt.store(false, Ordering::Release);
         self.note_sizes(meta);
         Ok(())
     }
