@@ -680,8 +680,18 @@ fn what_is_discarded_in_place_stays_ciphertext_so_that_an_old_link_never_shows_n
     let data = lab.path("data");
     let with_data_file = format!("encrypt.format=luks,data_file={},size=1M", data.display());
     for (name, options, open, file) in [
-        ("a", "encrypt.format=luks,size=1M", "discard-no-unref=on", None),
-        ("b", &with_data_file, "cache.no-flush=off", Some(data.clone())),
+        (
+            "a",
+            "encrypt.format=luks,size=1M",
+            "discard-no-unref=on",
+            None,
+        ),
+        (
+            "b",
+            &with_data_file,
+            "cache.no-flush=off",
+            Some(data.clone()),
+        ),
     ] {
         let path = lab.create(name, options).unwrap();
         let file = file.unwrap_or_else(|| path.clone());
