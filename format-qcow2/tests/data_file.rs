@@ -714,3 +714,78 @@ fn after_a_power_cut_the_data_file_holds_what_the_metadata_says() {
         }
     }
 }
+
+/// What the data file has behind the old end, and what it is extended with where it is encrypted, is made zeroes durably before
+/// the size is.
+#[test]
+fn a_power_cut_while_a_disk_with_a_data_file_grows_reveals_nothing_behind_its_old_end() {
+    const OLD: usize = 100 << 10;
+    for kind in [
+        "",
+        "data_file_raw=on",
+        "encrypt.format=aes,encrypt.key-secret=s",
+    ] {
+        let scratch = tempfile::tempdir().unwrap();
+        let (path, data) = (scratch.path().join("a"), scratch.path().join("d"));
+        let make_rig = || {
+            let rig = Rig::new();
+            let key = block_core::secret::Secret::new("open sesame");
+            rig.graph.secrets().add("s", key).unwrap();
+            rig
+        };
+        let rig = make_rig();
+        let options = format!("size={OLD},data_file={},{kind}", data.display());
+        let options = Options::from_dotted(options.trim_end_matches(',')).unwrap();
+        let name = path.to_str().unwrap();
+        rig.block_on(rig.registry.create(&rig.graph, "qcow2", name, options))
+            .unwrap();
+        let key = if kind.contains("encrypt") {
+            ",encrypt.key-secret=s"
+        } else {
+            ""
+        };
+        let open = format!("data-file.driver=memory,data-file.name=d{key}");
+        let storages = [&path, &data].map(|path| Storage::new(std::fs::read(path).unwrap()));
+        let log = JointLog::default();
+        let start = rig.block_on(async {
+            rig.storages.add("d", &storages[1]);
+            let handle = rig.open_storage(&storages[0], &open).await.unwrap();
+            write(&handle, 0, OLD as u64, 5).await.unwrap();
+            rig.close(handle).await.unwrap();
+            // Somebody put something behind the end.
+            storages[1].state.lock().data.resize(300 << 10, 0xee);
+            let start = [0, 1].map(|which: usize| storages[which].state.lock().data.clone());
+            for (which, storage) in storages.iter().enumerate() {
+                storage.log_to(which, &log);
+            }
+            let handle = rig.open_storage(&storages[0], &open).await.unwrap();
+            for size in [110 << 10, 150 << 10, 260 << 10] {
+                handle.truncate(size, Truncate::default()).await.unwrap();
+            }
+            rig.close(handle).await.unwrap();
+            start
+        });
+        let log = std::mem::take(&mut *log.lock());
+        let mut rng = SmallRng::seed_from_u64(1);
+        let mut grown = 0;
+        for cut in (0..=log.len()).flat_map(|cut| [cut; 12]) {
+            let [image, data] = after_cut(&start, &log, cut, &mut rng).map(Storage::new);
+            let what = format!("{kind}, cut at {cut} of {}", log.len());
+            let rig = make_rig();
+            rig.block_on(async {
+                rig.storages.add("d", &data);
+                let handle = rig
+                    .open_storage(&image, &format!("{open},read-only=on"))
+                    .await
+                    .unwrap();
+                let size = handle.length() as usize;
+                grown += usize::from(size > OLD);
+                let mut expected = vec![5; OLD];
+                expected.resize(size, 0);
+                assert_same(&handle.read(0, size).await.unwrap(), &expected, &what);
+                rig.close(handle).await.unwrap();
+            });
+        }
+        assert!(grown > 0 && grown < 12 * log.len(), "{grown}");
+    }
+}
