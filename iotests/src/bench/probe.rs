@@ -56,6 +56,10 @@ struct State {
     /// Zero writes shorter than this are refused as not supported.
     least_zeroes: u64,
     waiting: BTreeMap<CallKind, Vec<Waker>>,
+    /// A length of its own, which truncates change at once and nothing below hears of.
+    own_length: Option<u64>,
+    /// After so many further looks at the length something happens.
+    at_look: Option<(u64, Box<dyn FnOnce() + Send>)>,
 }
 
 /// The filter.
@@ -164,6 +168,21 @@ impl Probe {
         wakers.into_iter().for_each(Waker::wake);
     }
 
+    /// From now on it has a length of its own; truncates change that at once, and reach nothing below. `None`: no longer.
+    pub fn own_length(&self, length: Option<u64>) {
+        self.state.lock().own_length = length;
+    }
+
+    /// After `more` further looks at the length, calls `then` right behind the next one, before whoever looks goes on.
+    pub fn after_look(&self, more: u64, then: impl FnOnce() + Send + 'static) {
+        self.state.lock().at_look = Some((more, Box::new(then)));
+    }
+
+    /// It didn't come to that.
+    pub fn forget_look(&self) {
+        self.state.lock().at_look = None;
+    }
+
     async fn called(
         &self,
         kind: CallKind,
@@ -239,7 +258,24 @@ impl BlockDriver for Probe {
     }
 
     fn length(&self, edges: &Edges) -> u64 {
-        edges.child(ChildRole::Filtered).map_or(0, Child::length)
+        let (length, then) = {
+            let mut state = self.state.lock();
+            let then = match &mut state.at_look {
+                Some((0, _)) => state.at_look.take().map(|(_, then)| then),
+                Some((more, _)) => {
+                    *more -= 1;
+                    None
+                }
+                None => None,
+            };
+            (state.own_length, then)
+        };
+        let length =
+            length.unwrap_or_else(|| edges.child(ChildRole::Filtered).map_or(0, Child::length));
+        if let Some(then) = then {
+            then();
+        }
+        length
     }
 
     fn limits(&self, _: &Edges) -> Limits {
@@ -307,6 +343,10 @@ impl BlockDriver for Probe {
     async fn truncate(self: Arc<Self>, request: Request, length: u64, how: Truncate) -> Result<()> {
         self.called(CallKind::Truncate, length, 0, RequestFlags::empty())
             .await?;
+        if let Some(own) = &mut self.state.lock().own_length {
+            *own = length;
+            return Ok(());
+        }
         request.file()?.truncate(length, how).await
     }
 

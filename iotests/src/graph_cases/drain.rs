@@ -9,7 +9,7 @@ use block_core::{
     flags::{PermissionSet, Permissions},
     image::{CheckMode, Progress},
 };
-use futures::FutureExt;
+use futures::{FutureExt, future::abortable};
 
 use crate::{
     bench::{Bench, CallKind, Outcome, Probe, case, must, not_covered},
@@ -25,6 +25,12 @@ pub(super) fn cases() -> Vec<Case> {
             "graph-drain-waits-for-every-kind-of-request",
             "a drain waits for a read, write, zero write, discard, resize and flush in flight, and for nothing else",
             waits_for_every_kind,
+        ),
+        case(
+            Group::Graph,
+            "graph-drain-waits-for-what-a-gone-handle-dropped",
+            "a drain waits for a write whose future and whose handle were dropped while the driver had it",
+            gone_handle,
         ),
         case(
             Group::Graph,
@@ -83,6 +89,42 @@ const NONE: RequestFlags = RequestFlags::empty();
 fn drain(bench: &Bench) -> Running<()> {
     let (graph, node) = (bench.scene.lab.graph.clone(), bench.node.clone());
     bench.start(async move { drop(graph.drain(&node).await) })
+}
+
+async fn gone_handle(scene: Arc<Scene>) -> Outcome {
+    let mut bench = Bench::new(&scene, 4).await?;
+    bench.write(0, bench.size()).await?;
+    let topped = bench.through(Probe::new())?;
+    let may = Permissions::CONSISTENT_READ | Permissions::WRITE;
+    let set = PermissionSet::new(may, Permissions::all());
+    let writer = scene.lab.graph.attach(&topped.node, set, "writer")?;
+    // What is written is what is there: whether it arrives makes no difference to the content.
+    let same = bench.handle.read(0, 512).await?;
+    topped.probe.block(CallKind::Write);
+    topped.probe.take();
+    let (write, abort) = abortable(async move {
+        let done = writer.write(0, same.to_vec(), NONE).await;
+        drop(writer);
+        done
+    });
+    let write = bench.start(write);
+    scene.rest().await;
+    must(topped.probe.take().len() == 1, || {
+        "the write never reached the driver".into()
+    })?;
+    abort.abort();
+    scene.rest().await;
+    let _ = write.await;
+    let draining = drain(&bench);
+    scene.rest().await;
+    must(!draining.is_done(), || {
+        "the drain didn't wait for a dropped write".into()
+    })?;
+    topped.probe.unblock(CallKind::Write);
+    draining.await;
+    bench.take_off(topped).await?;
+    bench.check_all("after the drain").await?;
+    bench.finish().await
 }
 
 async fn waits_for_every_kind(scene: Arc<Scene>) -> Outcome {

@@ -1,9 +1,15 @@
 //! Resizing while requests are in flight: it waits for those that it touches and for no others, and those that come behind
 //! it meet the new length.
 
-use std::sync::Arc;
+use std::{
+    sync::Arc,
+    task::{Context, Waker},
+};
 
 use block_core::{Capabilities, ErrorKind, RequestFlags, driver::Truncate, flags::Permissions};
+
+use futures::{FutureExt, future::BoxFuture};
+use parking_lot::Mutex;
 
 use crate::{
     bench::{Bench, CallKind, Outcome, Probe, Stop, case, must, not_covered, wrong},
@@ -27,6 +33,13 @@ pub(super) fn cases() -> Vec<Case> {
             "writes, zero writes and discards that waited for a shrink and now lie behind the end fail with EIO and reach \
              no driver; one that still fits is done",
             waited_behind_shrink,
+        ),
+        case(
+            Group::Rw,
+            "rw-length-from-before-a-shrink-doesnt-count",
+            "a request that looked at the length, and before it had its ticket a shrink came and went, looks again: it is \
+             refused and reaches no driver",
+            shrunk_after_the_look,
         ),
         case(
             Group::Rw,
@@ -140,6 +153,60 @@ async fn waited_behind_shrink(scene: Arc<Scene>) -> Outcome {
     bench.check_all("after the shrink").await?;
     bench.truncate(12 * cluster).await?;
     bench.check_all("grown again").await?;
+    bench.finish().await
+}
+
+/// Threads may do this to each other; here the look at the length itself lets the shrink in.
+async fn shrunk_after_the_look(scene: Arc<Scene>) -> Outcome {
+    let mut bench = Bench::new(&scene, 12).await?;
+    bench.write(0, bench.size()).await?;
+    let (size, cluster) = (bench.size(), bench.cluster);
+    let topped = bench.top(Probe::new())?;
+    let may = Permissions::CONSISTENT_READ | Permissions::WRITE;
+    let set = block_core::PermissionSet::new(may, Permissions::all());
+    let reader = scene.lab.graph.attach(&topped.node, set, "reader")?;
+    let mut refused = 0;
+    // Which of its looks comes right before the ticket is the core's business.
+    for look in 0..8 {
+        topped.probe.own_length(Some(size));
+        topped.probe.take();
+        let running: Arc<Mutex<Option<BoxFuture<'static, block_core::Result<()>>>>> =
+            Arc::default();
+        let (left, handle) = (running.clone(), topped.handle.clone());
+        topped.probe.after_look(look, move || {
+            let mut shrink =
+                async move { handle.truncate(6 * cluster, Truncate::default()).await }.boxed();
+            let mut context = Context::from_waker(Waker::noop());
+            if shrink.as_mut().poll(&mut context).is_pending() {
+                *left.lock() = Some(shrink);
+            }
+        });
+        let read = reader.read(8 * cluster, 512).await;
+        topped.probe.forget_look();
+        let waited = running.lock().take();
+        if let Some(shrink) = waited {
+            shrink.await?;
+        }
+        let calls: Vec<CallKind> = topped.probe.take().iter().map(|call| call.kind).collect();
+        match calls[..] {
+            [CallKind::Truncate] => {
+                must(
+                    read.is_err_and(|error| error.kind() == ErrorKind::Io),
+                    || "a read behind the end went well".into(),
+                )?;
+                refused += 1;
+            }
+            [CallKind::Read] | [CallKind::Read, CallKind::Truncate] => drop(read?),
+            _ => return wrong(format!("look {look}: the driver got {calls:?}")),
+        }
+    }
+    must(refused > 0, || {
+        "no look at the length came before the ticket".into()
+    })?;
+    topped.probe.own_length(None);
+    drop(reader);
+    bench.take_off(topped).await?;
+    bench.check_all("at the end").await?;
     bench.finish().await
 }
 

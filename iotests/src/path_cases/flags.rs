@@ -29,6 +29,12 @@ pub(super) fn cases() -> Vec<Case> {
         ),
         case(
             Group::Rw,
+            "rw-fua-stays-with-zeroes-that-are-written-as-data",
+            "zeroes that have to be written as data keep their FUA, whether the driver has no zero writes or refuses them",
+            fua_of_zeroes,
+        ),
+        case(
+            Group::Rw,
             "rw-fua-is-a-flush-where-the-driver-has-none",
             "FUA is kept from a driver that doesn't have it, and a flush follows each write and zero write, also a padded one",
             fua_without,
@@ -143,6 +149,31 @@ async fn fua_with(scene: Arc<Scene>) -> Outcome {
         || format!("a flush followed: {calls:?}"),
     )?;
     bench.take_off(topped).await?;
+    bench.finish().await
+}
+
+async fn fua_of_zeroes(scene: Arc<Scene>) -> Outcome {
+    let mut bench = Bench::new(&scene, 4).await?;
+    let cluster = bench.cluster;
+    bench.write(0, bench.size()).await?;
+    let probe = || Probe::new().aligned(512).with(Can::FUA);
+    for probe in [
+        probe().without(Can::WRITE_ZEROES),
+        probe().least_zeroes(u64::MAX),
+    ] {
+        let topped = bench.through(probe)?;
+        bench.zero(cluster, cluster, RequestFlags::FUA).await?;
+        let calls = topped.probe.take();
+        let mut written = calls.iter().filter(|call| call.kind == CallKind::Write);
+        must(
+            written
+                .next_back()
+                .is_some_and(|last| last.flags.contains(RequestFlags::FUA))
+                && calls.iter().all(|call| call.kind != CallKind::Flush),
+            || format!("the driver got {calls:?}"),
+        )?;
+        bench.take_off(topped).await?;
+    }
     bench.finish().await
 }
 
