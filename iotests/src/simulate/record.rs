@@ -39,6 +39,8 @@ pub enum FailureKind {
     Error,
     /// A job's result isn't what it has to be.
     Job,
+    /// The images can't be made: a scenario that makes no sense.
+    Unmade,
     /// No progress, or no end.
     Stuck,
     /// A panic.

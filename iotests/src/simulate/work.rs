@@ -16,6 +16,7 @@ use jobs::{
 };
 
 use super::{
+    judge::findings,
     record::{Failure, FailureKind},
     scenario::{JobEnd, JobPlan, JobWork, Layer, Sync, Verb},
     world::World,
@@ -31,6 +32,9 @@ fn sync_mode(sync: Sync) -> SyncMode {
         Sync::None => SyncMode::None,
     }
 }
+
+/// How often a check is tried that the storage's faults get in the way of.
+const MOST_CHECKS: u32 = 20;
 
 /// A job that was started, and what is needed to judge it.
 struct Started {
@@ -426,18 +430,28 @@ async fn check_target(
     if !capabilities.contains(Capabilities::CHECK) {
         return Ok(());
     }
-    let report = match handle
-        .check(CheckMode::ReadOnly, CheckProgress::new())
-        .await
-    {
+    let recorder = &world.setup.recorder;
+    let mut tries = 0;
+    let report = loop {
+        let errors = recorder.disk_errors();
+        let report = handle
+            .check(CheckMode::ReadOnly, CheckProgress::new())
+            .await;
+        // What the check couldn't read says nothing about the image. Faults come to an end.
+        if recorder.disk_errors() == errors {
+            break report;
+        }
+        tries += 1;
+        if tries > MOST_CHECKS {
+            return Ok(());
+        }
+    };
+    let report = match report {
         Ok(report) => report,
         Err(_) if world.may_fail() => return Ok(()),
         Err(error) => return Err(fail(FailureKind::Check, error.to_string())),
     };
-    let text = || {
-        let lines: Vec<&str> = report.findings.iter().map(|f| f.message.as_str()).collect();
-        format!("its target: {}", lines.join("; "))
-    };
+    let text = || format!("its target: {}", findings(&report));
     if report.corruptions + report.check_errors > 0 {
         return Err(fail(FailureKind::Check, text()));
     }
