@@ -135,16 +135,17 @@ impl Qcow2 {
         let codec = self.codec;
         let packed = offload(request.env(), move || codec.compress(&bytes)).await?;
         turn.come().await;
+        let turn = Mutex::new(Some(turn));
         let Some(packed) = packed else {
-            drop(turn);
             let slice = self.slice(file, self.slice_of(cluster)).await?;
             if let Some(slice) = slice {
                 self.check_unallocated(slice.load(self.slice_entry(cluster)), cluster)?;
             }
-            return self.write_guest(request, offset, data).await;
+            // In its turn, too: a whole cluster between two packed ones ends the run of bytes, so it shouldn't come twice.
+            let placed = || drop(turn.lock().take());
+            return self.write_allocating(request, offset, data, &placed).await;
         };
         let packed = IoBuf::from(packed);
-        let turn = Mutex::new(Some(turn));
         self.reclaiming(request, || {
             self.write_packed(request, cluster, packed.clone(), &turn)
         })

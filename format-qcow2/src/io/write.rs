@@ -141,7 +141,7 @@ impl Qcow2 {
                     window.push(write.boxed());
                 }
                 None => {
-                    let write = self.write_allocating(request, offset, piece);
+                    let write = self.write_allocating(request, offset, piece, &|| ());
                     if whole {
                         return write.await;
                     }
@@ -182,16 +182,18 @@ impl Qcow2 {
         Ok(done)
     }
 
-    /// Writes into clusters that have to be allocated, step by step.
-    async fn write_allocating(
+    /// Writes into clusters that have to be allocated, step by step. Calls `placed` each time that a step has its place,
+    /// before its data are written.
+    pub(super) async fn write_allocating(
         self: &Arc<Self>,
         request: &Request,
         mut offset: u64,
         mut buf: IoBuf,
+        placed: &(dyn Fn() + Sync),
     ) -> Result<()> {
         let mut reclaimed = false;
         while !buf.is_empty() {
-            match self.allocating_step(request, offset, &buf).await {
+            match self.allocating_step(request, offset, &buf, placed).await {
                 Ok(done) => {
                     buf = buf.slice(done as usize..);
                     offset += done;
@@ -215,6 +217,7 @@ impl Qcow2 {
         request: &Request,
         offset: u64,
         buf: &IoBuf,
+        placed: &(dyn Fn() + Sync),
     ) -> Result<u64> {
         let file = request.file()?;
         let len = (buf.len() as u64)
@@ -234,6 +237,7 @@ impl Qcow2 {
             self.note_sizes(&meta);
             plan?
         };
+        placed();
         match plan {
             Plan::InPlace { host, len, pin } => {
                 let pin = (!mutant::is_active("qcow2-pin-dropped-before-write")).then_some(pin);

@@ -345,24 +345,36 @@ impl Engine {
         let target = &self.target.handle;
         let runs = self.runs(piece, &buffer);
         let data = IoBuf::from(buffer);
-        for run in runs {
-            let at = piece.offset + run.start as u64;
-            let len = (run.end - run.start) as u64;
-            let written = if !run.zero {
-                let flags = if self.settings.compress && self.is_whole(at, len) {
-                    RequestFlags::WRITE_COMPRESSED
+        let write = |run: Run| {
+            let data = &data;
+            async move {
+                let at = piece.offset + run.start as u64;
+                let len = (run.end - run.start) as u64;
+                let written = if !run.zero {
+                    let flags = if self.settings.compress && self.is_whole(at, len) {
+                        RequestFlags::WRITE_COMPRESSED
+                    } else {
+                        RequestFlags::empty()
+                    };
+                    target
+                        .write(at, data.slice(run.start..run.end), flags)
+                        .await
+                } else if self.target.is_zero {
+                    Ok(())
                 } else {
-                    RequestFlags::empty()
+                    target.write_zeroes(at, len, ZEROES).await
                 };
-                target
-                    .write(at, data.slice(run.start..run.end), flags)
-                    .await
-            } else if self.target.is_zero {
-                Ok(())
-            } else {
-                target.write_zeroes(at, len, ZEROES).await
-            };
-            written.map_err(|error| writing(at, &error))?;
+                written.map_err(|error| writing(at, &error))
+            }
+        };
+        if self.settings.compress {
+            // All of them begin before the next chunk's do: compressed data are packed in the order of the file.
+            let written = future::join_all(runs.into_iter().map(write)).await;
+            written.into_iter().collect::<Result<(), Failure>>()?;
+        } else {
+            for run in runs {
+                write(run).await?;
+            }
         }
         match data.try_into_buffer() {
             Ok(buffer) => Ok(buffer),
