@@ -63,6 +63,10 @@ examples:
     cargo test -p writing-a-driver --test steps
     cargo test -p forgotten-duties --test named
 
+# All images of the matrix of qcow2 options, made by qemu's tools and by ours, judged by both (minutes; needs qemu-img)
+matrix:
+    cargo test -p tools --test matrix -- --ignored --nocapture the_whole_matrix
+
 # Hunts every seeded bug with the whole suite: what finds it, and how fast (docs/mutants.md)
 mutants *args:
     cargo run --release -p iotests --features mutants -- mutants {{args}}

@@ -204,6 +204,9 @@ impl Qcow2 {
             let new = if self.geometry.has_extended_l2() && !self.has_raw_data() {
                 // What the subclusters show stays what it is.
                 Self::with_data(old, host, 0)
+            } else if self.encryption.is_some() {
+                // Zeroes in the file are noise once they are decrypted.
+                L2Entry::ZeroAllocated { host, copied: true }
             } else {
                 L2Entry::Normal { host, copied: true }
             };

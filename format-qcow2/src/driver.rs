@@ -25,6 +25,8 @@ use crate::{
     info,
     layout::{Header, Incompatible},
     meta::Meta,
+    overlap::Kinds,
+    snapshots,
 };
 
 impl Qcow2 {
@@ -133,6 +135,18 @@ impl Qcow2 {
             let change = self.settings.changed(changes, &meta.header)?;
             let other_slices = change.slice_bits() != self.settings.slice_bits();
             let (kinds, interval) = (change.overlap_check(), self.settings.clean_interval());
+            if kinds.contains(Kinds::INACTIVE_L2)
+                && !self.metadata.wanted().contains(Kinds::INACTIVE_L2)
+                && !self.is_read_only()
+            {
+                // They weren't looked at yet.
+                let others =
+                    snapshots::others(request.file()?, &meta.header, &meta.snapshots, kinds)
+                        .await?;
+                let l1 = self.l1.load_full();
+                self.metadata
+                    .rebuild(&meta.header, &l1, &meta.refcounts, &others);
+            }
             if other_slices {
                 // Slices of another size: none of the old ones may be left.
                 self.slices.change_tables(|table| {
@@ -177,11 +191,19 @@ impl Qcow2 {
 }
 
 /// What has to happen before an image is written to: unknown autoclear bits go, and an image that wasn't closed properly is
-/// repaired.
+/// repaired. Nothing is written to one that can't be.
 pub(crate) async fn prepare_for_writing(
     file: &block_core::request::Child,
     header: &mut Header,
 ) -> Result<()> {
+    const HOPELESS: &str = "Could not repair dirty image";
+    // An image that is refused in the end stays as it is: whoever rescues it needs all that is there.
+    if header.is_dirty() {
+        let possible = check::can_repair(file, header, &Progress::new()).await;
+        if !possible.map_err(|error| error.context(HOPELESS))? {
+            return Err(Error::io(HOPELESS));
+        }
+    }
     if header_update::drop_unknown_autoclear(file, header).await? {
         file.flush().await?;
     }
@@ -191,8 +213,8 @@ pub(crate) async fn prepare_for_writing(
             Ok(report) if report.corruptions == 0 && report.check_errors == 0 => {
                 *header = header_update::read_header(file).await?;
             }
-            Ok(_) => return Err(Error::io("Could not repair dirty image")),
-            Err(error) => return Err(error.context("Could not repair dirty image")),
+            Ok(_) => return Err(Error::io(HOPELESS)),
+            Err(error) => return Err(error.context(HOPELESS)),
         }
     }
     Ok(())

@@ -366,6 +366,7 @@ impl Qcow2 {
             ));
         };
         let master = luks.master.as_ref().ok_or_else(missing_key)?;
+        self.metadata.check_sound()?;
         let change = slot_change(options, force, &encryption.secrets)?;
         let area = FileArea {
             file: request.file()?,

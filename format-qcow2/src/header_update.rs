@@ -3,7 +3,7 @@
 //!
 //! The order between a header update and what it publishes is the caller's to keep: none of these functions flushes when it
 //! ends. A power cut leaves the old or the new header as far as the storage writes sectors whole: single fields are one
-//! write inside of a sector, and a whole header is switched to with the write of its first sector ([`rewrite`]).
+//! write inside of a sector, and a whole header is written in an order of sectors that is tried out first (`header_plan`).
 
 use block_core::{
     error::{Error, ErrorKind, Operation, Result},
@@ -11,9 +11,12 @@ use block_core::{
     request::Child,
 };
 
-use crate::layout::{
-    Autoclear, Compatible, Header, HostOffset, Incompatible,
-    header::{MIN_HEAD, field},
+use crate::{
+    header_plan::{self, SECTOR, Step},
+    layout::{
+        Autoclear, Compatible, Header, HostOffset, Incompatible,
+        header::{MIN_HEAD, field},
+    },
 };
 
 /// Reads and checks the header of the image in `file`. Bytes beyond the end of the file count as zeroes.
@@ -35,76 +38,51 @@ fn at_open(error: Error) -> Error {
     error.with_operation(Operation::Open, 0, 0)
 }
 
-/// What a storage writes whole or not at all, in bytes.
-const SECTOR: usize = 512;
+/// A whole header that is to be written, in steps that a power cut can't turn into harm.
+pub(crate) struct Rewrite(Vec<Step>);
 
-/// Rewrites the whole first cluster: unknown extensions and the unknown tail of the header are kept, all else is laid
-/// out anew.
-///
-/// A header can be longer than a sector, and a power cut may tear it there: the extensions of one header would go on with
-/// those of the other. So the first sector is switched to a header that lies in it alone, without the names of the features;
-/// then what is behind it is written, which nothing refers to; then the first sector refers to it. A backing file's name that
-/// doesn't fit into the first sector goes to the end of the cluster first. Only where a cluster of 1 or 2 KiB has no room for
-/// an old and a new name of hundreds of bytes it is a single write after all.
+/// Finds out how the first cluster is rewritten: unknown extensions and the unknown tail of the header are kept, all else is laid
+/// out anew. Nothing is written yet.
 ///
 /// # Errors
-/// ENOSPC when the cluster has no room, EINVAL when the backing file's name is too long; nothing was written then.
-pub async fn rewrite(file: &Child, header: &Header) -> Result<()> {
-    let none = RequestFlags::empty();
-    let mut new = header.encode()?;
-    let old = file.read_padded(0, new.len()).await?.to_vec();
-    let mut changed = (0..new.len() / SECTOR).filter(|n| {
-        let sector = n * SECTOR..(n + 1) * SECTOR;
-        new[sector.clone()] != old[sector]
-    });
-    let Some(first) = changed.next() else {
-        return Ok(());
-    };
-    if changed.next().is_none() {
-        let sector = first * SECTOR..(first + 1) * SECTOR;
-        return file
-            .write(sector.start as u64, new[sector].to_vec(), none)
-            .await;
-    }
-    let Some((short, name_at)) = in_one_sector(header, &old) else {
-        return file.write(0, new, none).await;
-    };
-    if let Some(at) = name_at {
-        file.write(at as u64, short[at..].to_vec(), none).await?;
-        file.flush().await?;
-        // It stays there: what is written next must not touch it.
-        new = header.padded(header.lay_out(true, name_at)?);
-    }
-    let short = header.padded(short);
-    file.write(0, short[..SECTOR].to_vec(), none).await?;
-    file.flush().await?;
-    file.write(SECTOR as u64, new[SECTOR..].to_vec(), none)
-        .await?;
-    if new[..SECTOR] == short[..SECTOR] {
-        return Ok(());
-    }
-    file.flush().await?;
-    file.write(0, new[..SECTOR].to_vec(), none).await
+/// ENOSPC when the cluster has no room, or not enough to write the new header beside the old one; EINVAL when the backing file's
+/// name is too long.
+pub(crate) async fn prepare(file: &Child, header: &Header) -> Result<Rewrite> {
+    let len = header.encode()?.len();
+    let old = file.read_padded(0, len).await?;
+    header_plan::plan(&old, header).map(Rewrite).ok_or_else(|| {
+        Error::new(
+            ErrorKind::NoSpace,
+            "The header can't be changed safely: a power cut could leave neither the old nor the new one, as its cluster is too \
+             small for both",
+        )
+        .with_field("header", len, "less, for a cluster of this size")
+    })
 }
 
-/// The header without what isn't needed, so that all of it is in the first sector, but perhaps the backing file's name: then the
-/// second is where that goes: where there is nothing now. `None` when there is no such place.
-fn in_one_sector(header: &Header, old: &[u8]) -> Option<(Vec<u8>, Option<usize>)> {
-    let short = header.lay_out(false, None).ok()?;
-    if short.len() <= SECTOR {
-        return Some((short, None));
+impl Rewrite {
+    /// Writes it. The last step isn't flushed.
+    ///
+    /// # Errors
+    /// Whatever the storage reports: the header is the old or the new one then.
+    pub async fn write(self, file: &Child) -> Result<()> {
+        for (n, (sector, bytes)) in self.0.into_iter().enumerate() {
+            if n > 0 {
+                file.flush().await?;
+            }
+            let at = (sector * SECTOR) as u64;
+            file.write(at, bytes, RequestFlags::empty()).await?;
+        }
+        Ok(())
     }
-    let name = header.backing_file.as_ref()?.len();
-    if short.len() - name > SECTOR {
-        return None;
-    }
-    let end = old.len().checked_sub(name)? / 8 * 8;
-    // With the names of the features it has to fit as well.
-    let at = (SECTOR..=end).rev().step_by(8).find(|at| {
-        let is_free = old[*at..*at + name].iter().all(|byte| *byte == 0);
-        is_free && header.lay_out(true, Some(*at)).is_ok()
-    })?;
-    Some((header.lay_out(false, Some(at)).ok()?, Some(at)))
+}
+
+/// Rewrites the whole first cluster: [`prepare`], then [`Rewrite::write`].
+///
+/// # Errors
+/// Those of both. After ENOSPC and EINVAL of the former nothing was written.
+pub async fn rewrite(file: &Child, header: &Header) -> Result<()> {
+    prepare(file, header).await?.write(file).await
 }
 
 /// Records another backing file, `None` for none, and updates `header` to what was written.

@@ -76,6 +76,8 @@ pub(crate) struct Qcow2 {
     /// A write of the header that switches to other tables failed: it is unknown which of them count, so nothing is
     /// written any more until the image is reopened.
     pub uncertain: AtomicBool,
+    /// A change of the size failed on its last steps: the header on disk may say another one than memory does.
+    pub size_in_doubt: AtomicBool,
     /// Found corrupt while it was writable: no request is served any more.
     pub shut: AtomicBool,
     /// Amended to something that this can't go on with: it has to be opened again.

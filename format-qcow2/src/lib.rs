@@ -63,6 +63,8 @@ mod driver;
 #[cfg(not(loom))]
 mod encryption;
 #[cfg(not(loom))]
+mod header_plan;
+#[cfg(not(loom))]
 pub mod header_update;
 #[cfg(not(loom))]
 mod image;

@@ -36,7 +36,7 @@ use crate::{
     layout::{Header, header},
     measure,
     meta::Meta,
-    overlap::MetadataMap,
+    overlap::{Kinds, MetadataMap, Others},
     settings::Settings,
     snapshots,
     writeback::Writeback,
@@ -108,17 +108,30 @@ fn wanted_snapshot(options: &mut Options) -> Result<Option<SnapshotKey>> {
     }
 }
 
-async fn open_image(
+/// What is known of an image before anything is written to it and before its tables are read.
+struct Outline {
+    child: Child,
+    header: Header,
+    read_only: bool,
+    data: Option<Arc<Node>>,
+    encryption: Option<Encryption>,
+    settings: Settings,
+    kinds: Kinds,
+    /// The snapshot that is to be shown.
+    wanted: Option<SnapshotKey>,
+}
+
+/// Reads header and options and refuses what can't be. Leaves the option `backing`.
+async fn outline(
     context: &OpenContext,
     options: &mut Options,
     file: &Arc<Node>,
     safeguards: bool,
-) -> Result<(Qcow2, Header, Option<Arc<Node>>)> {
+) -> Result<Outline> {
     let child = Child::unattached(file.clone());
-    let mut header = header_update::read_header(&child).await?;
+    let header = header_update::read_header(&child).await?;
     let read_only = context.node.read_only || file.driver().is_read_only();
     header.check_open(read_only, context.how.for_check)?;
-    // Before anything is written to the image: it may be missing, or not be permitted.
     let data = data_file::open(context, options, file, &header).await?;
     if !context.how.for_check {
         header.check_inside(child.length())?;
@@ -136,6 +149,34 @@ async fn open_image(
             "An internal snapshot can only be opened read-only",
         ));
     }
+    Ok(Outline {
+        child,
+        header,
+        read_only,
+        data,
+        encryption,
+        settings,
+        kinds,
+        wanted,
+    })
+}
+
+async fn open_image(
+    context: &OpenContext,
+    outline: Outline,
+    name: &str,
+    safeguards: bool,
+) -> Result<(Qcow2, Option<Arc<Node>>)> {
+    let Outline {
+        child,
+        mut header,
+        read_only,
+        data,
+        encryption,
+        settings,
+        kinds,
+        wanted,
+    } = outline;
     if !read_only && !context.how.for_check {
         prepare_for_writing(&child, &mut header).await?;
     }
@@ -163,7 +204,13 @@ async fn open_image(
     };
     let is_view = view.is_some();
     let metadata = Arc::new(MetadataMap::new(safeguards, kinds));
-    metadata.rebuild(&header, &l1, &refcounts);
+    if !read_only {
+        let others = match snapshots::others(&child, &header, &snapshots, kinds).await {
+            Err(_) if context.how.for_check => Others::default(),
+            found => found?,
+        };
+        metadata.rebuild(&header, &l1, &refcounts, &others);
+    }
     let writeback = Writeback::default();
     let tap = Arc::<SpaceTap>::default();
     let mut meta = Meta::new(
@@ -179,10 +226,11 @@ async fn open_image(
     let image = Qcow2 {
         geometry: header.geometry(),
         settings,
-        filename: child.filename().unwrap_or_else(|| file.name().to_owned()),
+        filename: child.filename().unwrap_or_else(|| name.to_owned()),
         size: AtomicU64::new(size),
         is_view,
         uncertain: AtomicBool::new(false),
+        size_in_doubt: AtomicBool::new(false),
         raw_data: AtomicBool::new(header.has_raw_data_file()),
         codec: Codec::from_type(header.compression_type).unwrap_or_default(),
         packing_order: PackingOrder::default(),
@@ -210,7 +258,7 @@ async fn open_image(
         cached_refcount_blocks: AtomicUsize::new(0),
         cleaner: AtomicU64::new(0),
     };
-    Ok((image, header, data))
+    Ok((image, data))
 }
 
 #[async_trait]
@@ -237,14 +285,18 @@ impl DriverFactory for Qcow2Factory {
                 |name| error.duplicate().with_file(name),
             )
         };
-        let (image, header, data) = open_image(&context, &mut options, &file, self.safeguards)
+        let outline = outline(&context, &mut options, &file, self.safeguards)
             .await
             .map_err(named)?;
-        let name = header.backing_file_name();
-        let format = header.extensions.backing_format.as_deref();
+        // All that may be missing, or not be permitted, comes before the first write to the image.
+        let name = outline.header.backing_file_name();
+        let format = outline.header.extensions.backing_format.clone();
         let backing = context
-            .open_backing(&mut options, &file, name.as_deref(), format)
+            .open_backing(&mut options, &file, name.as_deref(), format.as_deref())
             .await?;
+        let (image, data) = open_image(&context, outline, file.name(), self.safeguards)
+            .await
+            .map_err(named)?;
         let mut edges = vec![(ChildRole::File, "file".to_owned(), file.clone())];
         if let Some(data) = data {
             edges.push((ChildRole::DataFile, "data-file".to_owned(), data));

@@ -2,14 +2,20 @@
 //! entries say. What is known here is kept in memory and costs a look for each allocation, each slice that is read, and each
 //! write that the core doesn't map itself. The option `overlap-check` says which kinds are looked for.
 
-use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
+use std::{
+    ops::Range,
+    sync::atomic::{AtomicU16, AtomicU64, Ordering},
+};
 
 use bitflags::bitflags;
 use block_core::error::{Error, Result};
 use parking_lot::RwLock;
 
 use crate::{
-    cache::{refcounts::RefcountStore, slice::NumberMap},
+    cache::{
+        refcounts::RefcountStore,
+        slice::{NumberMap, NumberSet},
+    },
     image::L1Table,
     layout::{Geometry, Header, L1Entry},
 };
@@ -27,13 +33,18 @@ bitflags! {
         const INACTIVE_L1 = 1 << 6;
         const INACTIVE_L2 = 1 << 7;
         const BITMAP_DIRECTORY = 1 << 8;
+        const BITMAP_TABLE = 1 << 9;
+        const BITMAP_DATA = 1 << 10;
+        const LUKS_HEADER = 1 << 11;
 
+        /// All that belongs to persistent bitmaps.
+        const BITMAPS = Self::BITMAP_DIRECTORY.bits() | Self::BITMAP_TABLE.bits() | Self::BITMAP_DATA.bits();
         /// `overlap-check=constant`: what needs a look at the header only.
         const CONSTANT = Self::MAIN_HEADER.bits() | Self::ACTIVE_L1.bits() | Self::REFCOUNT_TABLE.bits()
-            | Self::SNAPSHOT_TABLE.bits() | Self::BITMAP_DIRECTORY.bits();
+            | Self::SNAPSHOT_TABLE.bits() | Self::BITMAP_DIRECTORY.bits() | Self::LUKS_HEADER.bits();
         /// `overlap-check=cached`, the default: all but what would have to be read for it.
         const CACHED = Self::CONSTANT.bits() | Self::ACTIVE_L2.bits() | Self::REFCOUNT_BLOCK.bits()
-            | Self::INACTIVE_L1.bits();
+            | Self::INACTIVE_L1.bits() | Self::BITMAPS.bits();
     }
 }
 
@@ -65,18 +76,21 @@ impl Kinds {
         })
     }
 
-    /// The first kind among these, in messages.
+    /// The first kind among these, in messages. Of two tables in one place it is the one that qemu names.
     fn shown(self) -> &'static str {
-        const NAMES: [(Kinds, &str); 9] = [
+        const NAMES: [(Kinds, &str); 12] = [
             (Kinds::MAIN_HEADER, "qcow2_header"),
             (Kinds::ACTIVE_L1, "active L1 table"),
-            (Kinds::ACTIVE_L2, "active L2 table"),
-            (Kinds::REFCOUNT_BLOCK, "refcount block"),
             (Kinds::REFCOUNT_TABLE, "refcount table"),
             (Kinds::SNAPSHOT_TABLE, "snapshot table"),
             (Kinds::INACTIVE_L1, "inactive L1 table"),
+            (Kinds::LUKS_HEADER, "LUKS header"),
+            (Kinds::ACTIVE_L2, "active L2 table"),
             (Kinds::INACTIVE_L2, "inactive L2 table"),
+            (Kinds::REFCOUNT_BLOCK, "refcount block"),
             (Kinds::BITMAP_DIRECTORY, "bitmap directory"),
+            (Kinds::BITMAP_TABLE, "bitmap table"),
+            (Kinds::BITMAP_DATA, "bitmap data"),
         ];
         NAMES
             .iter()
@@ -85,10 +99,78 @@ impl Kinds {
     }
 }
 
+/// Metadata that isn't found by following the header's refcount table and active L1 table. What lies in rows stays where it is
+/// until snapshots change.
+#[derive(Debug, Default)]
+pub(crate) struct Others {
+    /// Rows of clusters and what they hold.
+    pub rows: Vec<(Range<u64>, Kinds)>,
+    /// L2 tables of snapshots, by cluster. Only looked for when they are wanted.
+    pub inactive_l2: NumberSet,
+}
+
+/// Rows of clusters by kind: disjoint and ascending.
+#[derive(Debug, Default)]
+struct Rows(Vec<(Kinds, Vec<Range<u64>>)>);
+
+impl Rows {
+    fn new(rows: &[(Range<u64>, Kinds)]) -> Self {
+        let mut by_kind: Vec<(Kinds, Vec<Range<u64>>)> = Vec::new();
+        let mut sorted: Vec<_> = rows.iter().filter(|(row, _)| !row.is_empty()).collect();
+        sorted.sort_unstable_by_key(|(row, kind)| (kind.bits(), row.start));
+        for (row, kind) in sorted {
+            match by_kind.last_mut() {
+                Some((last, ranges)) if last == kind => match ranges.last_mut() {
+                    Some(before) if before.end >= row.start => before.end = before.end.max(row.end),
+                    _ => ranges.push(row.clone()),
+                },
+                _ => by_kind.push((*kind, vec![row.clone()])),
+            }
+        }
+        Self(by_kind)
+    }
+
+    /// What a cluster holds.
+    fn at(&self, cluster: u64) -> Kinds {
+        let mut found = Kinds::empty();
+        for (kind, ranges) in &self.0 {
+            let behind = ranges.partition_point(|row| row.end <= cluster);
+            if ranges.get(behind).is_some_and(|row| row.start <= cluster) {
+                found |= *kind;
+            }
+        }
+        found
+    }
+
+    /// The first cluster from `start` on that holds anything.
+    fn first_from(&self, start: u64) -> Option<u64> {
+        let all = self.0.iter().flat_map(|(_, ranges)| ranges);
+        all.filter(|row| row.end > start)
+            .map(|row| row.start.max(start))
+            .min()
+    }
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    clusters: NumberMap<Kinds>,
+    rows: Rows,
+}
+
+impl Known {
+    fn at(&self, cluster: u64) -> Kinds {
+        let single = self.clusters.get(&cluster).copied().unwrap_or_default();
+        if self.rows.0.is_empty() {
+            return single;
+        }
+        single | self.rows.at(cluster)
+    }
+}
+
 /// See the file's header.
 #[derive(Debug)]
 pub(crate) struct MetadataMap {
-    clusters: RwLock<NumberMap<Kinds>>,
+    known: RwLock<Known>,
     /// Counts, from 1 on, the times that clusters were added or other kinds were looked for.
     generation: AtomicU64,
     /// Kinds of clusters that were found in two roles: nothing may be written to any table, as it may be another one, too.
@@ -102,7 +184,7 @@ pub(crate) struct MetadataMap {
 impl MetadataMap {
     pub fn new(enabled: bool, wanted: Kinds) -> Self {
         Self {
-            clusters: RwLock::default(),
+            known: RwLock::default(),
             generation: AtomicU64::new(1),
             overlapping: AtomicU16::new(0),
             wanted: AtomicU16::new(wanted.bits()),
@@ -121,8 +203,14 @@ impl MetadataMap {
         self.generation.fetch_add(1, Ordering::Release);
     }
 
-    /// Forgets everything, and notes what an image's tables point to.
-    pub fn rebuild(&self, header: &Header, l1: &L1Table, refcounts: &RefcountStore) {
+    /// Forgets everything but bitmaps, and notes what an image's tables point to, and `others`.
+    pub fn rebuild(
+        &self,
+        header: &Header,
+        l1: &L1Table,
+        refcounts: &RefcountStore,
+        others: &Others,
+    ) {
         if !self.enabled {
             return;
         }
@@ -168,7 +256,38 @@ impl MetadataMap {
             }
         }
         overlapping |= twice;
-        *self.clusters.write() = clusters;
+        let rows = Rows::new(&others.rows);
+        for cluster in clusters.keys() {
+            overlapping |= rows.at(*cluster);
+        }
+        for (row, kind) in &others.rows {
+            // Nobody writes to the other kinds of rows where they are.
+            if *kind == Kinds::LUKS_HEADER {
+                let mut shared = others.rows.iter().filter(|(other, kind)| {
+                    *kind != Kinds::LUKS_HEADER && other.start < row.end && row.start < other.end
+                });
+                if shared.next().is_some() {
+                    overlapping |= Kinds::LUKS_HEADER;
+                }
+            }
+        }
+        for cluster in &others.inactive_l2 {
+            let there = clusters.entry(*cluster).or_default();
+            let shared = *there == Kinds::ACTIVE_L2 && tables.get(cluster) == Some(&false);
+            if !there.is_empty() && !shared || rows.at(*cluster).contains(Kinds::LUKS_HEADER) {
+                overlapping |= Kinds::INACTIVE_L2;
+            }
+            *there |= Kinds::INACTIVE_L2;
+        }
+        let mut known = self.known.write();
+        for (cluster, kinds) in &known.clusters {
+            let bitmaps = *kinds & Kinds::BITMAPS;
+            if !bitmaps.is_empty() {
+                *clusters.entry(*cluster).or_default() |= bitmaps;
+            }
+        }
+        *known = Known { clusters, rows };
+        drop(known);
         self.overlapping
             .store(overlapping.bits(), Ordering::Release);
         self.generation.fetch_add(1, Ordering::Release);
@@ -197,7 +316,7 @@ impl MetadataMap {
     /// Notes clusters that hold metadata of one kind from now on.
     pub fn add(&self, kind: Kinds, clusters: impl IntoIterator<Item = u64>) {
         if self.enabled {
-            let mut map = self.clusters.write();
+            let map = &mut self.known.write().clusters;
             for cluster in clusters {
                 *map.entry(cluster).or_default() |= kind;
             }
@@ -207,7 +326,7 @@ impl MetadataMap {
 
     /// Clusters hold metadata of these kinds no more.
     pub fn remove(&self, kinds: Kinds, clusters: impl IntoIterator<Item = u64>) {
-        let mut map = self.clusters.write();
+        let map = &mut self.known.write().clusters;
         for cluster in clusters {
             if let Some(there) = map.get_mut(&cluster) {
                 there.remove(kinds);
@@ -216,6 +335,14 @@ impl MetadataMap {
                 }
             }
         }
+    }
+
+    /// Forgets where bitmaps are.
+    pub fn forget_bitmaps(&self) {
+        self.known.write().clusters.retain(|_, kinds| {
+            kinds.remove(Kinds::BITMAPS);
+            !kinds.is_empty()
+        });
     }
 
     /// Whether any of the clusters holds metadata.
@@ -229,11 +356,10 @@ impl MetadataMap {
         if wanted.is_empty() {
             return wanted;
         }
-        let map = self.clusters.read();
+        let known = self.known.read();
         clusters
             .into_iter()
-            .filter_map(|cluster| map.get(&cluster))
-            .map(|kinds| *kinds & wanted)
+            .map(|cluster| known.at(cluster) & wanted)
             .find(|kinds| !kinds.is_empty())
             .unwrap_or_default()
     }
@@ -243,13 +369,12 @@ impl MetadataMap {
     /// # Errors
     /// `Corrupt`.
     pub fn check_from(&self, start: u64, geometry: Geometry) -> Result<()> {
-        let found = self
-            .clusters
-            .read()
-            .keys()
-            .copied()
-            .filter(|cluster| *cluster >= start)
-            .min();
+        let found = {
+            let known = self.known.read();
+            let single = known.clusters.keys().copied();
+            let single = single.filter(|cluster| *cluster >= start);
+            single.chain(known.rows.first_from(start)).min()
+        };
         found.map_or(Ok(()), |cluster| self.check(cluster, 1, geometry))
     }
 
@@ -279,7 +404,7 @@ fn refused(kinds: Kinds) -> Error {
 }
 
 /// The clusters that a range of the file touches.
-pub(crate) fn range(geometry: Geometry, offset: u64, len: u64) -> std::ops::Range<u64> {
+pub(crate) fn range(geometry: Geometry, offset: u64, len: u64) -> Range<u64> {
     let bits = geometry.cluster_bits();
     offset >> bits..(offset + len).div_ceil(geometry.cluster_size())
 }

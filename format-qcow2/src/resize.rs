@@ -51,6 +51,10 @@ impl Qcow2 {
                 Error::invalid("Preallocation can't be used for shrinking an image"),
             ),
             std::cmp::Ordering::Less => self.shrink(request, old, length).await,
+            // A change that failed may be on disk all the same.
+            std::cmp::Ordering::Equal if self.size_in_doubt.load(Ordering::Acquire) => {
+                self.set_size(request, length).await
+            }
             std::cmp::Ordering::Equal => Ok(()),
             std::cmp::Ordering::Greater => self.grow(request, old, length, how).await,
         }
@@ -81,7 +85,12 @@ impl Qcow2 {
             .await?;
         let mut preallocation = how.preallocation;
         if self.geometry.has_data_file() {
+            let edge = old.next_multiple_of(self.geometry.cluster_size());
             self.grow_data(request, old, new, preallocation).await?;
+            if self.encryption.is_some() {
+                // What the file was extended with are zeroes until somebody decrypts them.
+                self.zero_mapped(request, old, edge.min(new)).await?;
+            }
             if self.has_raw_data() && preallocation == Preallocation::Off {
                 preallocation = Preallocation::Metadata;
             }
@@ -104,9 +113,12 @@ impl Qcow2 {
     async fn set_size(&self, request: &Request, size: u64) -> Result<()> {
         let file = request.file()?;
         let mut meta = self.lock_meta(file).await?;
+        self.writeback.failure.check()?;
+        self.size_in_doubt.store(true, Ordering::Release);
         header_update::write_size(file, &mut meta.header, size).await?;
         self.writeback.failure.flush(file).await?;
         self.size.store(size, Ordering::Release);
+        self.size_in_doubt.store(false, Ordering::Release);
         Ok(())
     }
 
@@ -219,22 +231,27 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// Writes zeroes over what is mapped to data in a range.
+    async fn zero_mapped(self: &Arc<Self>, request: &Request, mut at: u64, end: u64) -> Result<()> {
+        while at < end {
+            let (run, pin) = self.locate(request.file()?, at, end - at).await?;
+            drop(pin);
+            let next = at + run.len();
+            if matches!(run, Run::Data { .. } | Run::Compressed { .. }) {
+                self.write_zero_data(request, at, next).await?;
+            }
+            at = next;
+        }
+        Ok(())
+    }
+
     async fn shrink(self: &Arc<Self>, request: &Request, old: u64, new: u64) -> Result<()> {
         let size = self.geometry.cluster_size();
         // What is left of the last cluster must not come back when the disk grows again.
         let edge = new.next_multiple_of(size).min(old);
-        let mut at = new;
-        // (The data file is cut off there.)
-        while at < edge && !self.geometry.has_data_file() {
-            let (run, pin) = self.locate(request.file()?, at, edge - at).await?;
-            drop(pin);
-            let next = at + run.len();
-            if matches!(run, Run::Data { .. } | Run::Compressed { .. })
-                && !mutant::is_active("qcow2-shrink-leaves-tail")
-            {
-                self.write_zero_data(request, at, next).await?;
-            }
-            at = next;
+        // (A data file is cut off there.)
+        if !self.geometry.has_data_file() && !mutant::is_active("qcow2-shrink-leaves-tail") {
+            self.zero_mapped(request, new, edge).await?;
         }
         let first = ClusterIndex(new.div_ceil(size));
         let end = ClusterIndex(old.div_ceil(size));
@@ -300,7 +317,9 @@ impl Qcow2 {
         let batch = meta.batch;
         meta.orphans.lock().clear();
         let orphans = meta.orphans.clone();
-        self.metadata.rebuild(&header, &l1, &refcounts);
+        let others = snapshots::others(file, &header, &snapshots, self.metadata.wanted()).await?;
+        self.metadata.forget_bitmaps();
+        self.metadata.rebuild(&header, &l1, &refcounts, &others);
         self.reload_directory(file, &header).await;
         let metadata = self.metadata.clone();
         *meta = Meta::new(
@@ -326,6 +345,7 @@ impl Qcow2 {
             .store(meta.header.has_raw_data_file(), Ordering::Release);
         self.writeback.failure.forget();
         self.uncertain.store(false, Ordering::Release);
+        self.size_in_doubt.store(false, Ordering::Release);
         self.note_sizes(meta);
         Ok(())
     }

@@ -194,6 +194,51 @@ fn clusters_that_are_compressed_side_by_side_lie_in_the_order_of_the_disk() {
     );
 }
 
+/// qemu-io 10.0.2 goes on filling the cluster that it put compressed data in last, even when that has been freed and is
+/// somebody else's: the second owner's data is gone.
+#[test]
+fn compressed_data_stays_out_of_a_cluster_that_was_freed_and_has_a_new_owner() {
+    const SIZE: u64 = 1 << 16;
+    let scratch = tempfile::tempdir().unwrap();
+    let path = scratch.path().join("a.qcow2");
+    std::fs::write(&path, image_bytes("cluster_size=64k", 16 * SIZE)).unwrap();
+    let rig = Rig::new();
+    let host_of_second = || {
+        let image = std::fs::read(&path).unwrap();
+        let mask = 0x00ff_ffff_ffff_fe00;
+        let table = be64(&image, be64(&image, 40) as usize) & mask;
+        be64(&image, table as usize + 8) & mask
+    };
+    rig.block_on(async {
+        let handle = rig.open(&path, "").await.unwrap();
+        let compressed = vec![1; SIZE as usize];
+        handle.write(0, compressed, COMPRESSED).await.unwrap();
+        handle.flush().await.unwrap();
+        let (_, packed) = places(&std::fs::read(&path).unwrap(), 16)[0];
+        write(&handle, 0, SIZE, 2).await.unwrap();
+        handle.flush().await.unwrap();
+        write(&handle, SIZE, SIZE, 3).await.unwrap();
+        handle.flush().await.unwrap();
+        assert_eq!(
+            host_of_second(),
+            packed / SIZE * SIZE,
+            "not the case that is meant"
+        );
+        let compressed = vec![4; SIZE as usize];
+        handle
+            .write(2 * SIZE, compressed, COMPRESSED)
+            .await
+            .unwrap();
+        handle.flush().await.unwrap();
+        for (cluster, value) in [(0, 2), (1, 3), (2, 4)] {
+            let read = handle.read(cluster * SIZE, SIZE as usize).await.unwrap();
+            assert_same(&read, &vec![value; SIZE as usize], "what was written");
+        }
+        rig.close(handle).await.unwrap();
+    });
+    assert_clean(&path);
+}
+
 #[test]
 fn compressed_writes_beside_other_requests_lose_nothing() {
     for (seed, options) in [

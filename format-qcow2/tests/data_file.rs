@@ -395,6 +395,47 @@ fn a_resize_takes_the_data_file_along_and_reveals_nothing() {
 }
 
 #[test]
+fn a_discard_leaves_clusters_that_it_covers_in_part_as_they_are_whatever_the_data_file() {
+    let scratch = tempfile::tempdir().unwrap();
+    for kind in KINDS {
+        let path = scratch.path().join("a.qcow2");
+        let data = scratch.path().join("data.raw");
+        let cluster = cluster_of(kind);
+        // The last cluster is half a one, where it can be.
+        let size = (4 * cluster - cluster / 2).next_multiple_of(512);
+        create(
+            &path,
+            &format!("{kind},data_file={}", data.display()),
+            size as usize,
+        );
+        let rig = Rig::new();
+        let mut disk = vec![5; size as usize];
+        rig.block_on(async {
+            let handle = rig.open(&path, "discard=unmap").await.unwrap();
+            write(&handle, 0, size, 5).await.unwrap();
+            for (offset, end, whole) in [
+                (cluster / 4, cluster / 2, 0..0),
+                (cluster / 4, cluster + 100, 0..0),
+                (cluster - 1, 2 * cluster + 1, cluster..2 * cluster),
+                (3 * cluster - 1, size, 3 * cluster..size),
+            ] {
+                handle.discard(offset, end - offset).await.unwrap();
+                disk[whole.start as usize..whole.end as usize].fill(0);
+                let read = handle.read(0, size as usize).await.unwrap();
+                assert_same(&read, &disk, &format!("{kind}: {offset}..{end}"));
+            }
+            rig.close(handle).await.unwrap();
+        });
+        if kind.contains("raw") {
+            assert_raw(&data, &disk, kind);
+        }
+        assert_same(&contents(&path, scratch.path()), &disk, kind);
+        std::fs::remove_file(&path).unwrap();
+        std::fs::remove_file(&data).unwrap();
+    }
+}
+
+#[test]
 fn entries_that_an_image_with_a_data_file_can_not_have_are_refused() {
     const L2: usize = 0x40000;
     let scratch = tempfile::tempdir().unwrap();

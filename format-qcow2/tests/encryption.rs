@@ -543,6 +543,58 @@ fn space_that_was_preallocated_reads_as_zeroes_also_after_growing() {
 }
 
 #[test]
+fn an_encrypted_data_file_reads_as_zeroes_where_the_disk_has_grown() {
+    let lab = Lab::new();
+    for format in ["luks", "aes"] {
+        let data = lab.path("data.raw");
+        let options = format!(
+            "encrypt.format={format},size=100k,data_file={}",
+            data.display()
+        );
+        let path = lab.create("a", &options).unwrap();
+        let mut expected = vec![9; 100 << 10];
+        lab.rig.block_on(async {
+            let handle = lab.open(&path, "").await.unwrap();
+            write(&handle, 0, 100 << 10, 9).await.unwrap();
+            lab.rig.close(handle).await.unwrap();
+        });
+        // Within the last cluster, beyond it, cut within a cluster, and both again, with all kinds of preallocation.
+        let steps = [
+            (110, Preallocation::Off),
+            (200, Preallocation::Off),
+            (70, Preallocation::Off),
+            (120, Preallocation::Off),
+            (400, Preallocation::Metadata),
+            (600, Preallocation::Full),
+            (590, Preallocation::Off),
+            (700, Preallocation::Falloc),
+        ];
+        for (kib, preallocation) in steps {
+            let size = kib << 10;
+            lab.rig.block_on(async {
+                let handle = lab.open(&path, "").await.unwrap();
+                let how = Truncate {
+                    preallocation,
+                    ..Truncate::default()
+                };
+                handle.truncate(size as u64, how).await.unwrap();
+                lab.rig.close(handle).await.unwrap();
+            });
+            expected.resize(size, 0);
+            lab.assert_reads(&path, &expected, &format!("{format}: {kib} KiB"));
+            lab.rig.block_on(async {
+                let handle = lab.open(&path, "").await.unwrap();
+                write(&handle, size as u64 - 512, 512, 8).await.unwrap();
+                lab.rig.close(handle).await.unwrap();
+            });
+            expected[size - 512..].fill(8);
+            lab.assert_reads(&path, &expected, &format!("{format}: written at {kib} KiB"));
+        }
+        std::fs::remove_file(data).unwrap();
+    }
+}
+
+#[test]
 fn a_damaged_luks_header_is_refused_with_its_field() {
     let lab = Lab::new();
     let path = lab.create("a", "encrypt.format=luks,size=1M").unwrap();

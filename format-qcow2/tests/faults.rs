@@ -329,3 +329,51 @@ fn with_lazy_refcounts_the_dirty_bit_is_there_from_the_first_allocation_to_the_c
     });
     assert_eq!(check_bytes(&storage), (0, 0));
 }
+
+/// An image whose first two clusters lie apart in the file, and where the first of them is.
+async fn two_pieces(rig: &Rig, storage: &Arc<Storage>) -> (block_core::BlockHandle, u64) {
+    let handle = rig.open_storage(storage, "").await.unwrap();
+    for (at, value) in [(1, 2), (5, 3), (0, 1)] {
+        let none = RequestFlags::empty();
+        handle.write(at * C, cluster(value), none).await.unwrap();
+    }
+    handle.flush().await.unwrap();
+    let data = &storage.state.lock().data;
+    let mut clusters = data.chunks(C as usize);
+    let place = clusters.position(|bytes| bytes == cluster(1));
+    (handle, place.expect("it was written") as u64 * C)
+}
+
+#[test]
+fn a_read_whose_first_piece_fails_while_the_last_is_looked_up_fails() {
+    let rig = Rig::new();
+    let storage = fresh("cluster_size=65536", 64);
+    rig.block_on(async {
+        let (handle, place) = two_pieces(&rig, &storage).await;
+        storage.set_fault(Fault::At(place));
+        let error = handle.read(0, 2 * C as usize).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Io);
+        storage.set_fault(Fault::None);
+        let bytes = handle.read(0, 2 * C as usize).await.unwrap();
+        assert!(bytes[..C as usize] == cluster(1) && bytes[C as usize..] == cluster(2));
+        rig.close(handle).await.unwrap();
+    });
+}
+
+#[test]
+fn a_write_whose_first_piece_fails_while_the_last_is_looked_up_fails() {
+    let rig = Rig::new();
+    let storage = fresh("cluster_size=65536", 64);
+    rig.block_on(async {
+        let (handle, place) = two_pieces(&rig, &storage).await;
+        storage.set_fault(Fault::At(place));
+        let both = vec![9; 2 * C as usize];
+        let none = RequestFlags::empty();
+        let error = handle.write(0, both, none).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Io);
+        storage.set_fault(Fault::None);
+        let first = handle.read(0, C as usize).await.unwrap();
+        assert!(first[..] == cluster(1));
+        rig.close(handle).await.unwrap();
+    });
+}

@@ -166,3 +166,67 @@ fn a_failed_flush_of_a_lazy_image_is_recovered_from_what_is_on_disk() {
     });
     assert_eq!(check_bytes(&storage), (0, 0));
 }
+
+/// Who is to rescue such an image needs all that is there.
+#[test]
+fn a_dirty_image_that_is_refused_in_the_end_stays_as_it_was() {
+    const CLUSTER: usize = 65536;
+    let put = |data: &mut [u8], at: usize, value: u64| {
+        data[at..at + 8].copy_from_slice(&value.to_be_bytes());
+    };
+    let make = |options: &str| {
+        let mut data = prepared(options, SIZE, async |handle| {
+            write(handle, 0, 70_000, 1).await?;
+            write(handle, 200_000, 5000, 2).await
+        });
+        // Dirty, with something for a repair to do: data whose refcount is 0, an autoclear bit that nobody knows.
+        let features = be64(&data, 72);
+        put(&mut data, 72, features | 1);
+        put(&mut data, 88, 1 << 40);
+        data[2 * CLUSTER + 10..][..2].fill(0);
+        data
+    };
+    let rig = Rig::new();
+    let open = |data: &[u8], options: &str| {
+        let storage = storage::Storage::new(data.to_vec());
+        storage.state.lock().keep_log = true;
+        let refused = rig.block_on(async {
+            match rig.open_storage(&storage, options).await {
+                Ok(handle) => {
+                    rig.close(handle).await.unwrap();
+                    None
+                }
+                Err(error) => Some(error.to_string()),
+            }
+        });
+        let written = std::mem::take(&mut storage.state.lock().log);
+        (refused, written)
+    };
+    let plain = make("lazy_refcounts=on");
+    let (refused, written) = open(&plain, "");
+    assert!(refused.is_none() && !written.is_empty(), "{refused:?}");
+
+    // Entries with subclusters, taken for ordinary ones.
+    let mut lost = make("extended_l2=on");
+    let features = be64(&lost, 72);
+    put(&mut lost, 72, features & !16);
+    // Data that can't be where the entry says.
+    let mut unaligned = plain.clone();
+    let l2 = be64(&unaligned, be64(&unaligned, 40) as usize) & 0xff_ffff_ffff;
+    put(&mut unaligned, l2 as usize, 0x8000_0000_0005_0200);
+    for (data, options, what) in [
+        (&lost, "", "Could not repair dirty image"),
+        (&unaligned, "", "Could not repair dirty image"),
+        (
+            &plain,
+            "backing.driver=file,backing.filename=/nonexistent/base",
+            "/nonexistent/base",
+        ),
+        (&plain, "backing=nobody", "nobody"),
+    ] {
+        let (refused, written) = open(data, options);
+        let refused = refused.unwrap_or_else(|| panic!("{what}: opened"));
+        assert!(refused.contains(what), "{refused}");
+        assert!(written.is_empty(), "{what}: {written:?}");
+    }
+}

@@ -19,6 +19,11 @@ use offline::{Event, Image, Lab, exit_status};
 const NAMES: &[&str] = &[
     "two guest clusters in one place",
     "guest cluster in its L2 table",
+    "compressed cluster that reaches over its neighbour",
+    "two snapshots with one L1 table",
+    "active L1 table that is a snapshot's",
+    "two bitmaps with one table",
+    "bits of a bitmap behind the end of the disk",
     "guest cluster in the refcount table",
     "compressed cluster in an L2 table",
     "guest cluster in a snapshot's data elsewhere",

@@ -6,7 +6,10 @@ use block_core::{
     RequestFlags,
     driver::{Preallocation, Truncate},
 };
-use common::*;
+use common::{
+    storage::{Fault, Storage},
+    *,
+};
 
 #[test]
 fn a_grown_disk_reads_zeroes_behind_its_old_end_and_can_be_written_there() {
@@ -196,4 +199,32 @@ fn a_disk_that_grows_over_a_longer_backing_file_reads_zeroes_there_when_asked_to
         assert_clean(&top);
         std::fs::remove_file(&top).unwrap();
     }
+}
+
+/// Where the header has the size of the disk.
+const SIZE_FIELD: usize = 24;
+
+#[test]
+fn after_a_resize_that_failed_the_size_is_only_said_to_be_the_old_one_when_it_is_again() {
+    let rig = Rig::new();
+    let (old, new) = (1u64 << 20, 1u64 << 19);
+    rig.block_on(async {
+        let storage = Storage::new(image_bytes("cluster_size=65536", old));
+        let handle = rig.open_storage(&storage, "").await.unwrap();
+        let stored = || be64(&storage.state.lock().data, SIZE_FIELD);
+        // The write of the new size fails, and yet takes effect.
+        storage.set_fault(Fault::At(SIZE_FIELD as u64));
+        handle.truncate(new, Truncate::default()).await.unwrap_err();
+        storage.state.lock().data[SIZE_FIELD..SIZE_FIELD + 8].copy_from_slice(&new.to_be_bytes());
+        handle.truncate(old, Truncate::default()).await.unwrap_err();
+        storage.set_fault(Fault::None);
+        assert_eq!(handle.length(), old);
+        handle.truncate(old, Truncate::default()).await.unwrap();
+        assert_eq!(stored(), old);
+        // The flush behind it fails: what is on disk can't be known any more.
+        storage.fail_flush_after_write_at(SIZE_FIELD as u64);
+        handle.truncate(new, Truncate::default()).await.unwrap_err();
+        assert_eq!(stored(), new);
+        handle.truncate(old, Truncate::default()).await.unwrap_err();
+    });
 }

@@ -47,8 +47,13 @@ impl Qcow2 {
         self.settle(request).await?;
         let wanted = {
             let meta = self.lock_meta(file).await?;
-            Wanted::read(options, &meta.header)?
+            Wanted::read(options, &meta.header, &meta.snapshots)?
         };
+        if wanted.needs_no_compressed && self.has_compressed_clusters(file).await? {
+            return Err(Error::unsupported(
+                "Cannot downgrade an image with zstd compression type and existing compressed clusters",
+            ));
+        }
         progress.set_total(1);
         if !slots.0.is_empty() {
             self.amend_encryption(request, slots, force).await?;
@@ -123,16 +128,9 @@ impl Qcow2 {
         }
         // The options that the node was opened with have to fit the new one, too.
         let settings = self.settings.changed(&serde_json::Map::new(), &header)?;
+        let rewrite = header_update::prepare(file, &header).await?;
         // Until it is flushed it is unknown which one is there.
-        let written = header_update::rewrite(file, &header).await;
-        if let Err(error) = &written
-            && error.kind() == ErrorKind::NoSpace
-            && header.encode().is_err()
-        {
-            // Nothing was written: it doesn't fit.
-            return written;
-        }
-        self.writeback.failure.note(written)?;
+        self.writeback.failure.note(rewrite.write(file).await)?;
         self.writeback.failure.flush(file).await?;
         meta.header = header;
         self.raw_data

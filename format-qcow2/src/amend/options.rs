@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::{
     create,
-    layout::{Autoclear, Header, Incompatible},
+    layout::{Autoclear, Header, Incompatible, SnapshotEntry},
 };
 
 /// The options, for help texts.
@@ -81,6 +81,8 @@ pub(crate) struct Wanted {
     pub data_file: Option<String>,
     /// The data file needn't be a raw image of the disk any more.
     pub clear_data_file_raw: bool,
+    /// The type of compression is one that the image can only lose without compressed clusters.
+    pub needs_no_compressed: bool,
 }
 
 impl Wanted {
@@ -88,7 +90,11 @@ impl Wanted {
     ///
     /// # Errors
     /// EINVAL for options that are wrong, unknown or for creation only, ENOTSUP for what can't be changed.
-    pub fn read(mut options: Options, header: &Header) -> Result<Self> {
+    pub fn read(
+        mut options: Options,
+        header: &Header,
+        snapshots: &[SnapshotEntry],
+    ) -> Result<Self> {
         let version = match options.take_str("compat")?.as_deref() {
             None => header.version,
             Some("1.1" | "v3") => 3,
@@ -128,9 +134,10 @@ impl Wanted {
             size,
             data_file,
             clear_data_file_raw,
+            needs_no_compressed: version < 3 && header.compression_type != 0,
         };
         if version < 3 {
-            wanted.check_version_2(header, refcount_order, lazy)?;
+            wanted.check_version_2(header, snapshots, refcount_order, lazy)?;
         }
         Ok(wanted)
     }
@@ -139,6 +146,7 @@ impl Wanted {
     fn check_version_2(
         &self,
         header: &Header,
+        snapshots: &[SnapshotEntry],
         refcount_order: Option<u32>,
         lazy: Option<bool>,
     ) -> Result<()> {
@@ -173,22 +181,22 @@ impl Wanted {
                 "Cannot downgrade an image with a data file",
             ));
         }
-        // The dirty bit goes on the way.
-        let features = header.incompatible - Incompatible::DIRTY;
+        // The dirty bit goes on the way, the type of compression when nothing is compressed.
+        let features = header.incompatible - (Incompatible::DIRTY | Incompatible::COMPRESSION);
         if !features.is_empty() {
             return Err(Error::unsupported(format!(
                 "Cannot downgrade an image with incompatible features {:#x} set",
                 features.bits()
             )));
         }
-        if header.nb_snapshots > 0 {
+        // Version 2 knows no disk size of a snapshot's own, and no VM state of 4 GiB.
+        let size = self.size.unwrap_or(header.size);
+        let is_lost = |entry: &SnapshotEntry| {
+            entry.vm_state_size > u32::MAX.into() || entry.disk_size.is_some_and(|own| own != size)
+        };
+        if snapshots.len() != header.nb_snapshots as usize || snapshots.iter().any(is_lost) {
             return Err(Error::unsupported(
                 "Internal snapshots prevent downgrade of image",
-            ));
-        }
-        if header.extensions.bitmaps.is_some() {
-            return Err(Error::unsupported(
-                "Cannot downgrade an image with persistent bitmaps, which would be lost; remove them first",
             ));
         }
         Ok(())

@@ -16,7 +16,7 @@ use crate::{
     image::Qcow2,
     layout::{Autoclear, Header, HostOffset},
     meta::Meta,
-    overlap::Kinds,
+    overlap::{Kinds, range},
 };
 
 /// The largest read of a bitmap's data.
@@ -46,6 +46,7 @@ impl Qcow2 {
         }
         let entries = if writable {
             self.claim_directory(&meta.header)?;
+            self.protect_bitmaps(file, &meta.header, &entries).await;
             self.take_over(file, &mut meta, entries).await?
         } else {
             for bitmap in &loaded {
@@ -65,7 +66,9 @@ impl Qcow2 {
         self.drop_stale(file, meta, true).await?;
         let entries = read_directory(file, &meta.header).await?;
         if self.is_read_only() {
+            self.metadata.forget_bitmaps();
             self.claim_directory(&meta.header)?;
+            self.protect_bitmaps(file, &meta.header, &entries).await;
         }
         let entries = self.take_over(file, meta, entries).await?;
         self.bitmaps.set(entries);
@@ -180,14 +183,31 @@ impl Qcow2 {
             let count = range.end - range.start;
             self.metadata.check(range.start, count, self.geometry)?;
         }
-        self.protect_directory(header);
         Ok(())
     }
 
-    /// No data and no table is to be written over the directory.
-    pub(crate) fn protect_directory(&self, header: &Header) {
+    /// No data and no table is to be written over the directory and what it leads to. What can't be read isn't known.
+    pub(super) async fn protect_bitmaps(
+        &self,
+        file: &Child,
+        header: &Header,
+        entries: &[DirectoryEntry],
+    ) {
         if let Some(range) = self.directory_clusters(header) {
             self.metadata.add(Kinds::BITMAP_DIRECTORY, range);
+        }
+        let mut seen = NumberSet::default();
+        for entry in entries {
+            let table = range(self.geometry, entry.table.0, entry.table_bytes());
+            self.metadata.add(Kinds::BITMAP_TABLE, table);
+            let Ok(table) = read_table(file, entry, self.geometry, &mut seen).await else {
+                continue;
+            };
+            let data = table.iter().filter_map(|entry| match entry {
+                TableEntry::Data(offset) => Some(self.geometry.host_cluster_of(*offset).0),
+                TableEntry::Clear | TableEntry::Set => None,
+            });
+            self.metadata.add(Kinds::BITMAP_DATA, data);
         }
     }
 

@@ -6,15 +6,19 @@
 //! which every state in between is a header that says the same as before apart from the bitmaps, while the autoclear bit
 //! says that these aren't to be trusted. What states there are is tried out on a copy before anything is written.
 
-use block_core::{buffer::Buffer, error::Result, flags::RequestFlags, request::Child};
+use block_core::{
+    buffer::Buffer,
+    error::{Error, ErrorKind, Result},
+    flags::RequestFlags,
+    request::Child,
+};
 
 use crate::{
+    header_plan::{self, SECTOR, Step},
     layout::{Autoclear, Header, extensions::BitmapsPointer, header::field},
     meta::Failure,
 };
 
-/// What a power cut leaves whole.
-const SECTOR: usize = 512;
 /// More sectors than this are not worth the trouble of ordering them.
 const MAX_SECTORS: usize = 32;
 
@@ -42,7 +46,7 @@ pub(super) async fn write_bit(
 /// Makes the header point to another directory (with the autoclear bit set), or to none (with it clear), durably.
 ///
 /// # Errors
-/// ENOSPC when the extension doesn't fit into the header cluster, with nothing changed. After an error of the
+/// ENOSPC when the extension doesn't fit into the header cluster, or can't be written there safely, with nothing changed. After an error of the
 /// storage it is unknown what is on disk, and no metadata is written any more.
 pub(super) async fn publish(
     file: &Child,
@@ -56,12 +60,17 @@ pub(super) async fn publish(
     let target = wanted.encode()?;
     let current = file.read_padded(0, target.len()).await?;
     if differing(&current, &target).len() > 1 {
-        write_bit(file, failure, header, false).await?;
         let mut start = copy(&current);
         set_bit(&mut start, false);
         let mut target = target;
         set_bit(&mut target, false);
-        let steps = plan(&start, target);
+        let steps = plan(&start, target).ok_or_else(|| {
+            Error::new(
+                ErrorKind::NoSpace,
+                "The header's cluster is too small to change the bitmaps in it safely",
+            )
+        })?;
+        write_bit(file, failure, header, false).await?;
         for (index, sector) in steps {
             write_at(file, failure, index * SECTOR, sector).await?;
         }
@@ -114,9 +123,8 @@ fn meaning(bytes: &[u8]) -> Option<Header> {
     Some(header)
 }
 
-/// Writes that lead from `start` to `target`, or to a header that says the same. Where no order is harmless, the whole
-/// cluster is one write.
-fn plan(start: &[u8], target: Vec<u8>) -> Vec<(usize, Vec<u8>)> {
+/// Writes that lead from `start` to `target`, or to a header that says the same. `None`: no order is harmless.
+fn plan(start: &[u8], target: Vec<u8>) -> Option<Vec<Step>> {
     let wanted = meaning(start);
     if wanted.is_some() {
         let moved = with_moved_name(start, &target);
@@ -136,11 +144,11 @@ fn plan(start: &[u8], target: Vec<u8>) -> Vec<(usize, Vec<u8>)> {
         ];
         for steps in candidates.into_iter().flatten() {
             if is_harmless(start, &steps, wanted.as_ref()) {
-                return steps;
+                return Some(steps);
             }
         }
     }
-    vec![(0, target)]
+    header_plan::plan(start, &Header::decode(&target).ok()?)
 }
 
 /// The two orders that make sense: from the end to the front, and from the front to the end.
@@ -225,7 +233,7 @@ mod tests {
     /// Every state on the way, between any two sectors, says the same about all but the bitmaps.
     fn assert_harmless(from: &Header, to: &Header, what: &str) {
         let (start, target) = (from.encode().unwrap(), to.encode().unwrap());
-        let steps = plan(&start, target.clone());
+        let steps = plan(&start, target.clone()).unwrap();
         let mut state = start.clone();
         for (index, bytes) in &steps {
             assert!(
@@ -281,7 +289,7 @@ mod tests {
     fn an_image_of_qemu_img_takes_two_single_sectors() {
         let plain = header(|_| {});
         let stored = with_bitmaps(&plain);
-        let steps = plan(&plain.encode().unwrap(), stored.encode().unwrap());
+        let steps = plan(&plain.encode().unwrap(), stored.encode().unwrap()).unwrap();
         let sectors: Vec<usize> = steps.iter().map(|(index, _)| *index).collect();
         assert_eq!(sectors, [1, 0]);
     }

@@ -27,10 +27,11 @@ use crate::{
 const MAX_WRITE: u64 = 1 << 20;
 
 /// A directory that has been written but isn't pointed to yet.
+#[derive(Default)]
 struct Written {
     entries: Vec<DirectoryEntry>,
-    /// Everything that was allocated for it, the directory itself first.
-    taken: Vec<Allocation>,
+    /// Everything that was allocated for it, and what it holds.
+    taken: Vec<(Kinds, Allocation)>,
 }
 
 impl Qcow2 {
@@ -188,6 +189,28 @@ impl Qcow2 {
         .await
     }
 
+    /// Empties the directory: the image is going to be one without bitmaps. The node's own are no longer stored.
+    pub(crate) async fn drop_all_bitmaps(self: &Arc<Self>, request: &Request) -> Result<()> {
+        self.check_writable()?;
+        self.reclaiming(request, || async {
+            let file = request.file()?;
+            let _turn = self.hold_batches().await;
+            let mut meta = self.lock_meta(file).await?;
+            self.writeback.failure.check()?;
+            if meta.header.extensions.bitmaps.is_none() {
+                return Ok(());
+            }
+            tracing::warn!(
+                file = self.filename,
+                "persistent bitmaps are dropped: images of version 2 can't have any"
+            );
+            let removed = self.bitmaps.entries();
+            self.switch_directory(request, &mut meta, Written::default(), &removed)
+                .await
+        })
+        .await
+    }
+
     /// Writes one bitmap's data and table to new places.
     async fn write_bitmap(
         &self,
@@ -196,7 +219,7 @@ impl Qcow2 {
         bitmap: &NamedBitmap,
         name: Vec<u8>,
         in_use: bool,
-        taken: &mut Vec<Allocation>,
+        taken: &mut Vec<(Kinds, Allocation)>,
     ) -> Result<DirectoryEntry> {
         let bits = bitmap.bits();
         let cluster = self.geometry.cluster_size();
@@ -235,7 +258,7 @@ impl Qcow2 {
                 }
                 left = later;
             }
-            taken.push(allocation);
+            taken.push((Kinds::BITMAP_DATA, allocation));
         }
         let bytes: Vec<u8> = table
             .iter()
@@ -245,7 +268,9 @@ impl Qcow2 {
         flags.set(BitmapFlags::IN_USE, in_use);
         flags.set(BitmapFlags::AUTO, bits.is_enabled());
         Ok(DirectoryEntry {
-            table: self.write_new(file, meta, bytes, taken).await?,
+            table: self
+                .write_new(file, meta, bytes, Kinds::BITMAP_TABLE, taken)
+                .await?,
             table_entries,
             flags,
             granularity_bits: bits.granularity().trailing_zeros() as u8,
@@ -282,14 +307,15 @@ impl Qcow2 {
         file: &Child,
         meta: &mut Meta,
         mut bytes: Vec<u8>,
-        taken: &mut Vec<Allocation>,
+        kind: Kinds,
+        taken: &mut Vec<(Kinds, Allocation)>,
     ) -> Result<HostOffset> {
         let clusters = self.geometry.clusters_for(bytes.len() as u64);
         let allocation = meta.allocate_contiguous(file, clusters).await?;
         let place = self.geometry.host_start(allocation.first());
         bytes.resize((clusters * self.geometry.cluster_size()) as usize, 0);
         file.write(place.0, bytes, RequestFlags::empty()).await?;
-        taken.push(allocation);
+        taken.push((kind, allocation));
         Ok(place)
     }
 
@@ -312,7 +338,13 @@ impl Qcow2 {
             let directory_size = bytes.len() as u64;
             let count = written.entries.len() as u32;
             let place = self
-                .write_new(file, meta, bytes, &mut written.taken)
+                .write_new(
+                    file,
+                    meta,
+                    bytes,
+                    Kinds::BITMAP_DIRECTORY,
+                    &mut written.taken,
+                )
                 .await?;
             Some(extensions::BitmapsPointer {
                 count,
@@ -326,19 +358,17 @@ impl Qcow2 {
         trial.encode()?;
         self.write_refcounts(meta, request).await?;
         // From here on the header may point to the new directory: its clusters aren't given out again whatever happens.
-        for allocation in written.taken {
+        for (kind, allocation) in written.taken {
             for cluster in allocation.clusters() {
                 meta.unlinked.remove(&cluster.0);
+                self.metadata.add(kind, [cluster.0]);
             }
             allocation.linked();
         }
         publish::publish(file, &self.writeback.failure, &mut meta.header, pointer).await?;
         self.bitmaps.replace(written.entries);
-        if let Some(old) = old {
-            self.metadata.remove(Kinds::BITMAP_DIRECTORY, old.clone());
-            freed.extend(old);
-        }
-        self.protect_directory(&meta.header);
+        freed.extend(old.into_iter().flatten());
+        self.metadata.remove(Kinds::BITMAPS, freed.iter().copied());
         self.free_bitmap_clusters(file, meta, freed).await;
         Ok(())
     }
@@ -410,7 +440,7 @@ impl Qcow2 {
             }
         };
         if !self.is_read_only() {
-            self.protect_directory(header);
+            self.protect_bitmaps(file, header, &entries).await;
         }
         self.bitmaps.replace(entries);
     }

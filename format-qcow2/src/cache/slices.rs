@@ -254,8 +254,10 @@ impl Qcow2 {
                 }
             }
         });
-        if !still_used {
-            self.metadata.remove(Kinds::ACTIVE_L2, [old.0]);
+        self.metadata.remove(Kinds::ACTIVE_L2, [old.0]);
+        if still_used {
+            // It is a snapshot's.
+            self.metadata.add(Kinds::INACTIVE_L2, [old.0]);
         }
         self.link_table(meta, at, allocation);
         let batch = meta.batch;

@@ -2,7 +2,8 @@
 //! their clusters, and makes the directory that a repair puts in the place of a broken one.
 //!
 //! A bitmap that breaks a rule can't be trusted, and without its directory entry nobody needs it: repair drops it, and
-//! keeps the others. What the bits say isn't looked at.
+//! keeps the others. What the bits say isn't looked at, but for those behind the end of the disk, which say nothing and have to be
+//! zero: repair clears them.
 
 use std::collections::HashSet;
 
@@ -11,7 +12,7 @@ use block_core::{
     image::{CheckReport, Progress, Severity},
 };
 
-use super::walk::{Kind, Walk, stop_if_cancelled};
+use super::walk::{Claimed, Kind, Walk, stop_if_cancelled};
 use crate::layout::{
     Autoclear, Header,
     entry::{OFFSET_MASK, be64s},
@@ -72,6 +73,14 @@ impl Entry {
 
     fn label(&self) -> String {
         String::from_utf8_lossy(&self.name).into_owned()
+    }
+
+    /// How many of the bits in the last cluster of data are about the disk, if not all.
+    fn bits_in_last(&self, disk_size: u64, cluster_size: u64) -> Option<u64> {
+        let bits = disk_size.div_ceil(1 << self.granularity);
+        let before = (u64::from(self.table_size) - 1) * cluster_size * 8;
+        let last = bits.checked_sub(before)?;
+        (last < cluster_size * 8).then_some(last)
     }
 
     /// The first rule that the entry breaks: field, value, what is allowed.
@@ -203,7 +212,8 @@ impl Walk<'_> {
             return Ok(false);
         }
         let (start, len) = (pointer.directory_offset, pointer.directory_size);
-        if !self.count_metadata(Kind::BitmapDirectory, start, len, 1, report)? {
+        let claimed = self.claim_metadata(Kind::BitmapDirectory, start, len, 1, report)?;
+        if claimed == Claimed::Outside {
             // What there may have been is out of reach.
             self.made_good(report);
             return Ok(false);
@@ -225,7 +235,7 @@ impl Walk<'_> {
                 return Ok(true);
             }
         };
-        let mut good = true;
+        let mut good = claimed == Claimed::Alone;
         let mut names: HashSet<Vec<u8>> = HashSet::new();
         let (mut at, mut found) = (0, 0u32);
         while at < directory.len() && found < pointer.count {
@@ -245,7 +255,10 @@ impl Walk<'_> {
                     self.bitmap_problem(format!("bitmap '{label}': {problem}"), report);
                     false
                 }
-                None => self.bitmap_table(&entry, report, progress).await?,
+                None => {
+                    let size = header.disk_size();
+                    self.bitmap_table(&entry, size, report, progress).await?
+                }
             };
             if whole {
                 new.bytes.extend_from_slice(&entry.raw);
@@ -261,6 +274,11 @@ impl Walk<'_> {
                 ),
                 report,
             );
+            good = false;
+        }
+        if self.bitmaps_overlap {
+            // Who wrote there last is unknown.
+            *new = NewDirectory::default();
             good = false;
         }
         Ok(good)
@@ -281,14 +299,19 @@ impl Walk<'_> {
     async fn bitmap_table(
         &mut self,
         entry: &Entry,
+        disk_size: u64,
         report: &mut CheckReport,
         progress: &Progress,
     ) -> Result<bool> {
         let cluster_size = self.shape.cluster_size();
         let (start, len) = (entry.table_offset, u64::from(entry.table_size) * 8);
-        if !self.count_metadata(Kind::BitmapTable, start, len, 1, report)? {
-            self.made_good(report);
-            return Ok(false);
+        match self.claim_metadata(Kind::BitmapTable, start, len, 1, report)? {
+            Claimed::Outside => {
+                self.made_good(report);
+                return Ok(false);
+            }
+            Claimed::Shared => self.bitmaps_overlap = true,
+            Claimed::Alone => {}
         }
         let mut good = true;
         let end = self.shape.file_len.min(start + len);
@@ -322,9 +345,17 @@ impl Walk<'_> {
                 } else if !self.shape.is_aligned(offset) {
                     "the offset isn't where a cluster begins"
                 } else {
-                    if !self.count_metadata(Kind::BitmapData, offset, cluster_size, 1, report)? {
-                        self.made_good(report);
-                        good = false;
+                    let last = (at - start) / 8 + index as u64 + 1 == u64::from(entry.table_size);
+                    match self.claim_metadata(Kind::BitmapData, offset, cluster_size, 1, report)? {
+                        Claimed::Outside => {
+                            self.made_good(report);
+                            good = false;
+                        }
+                        Claimed::Shared => self.bitmaps_overlap = true,
+                        Claimed::Alone if last => {
+                            self.bitmap_tail(entry, offset, disk_size, report).await?;
+                        }
+                        Claimed::Alone => {}
                     }
                     continue;
                 };
@@ -341,5 +372,63 @@ impl Walk<'_> {
             at += window;
         }
         Ok(good)
+    }
+
+    /// Looks at the bits behind the end of the disk, in the last cluster of a bitmap's data, which is at `offset`.
+    async fn bitmap_tail(
+        &mut self,
+        entry: &Entry,
+        offset: u64,
+        disk_size: u64,
+        report: &mut CheckReport,
+    ) -> Result<()> {
+        let cluster_size = self.shape.cluster_size();
+        let Some(bits) = entry.bits_in_last(disk_size, cluster_size) else {
+            return Ok(());
+        };
+        if entry.flags & IN_USE != 0 || self.counts.get(offset >> self.shape.cluster_bits) > 1 {
+            // Nobody trusts it, or it isn't the bitmap's alone.
+            return Ok(());
+        }
+        let at = offset + bits / 8;
+        let len = (cluster_size - bits / 8) as usize;
+        let mut tail = match self.file.read_padded(at, len).await {
+            Ok(tail) => tail.to_vec(),
+            Err(error) => {
+                report.add(
+                    Severity::CheckError,
+                    false,
+                    format!(
+                        "ERROR failed to read the data of bitmap '{}': {}",
+                        entry.label(),
+                        error.reason()
+                    ),
+                );
+                return Ok(());
+            }
+        };
+        let kept = tail
+            .first()
+            .map_or(0, |first| first & ((1 << (bits % 8)) - 1));
+        let is_clear = tail.first() == Some(&kept) && tail[1..].iter().all(|byte| *byte == 0);
+        if is_clear {
+            return Ok(());
+        }
+        let fix = self.shape.repair;
+        report.add(
+            Severity::Corruption,
+            fix,
+            format!(
+                "{} bitmap '{}': bits behind the end of the disk are set",
+                if fix { "Repairing" } else { "ERROR" },
+                entry.label()
+            ),
+        );
+        if fix {
+            tail.fill(0);
+            tail[0] = kept;
+            self.patch(at, tail).await?;
+        }
+        Ok(())
     }
 }

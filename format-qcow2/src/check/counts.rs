@@ -1,15 +1,20 @@
 //! Numbers and marks per host cluster, in as few bits as they need: half a byte for each cluster near one that is
 //! referenced, more only where a count asks for it, nothing for the rest of a sparse file. No I/O.
 //!
-//! Counts up to 65535 never take more than two bytes. Larger ones take eight: an image can only have them with more
-//! references to one cluster than a refcount of the usual width can say.
+//! A count never takes more bytes than the image's own refcounts have, and two where they have less: with refcounts of up to 16 bits
+//! two bytes per cluster at the very most. Counts beyond that can't be right; a few of them are kept exactly, of the rest it is
+//! known that they are too large.
 
-use std::collections::{BTreeMap, btree_map::Entry};
+use std::collections::{BTreeMap, BTreeSet, btree_map::Entry};
 
 use block_core::error::{Error, ErrorKind, Result};
 
+use crate::cache::slice::NumberMap;
+
 /// Clusters in one chunk.
 pub(super) const CHUNK: u64 = 4096;
+/// Counts beyond the limit that are kept exactly.
+const MAX_EXACT: usize = 4096;
 
 /// The counts of one chunk.
 #[derive(Debug)]
@@ -20,6 +25,8 @@ enum Chunk {
     Bytes(Box<[u8]>),
     /// Up to 65535.
     Words(Box<[u16]>),
+    /// Up to 4294967295.
+    Longs(Box<[u32]>),
     /// Any.
     Full(Box<[u64]>),
 }
@@ -47,6 +54,7 @@ impl Chunk {
             Self::Nibbles(_) => 15,
             Self::Bytes(_) => u8::MAX as u64,
             Self::Words(_) => u16::MAX as u64,
+            Self::Longs(_) => u32::MAX as u64,
             Self::Full(_) => u64::MAX,
         }
     }
@@ -56,6 +64,7 @@ impl Chunk {
             Self::Nibbles(all) => (all[at / 2] >> (at % 2 * 4) & 15).into(),
             Self::Bytes(all) => all[at].into(),
             Self::Words(all) => all[at].into(),
+            Self::Longs(all) => all[at].into(),
             Self::Full(all) => all[at],
         }
     }
@@ -69,6 +78,7 @@ impl Chunk {
             }
             Self::Bytes(all) => all[at] = value as u8,
             Self::Words(all) => all[at] = value as u16,
+            Self::Longs(all) => all[at] = value as u32,
             Self::Full(all) => all[at] = value,
         }
     }
@@ -79,6 +89,7 @@ impl Chunk {
         let mut wide = match value {
             0..=0xff => Self::Bytes(allocate(len, 0)?),
             0x100..=0xffff => Self::Words(allocate(len, 0)?),
+            0x1_0000..=0xffff_ffff => Self::Longs(allocate(len, 0)?),
             _ => Self::Full(allocate(len, 0)?),
         };
         for at in 0..len {
@@ -87,23 +98,64 @@ impl Chunk {
         Ok(wide)
     }
 
-    fn add(&mut self, at: usize, by: u64) -> Result<u64> {
-        let new = self.get(at).saturating_add(by);
-        if new > self.max() {
-            *self = self.widened(new)?;
+    fn set(&mut self, at: usize, value: u64) -> Result<()> {
+        if value > self.max() {
+            *self = self.widened(value)?;
         }
-        self.put(at, new);
-        Ok(new)
+        self.put(at, value);
+        Ok(())
+    }
+
+    #[cfg(test)]
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Nibbles(all) | Self::Bytes(all) => all.len(),
+            Self::Words(all) => all.len() * 2,
+            Self::Longs(all) => all.len() * 4,
+            Self::Full(all) => all.len() * 8,
+        }
     }
 }
 
 /// How often each host cluster is referenced. Counts saturate at `u64::MAX`.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Counts {
     chunks: BTreeMap<u64, Chunk>,
+    /// The largest count that a chunk keeps; it stands for itself and for more.
+    limit: u64,
+    /// Counts beyond the limit.
+    exact: NumberMap<u64>,
+    /// Chunks with counts beyond the limit that aren't kept.
+    vague: BTreeSet<u64>,
 }
 
 impl Counts {
+    /// For an image whose refcounts have `1 << order` bits.
+    pub fn new(order: u32) -> Self {
+        Self {
+            chunks: BTreeMap::new(),
+            limit: match order {
+                0..=4 => u16::MAX.into(),
+                5 => u32::MAX.into(),
+                _ => u64::MAX,
+            },
+            exact: NumberMap::default(),
+            vague: BTreeSet::new(),
+        }
+    }
+
+    /// What a chunk's `value` stands for.
+    fn meaning(&self, cluster: u64, value: u64) -> u64 {
+        if value < self.limit {
+            return value;
+        }
+        match self.exact.get(&cluster) {
+            Some(count) => *count,
+            None if self.vague.contains(&(cluster / CHUNK)) => self.limit.saturating_add(1),
+            None => value,
+        }
+    }
+
     fn chunk(&mut self, key: u64) -> Result<&mut Chunk> {
         Ok(match self.chunks.entry(key) {
             Entry::Occupied(entry) => entry.into_mut(),
@@ -116,8 +168,37 @@ impl Counts {
     /// # Errors
     /// ENOMEM.
     pub fn add(&mut self, cluster: u64, by: u64) -> Result<u64> {
-        self.chunk(cluster / CHUNK)?
-            .add((cluster % CHUNK) as usize, by)
+        let (limit, key, at) = (self.limit, cluster / CHUNK, (cluster % CHUNK) as usize);
+        let chunk = self.chunk(key)?;
+        let old = chunk.get(at);
+        let sum = old.saturating_add(by);
+        if sum <= limit && old < limit {
+            chunk.set(at, sum)?;
+            return Ok(sum);
+        }
+        let new = self.meaning(cluster, old).saturating_add(by);
+        if new > limit {
+            let known = self.exact.len();
+            match self.exact.get_mut(&cluster) {
+                Some(count) => *count = new,
+                None if known < MAX_EXACT => {
+                    self.exact.insert(cluster, new);
+                }
+                None => {
+                    self.vague.insert(key);
+                }
+            }
+        }
+        self.chunk(key)?.set(at, new.min(limit))?;
+        Ok(new)
+    }
+
+    /// Bytes that the counts take.
+    #[cfg(test)]
+    fn bytes(&self) -> usize {
+        self.chunks.values().map(Chunk::bytes).sum::<usize>()
+            + self.exact.capacity() * 24
+            + self.vague.len() * 24
     }
 
     /// Adds `by` references to each of `len` clusters from `first` on.
@@ -129,9 +210,21 @@ impl Counts {
         while at < end {
             let base = at / CHUNK * CHUNK;
             let until = end.min(base + CHUNK);
+            let limit = self.limit;
             let chunk = self.chunk(base / CHUNK)?;
+            let mut beyond = until;
             for cluster in at..until {
-                chunk.add((cluster - base) as usize, by)?;
+                let slot = (cluster - base) as usize;
+                let old = chunk.get(slot);
+                let sum = old.saturating_add(by);
+                if old >= limit || sum > limit {
+                    beyond = cluster;
+                    break;
+                }
+                chunk.set(slot, sum)?;
+            }
+            for cluster in beyond..until {
+                self.add(cluster, by)?;
             }
             at = until;
         }
@@ -140,9 +233,9 @@ impl Counts {
 
     /// The references to `cluster`.
     pub fn get(&self, cluster: u64) -> u64 {
-        self.chunks
-            .get(&(cluster / CHUNK))
-            .map_or(0, |chunk| chunk.get((cluster % CHUNK) as usize))
+        self.chunks.get(&(cluster / CHUNK)).map_or(0, |chunk| {
+            self.meaning(cluster, chunk.get((cluster % CHUNK) as usize))
+        })
     }
 
     /// The references to the clusters from `first` on, into `out`.
@@ -157,7 +250,7 @@ impl Counts {
                 None => part.fill(0),
                 Some(chunk) => {
                     for (index, value) in part.iter_mut().enumerate() {
-                        *value = chunk.get(start + index);
+                        *value = self.meaning(at + index as u64, chunk.get(start + index));
                     }
                 }
             }
@@ -241,7 +334,12 @@ mod tests {
 
     #[test]
     fn counts_of_any_size_are_kept() {
-        let mut counts = Counts::default();
+        for order in [0, 4, 5, 6] {
+            counts_are_kept(Counts::new(order));
+        }
+    }
+
+    fn counts_are_kept(mut counts: Counts) {
         let mut expected = 0u64;
         counts.add(6, 3).unwrap();
         for by in [14, 1, 1, 238, 1, 1, 65000, 279, 1, 1, u64::MAX] {
@@ -260,8 +358,40 @@ mod tests {
     }
 
     #[test]
+    fn no_count_takes_more_bytes_than_the_images_own_refcounts_and_two() {
+        const CLUSTERS: u64 = 40 * CHUNK;
+        let fixed = (MAX_EXACT * 2 * 24 + 40 * 24) as u64;
+        for (order, bytes) in [(0, 2), (4, 2), (5, 4), (6, 8)] {
+            let mut counts = Counts::new(order);
+            // What every cluster of an image with as many snapshots as there can be has.
+            counts.add_run(0, CLUSTERS, 65535).unwrap();
+            assert!(counts.bytes() as u64 <= 2 * CLUSTERS + fixed);
+            assert_eq!(counts.get(77), 65535);
+            // More than a refcount can say, in every chunk, then everywhere.
+            for cluster in (0..CLUSTERS).step_by(CHUNK as usize) {
+                assert_eq!(counts.add(cluster, 1 << 40).unwrap(), 65535 + (1 << 40));
+            }
+            counts.add_run(0, CLUSTERS, 7).unwrap();
+            assert_eq!(counts.get(CHUNK), 65542 + (1 << 40));
+            assert!(counts.get(CLUSTERS - 1) > 65535, "{order}");
+            assert!(
+                counts.bytes() as u64 <= bytes * CLUSTERS + fixed,
+                "{order}: {} bytes",
+                counts.bytes()
+            );
+        }
+    }
+
+    #[test]
+    fn few_references_take_half_a_byte() {
+        let mut counts = Counts::new(4);
+        counts.add_run(0, 100 * CHUNK, 15).unwrap();
+        assert_eq!(counts.bytes() as u64, 100 * CHUNK / 2);
+    }
+
+    #[test]
     fn runs_cross_chunks() {
-        let mut counts = Counts::default();
+        let mut counts = Counts::new(4);
         counts.add_run(CHUNK - 2, CHUNK + 4, 2).unwrap();
         counts.add_run(CHUNK, 1, 14).unwrap();
         let mut out = vec![9; CHUNK as usize + 8];
@@ -272,7 +402,7 @@ mod tests {
 
     #[test]
     fn used_clusters_are_found_across_gaps() {
-        let mut counts = Counts::default();
+        let mut counts = Counts::new(4);
         for cluster in [3, 4095, 4096, 1 << 40] {
             counts.add(cluster, 1).unwrap();
         }

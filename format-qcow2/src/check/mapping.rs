@@ -8,7 +8,6 @@ use std::collections::HashMap;
 
 use block_core::{
     error::Result,
-    flags::RequestFlags,
     image::{CheckReport, Progress, Severity},
 };
 use futures::StreamExt;
@@ -18,7 +17,7 @@ use super::{
     snapshots::Snapshot,
     table::{Scan, Table, scan},
     tables::scan_tables,
-    walk::{Kind, Walk, stop_if_cancelled},
+    walk::{Claimed, Crowded, Kind, Walk, stop_if_cancelled},
 };
 use crate::layout::{
     Header, L1Entry,
@@ -36,6 +35,8 @@ pub(super) struct Tree {
     pub size: u64,
     /// The snapshots that it belongs to; none for the active table.
     pub snapshots: Vec<String>,
+    /// Where their entries are in the snapshot table.
+    fields: Vec<usize>,
 }
 
 impl Tree {
@@ -86,6 +87,7 @@ impl Walk<'_> {
                 offset: header.l1_table_offset.0,
                 size: header.l1_size.into(),
                 snapshots: Vec::new(),
+                fields: Vec::new(),
             });
         }
         let mut known: HashMap<(u64, u64), usize> = HashMap::new();
@@ -94,7 +96,20 @@ impl Walk<'_> {
         for snapshot in snapshots.iter().filter(|snapshot| snapshot.l1_size > 0) {
             let key = (snapshot.l1_offset, u64::from(snapshot.l1_size));
             if let Some(at) = known.get(&key) {
-                self.trees[*at].snapshots.push(snapshot.label());
+                let tree = &mut self.trees[*at];
+                let fix = self.shape.repair;
+                report.add(
+                    Severity::Corruption,
+                    fix,
+                    format!(
+                        "{} snapshot '{}' has the L1 table of snapshot '{}'",
+                        if fix { "Repairing" } else { "ERROR" },
+                        snapshot.label(),
+                        tree.snapshots[0]
+                    ),
+                );
+                tree.snapshots.push(snapshot.label());
+                tree.fields.push(snapshot.field);
                 continue;
             }
             bytes = bytes.saturating_add(key.1 * 8);
@@ -112,6 +127,7 @@ impl Walk<'_> {
                 offset: key.0,
                 size: key.1,
                 snapshots: vec![snapshot.label()],
+                fields: vec![snapshot.field],
             });
         }
     }
@@ -127,20 +143,30 @@ impl Walk<'_> {
         self.plant(header, snapshots, report);
         let trees = std::mem::take(&mut self.trees);
         if trees.iter().any(|tree| !tree.is_active()) {
-            self.active_references = Some(Counts::default());
+            self.active_references = Some(Counts::new(header.refcount_order));
         }
         // First how often each table is referenced, then what is in it.
         let mut readable = vec![false; trees.len()];
         for (tree, readable) in trees.iter().zip(&mut readable) {
             stop_if_cancelled(progress)?;
-            if !self.count_metadata(
-                tree.kind(),
-                tree.offset,
-                tree.size * 8,
-                tree.times(),
-                report,
-            )? {
-                self.incomplete = true;
+            let (offset, len) = (tree.offset, tree.size * 8);
+            let claimed = self.claim_metadata(tree.kind(), offset, len, tree.times(), report)?;
+            self.incomplete |= claimed == Claimed::Outside;
+            let crowded = |snapshot| Crowded {
+                offset,
+                len,
+                snapshot,
+            };
+            match claimed {
+                Claimed::Outside => {}
+                Claimed::Shared if tree.is_active() => self.crowded.push(crowded(None)),
+                _ => {
+                    // Who has a place for itself stays, if anybody has.
+                    let first = usize::from(claimed == Claimed::Alone);
+                    let leaving = tree.fields.iter().skip(first);
+                    self.crowded
+                        .extend(leaving.map(|field| crowded(Some(*field))));
+                }
             }
             let l1 = match self.read_l1(tree).await {
                 Ok(l1) => l1,
@@ -212,9 +238,7 @@ impl Walk<'_> {
                 if fix {
                     *raw &= OFFSET_MASK | COPIED;
                     let at = tree.offset + index as u64 * 8;
-                    let bytes = raw.to_be_bytes().to_vec();
-                    self.file.write(at, bytes, RequestFlags::empty()).await?;
-                    self.repaired = true;
+                    self.patch(at, raw.to_be_bytes().to_vec()).await?;
                 }
             }
             let offset = *raw & OFFSET_MASK;
@@ -318,10 +342,10 @@ impl Walk<'_> {
                 bytes.extend_from_slice(&change.bitmap.to_be_bytes());
             }
             let at = table.offset + (change.index * self.shape.entry_size()) as u64;
-            self.file.write(at, bytes, RequestFlags::empty()).await?;
-            self.repaired = true;
+            self.patch(at, bytes).await?;
         }
         let found = found.report;
+        self.compressed |= found.compressed_clusters > 0;
         let shown = |count: u64| count.saturating_mul(active);
         report.allocated_clusters += shown(found.allocated_clusters);
         report.compressed_clusters += shown(found.compressed_clusters);

@@ -7,8 +7,8 @@
 //! apart by `owners`, and given copies by `relocate`. After a repair a last pass, which changes nothing, decides what is
 //! left.
 //!
-//! Memory is bounded by two bytes per cluster of the file (and the L1 and refcount tables, whose size the header
-//! check limits); a hostile image costs no more time than its file has bytes. Tables are read with several in flight, and
+//! Memory is bounded by two bytes per cluster of the file, or a refcount's width where that is more (and the L1 and refcount tables,
+//! whose size the header check limits); a hostile image costs no more time than its file has bytes. Tables are read with several in flight, and
 //! looked at by the environment's CPU workers (`tables`, `table`).
 
 mod bitmaps;
@@ -17,6 +17,7 @@ mod copied;
 mod counts;
 mod mapping;
 mod owners;
+mod packed;
 mod rebuild;
 mod relocate;
 mod snapshots;
@@ -116,6 +117,28 @@ pub async fn run(
     Ok(last)
 }
 
+/// Whether a repair of everything can leave no damage, as far as the metadata tells. Nothing is written.
+///
+/// # Errors
+/// Those of [`run`].
+pub async fn can_repair(file: &Child, header: &Header, progress: &Progress) -> Result<bool> {
+    refuse(header)?;
+    let (mut report, mut refcounts) = (CheckReport::default(), CheckReport::default());
+    let stored = Stored::open(file, header).await?;
+    Walk::run(
+        file,
+        header,
+        &stored,
+        CheckMode::RepairAll,
+        true,
+        &mut report,
+        &mut refcounts,
+        progress,
+    )
+    .await?;
+    Ok(report.corruptions == 0 && report.check_errors == 0)
+}
+
 /// What a pass may do, besides what the mode allows.
 #[derive(Debug, Clone, Copy)]
 struct How {
@@ -172,6 +195,7 @@ async fn pass(
         header,
         &stored,
         mode,
+        false,
         &mut report,
         &mut refcounts,
         progress,
@@ -202,6 +226,7 @@ async fn pass(
     let mut rebuild = mode != CheckMode::ReadOnly && (walk.rebuild || outcome.rebuild);
     let suspicious = std::mem::take(&mut outcome.suspicious);
     let claims = owners::find_claims(&walk, header, &stored, suspicious, progress).await?;
+    let packed = packed::find(&walk, progress).await?;
     if mode == CheckMode::RepairAll {
         rebuild |= walk.overlaid;
         let none = BTreeMap::new();
@@ -209,6 +234,7 @@ async fn pass(
             &mut walk,
             header,
             if how.copies > 0 { &claims } else { &none },
+            if how.copies > 0 { &packed } else { &[] },
             how.copies,
         );
         if !plan.is_empty() {
@@ -299,8 +325,17 @@ async fn pass(
             format!("Cluster {cluster} is doubly used by {}", claim.describe()),
         );
     }
+    for (cluster, claim) in &packed {
+        let owners = claim.describe();
+        report.add(
+            Severity::Corruption,
+            false,
+            format!("ERROR compressed clusters overlap in cluster {cluster}: {owners}"),
+        );
+    }
     for affected in claims
         .values()
+        .chain(packed.iter().map(|(_, claim)| claim))
         .flat_map(|claim| claim.affected(&walk, header.disk_size(), false))
     {
         report.affect(affected);

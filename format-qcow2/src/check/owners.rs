@@ -98,6 +98,8 @@ pub(super) struct Claim {
     pub metadata: Vec<Kind>,
     /// Ascending by position.
     pub owners: Vec<Owner>,
+    /// All owners are compressed data, whose bytes overlap: each has to have its own.
+    pub packed: bool,
 }
 
 impl Claim {
@@ -136,7 +138,7 @@ impl Claim {
     /// The ranges of the disk that may have suffered.
     pub fn affected(&self, walk: &Walk<'_>, disk_size: u64, separated: bool) -> Vec<Affected> {
         let mut affected = Vec::new();
-        for owner in self.owners.iter().take(MAX_NAMED) {
+        for (own, owner) in self.owners.iter().take(MAX_NAMED).enumerate() {
             let (start, length) = owner.range(walk.shape, disk_size);
             if length == 0 {
                 continue;
@@ -156,8 +158,9 @@ impl Claim {
                 for kind in &self.metadata {
                     with(kind.to_string(), None, None);
                 }
-                for other in self.owners.iter().take(MAX_NAMED) {
-                    if other.position.mark() == owner.position.mark() {
+                for (number, other) in self.owners.iter().take(MAX_NAMED).enumerate() {
+                    let alike = other.position.mark() == owner.position.mark();
+                    if number == own || alike && !self.packed {
                         continue;
                     }
                     let snapshot = other.snapshots.first().cloned().flatten();
@@ -362,7 +365,7 @@ pub(super) async fn find_claims(
     })
     .await?;
     name_metadata(walk, header, stored, &mut claims);
-    name_snapshots(walk, &mut claims).await;
+    name_snapshots(walk, claims.values_mut().collect()).await;
     Ok(claims)
 }
 
@@ -393,9 +396,9 @@ fn name_metadata(
 }
 
 /// Notes which snapshots an owner belongs to.
-async fn name_snapshots(walk: &Walk<'_>, claims: &mut BTreeMap<u64, Claim>) {
+pub(super) async fn name_snapshots(walk: &Walk<'_>, mut claims: Vec<&mut Claim>) {
     let tables: HashSet<u64> = claims
-        .values()
+        .iter()
         .flat_map(|claim| &claim.owners)
         .filter(|owner| !matches!(owner.position, Position::Table(_)))
         .flat_map(|owner| owner.spots.iter().map(|spot| spot.within))
@@ -428,7 +431,7 @@ async fn name_snapshots(walk: &Walk<'_>, claims: &mut BTreeMap<u64, Claim>) {
                 .collect()
         }
     };
-    for owner in claims.values_mut().flat_map(|claim| &mut claim.owners) {
+    for owner in claims.iter_mut().flat_map(|claim| &mut claim.owners) {
         let is_table = matches!(owner.position, Position::Table(_));
         for spot in &owner.spots {
             let own = [spot.within as usize];

@@ -21,7 +21,7 @@ use super::{
     snapshots::NewTable,
     stored::{BlockPlace, Stored},
     table::compressed_run,
-    walk::{Walk, stop_if_cancelled},
+    walk::{Crowded, Walk, stop_if_cancelled},
 };
 use crate::{
     header_update,
@@ -51,6 +51,8 @@ struct Move {
 pub(super) struct Plan {
     moves: Vec<Move>,
     claims: Vec<(u64, Claim)>,
+    /// L1 tables that get a place of their own.
+    tables: Vec<Crowded>,
     snapshots: Option<NewTable>,
     bitmaps: Option<NewDirectory>,
     /// Clusters that may be used for copies in the rounds after this one.
@@ -59,6 +61,9 @@ pub(super) struct Plan {
 
 /// The owners of a cluster that have to leave it.
 fn leaving(claim: &Claim, host_bound: bool) -> Vec<&Owner> {
+    if claim.packed {
+        return claim.owners.iter().skip(1).collect();
+    }
     let stays_metadata = claim.metadata.iter().any(|kind| !kind.is_refcounts());
     let is_data = |owner: &&Owner| !matches!(owner.position, Position::Table(_));
     if host_bound && claim.owners.iter().any(|owner| is_data(&owner)) {
@@ -88,6 +93,7 @@ impl Plan {
         walk: &mut Walk<'_>,
         header: &Header,
         claims: &BTreeMap<u64, Claim>,
+        packed: &[(u64, Claim)],
         copies: u64,
     ) -> Self {
         let bits = walk.shape.cluster_bits;
@@ -99,7 +105,8 @@ impl Plan {
         let mut moved = HashSet::new();
         let mut total = 0;
         let mut separated = Vec::new();
-        for (cluster, claim) in claims {
+        let packed = packed.iter().map(|(cluster, claim)| (cluster, claim));
+        for (cluster, claim) in claims.iter().chain(packed) {
             let mut complete = !claim.owners.is_empty();
             let owners = leaving(claim, host_bound);
             complete &= !owners.is_empty() || claim.metadata.iter().all(|kind| kind.is_refcounts());
@@ -141,10 +148,25 @@ impl Plan {
                 separated.push((*cluster, claim.clone()));
             }
         }
+        let mut snapshots = walk.new_snapshots.take();
+        let mut tables = Vec::new();
+        for table in &walk.crowded {
+            let clusters = table.len.div_ceil(walk.shape.cluster_size());
+            // A table that is made anew knows nothing of where entries were: the next round's turn.
+            let possible = table.snapshot.is_none() || snapshots.is_none();
+            if possible && total + clusters <= most {
+                total += clusters;
+                tables.push(*table);
+            }
+        }
+        if tables.iter().any(|table| table.snapshot.is_some()) {
+            snapshots = Some(std::mem::take(&mut walk.snapshot_table));
+        }
         Self {
             moves,
             claims: separated,
-            snapshots: walk.new_snapshots.take(),
+            tables,
+            snapshots,
             bitmaps: walk.new_bitmaps.take(),
             copies_left: most - total,
         }
@@ -152,7 +174,10 @@ impl Plan {
 
     /// Nothing needs room.
     pub fn is_empty(&self) -> bool {
-        self.moves.is_empty() && self.snapshots.is_none() && self.bitmaps.is_none()
+        self.moves.is_empty()
+            && self.tables.is_empty()
+            && self.snapshots.is_none()
+            && self.bitmaps.is_none()
     }
 
     /// Snapshots were given up: what looks leaked afterwards may be theirs.
@@ -167,7 +192,15 @@ impl Plan {
             .bitmaps
             .as_ref()
             .map_or(0, |directory| directory.bytes.len());
-        moves + (table as u64).div_ceil(cluster_size) + (directory as u64).div_ceil(cluster_size)
+        let tables: u64 = self
+            .tables
+            .iter()
+            .map(|table| table.len.div_ceil(cluster_size))
+            .sum();
+        moves
+            + tables
+            + (table as u64).div_ceil(cluster_size)
+            + (directory as u64).div_ceil(cluster_size)
     }
 
     /// Carries it out; `stored` is out of date afterwards. `false` when there is no room for it that refcounts could be given to; nothing was changed then.
@@ -234,8 +267,27 @@ impl Plan {
             .bitmaps
             .as_ref()
             .map(|directory| place(directory.bytes.len()));
-        if let (Some(table), Some(at)) = (&self.snapshots, table_at) {
-            write_padded(walk, at, &table.bytes).await?;
+        let mut snapshots = self
+            .snapshots
+            .as_ref()
+            .map_or_else(Vec::new, |table| table.bytes.clone());
+        let mut active = None;
+        for table in &self.tables {
+            stop_if_cancelled(progress)?;
+            let at = place(table.len as usize);
+            let bytes = file.read_padded(table.offset, table.len as usize).await?;
+            write_padded(walk, at, &bytes).await?;
+            match table.snapshot {
+                None => active = Some(at),
+                Some(field) => {
+                    if let Some(pointer) = snapshots.get_mut(field..field + 8) {
+                        pointer.copy_from_slice(&at.to_be_bytes());
+                    }
+                }
+            }
+        }
+        if let Some(at) = table_at {
+            write_padded(walk, at, &snapshots).await?;
         }
         if let (Some(directory), Some(at)) = (&self.bitmaps, directory_at) {
             write_padded(walk, at, &directory.bytes).await?;
@@ -248,6 +300,11 @@ impl Plan {
             file.write(at, bytes, RequestFlags::empty()).await?;
         }
         file.flush().await?;
+        if let Some(at) = active {
+            let size = header.l1_size;
+            header_update::write_l1_pointer(file, header, HostOffset(at), size).await?;
+            file.flush().await?;
+        }
         if let (Some(table), Some(at)) = (&self.snapshots, table_at) {
             let at = if table.count == 0 { 0 } else { at };
             let mut bytes = table.count.to_be_bytes().to_vec();

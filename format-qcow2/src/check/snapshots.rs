@@ -11,7 +11,7 @@ use block_core::{
     request::Child,
 };
 
-use super::walk::{Kind, Walk};
+use super::walk::{Claimed, Kind, Walk};
 use crate::layout::{Header, header::MAX_L1_BYTES};
 
 /// Bytes of an entry without extra data and names.
@@ -32,6 +32,8 @@ pub(super) struct Snapshot {
     pub l1_size: u32,
     pub id: String,
     pub name: String,
+    /// Where its entry is in a table that is written anew.
+    pub field: usize,
 }
 
 impl Snapshot {
@@ -46,7 +48,7 @@ impl Snapshot {
 }
 
 /// What takes the place of a broken table.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 pub(super) struct NewTable {
     pub bytes: Vec<u8>,
     pub count: u32,
@@ -143,7 +145,7 @@ impl Entry {
         }))
     }
 
-    fn snapshot(&self) -> Snapshot {
+    fn snapshot(&self, field: usize) -> Snapshot {
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         let mut offset = [0; 8];
         offset.copy_from_slice(&self.fixed[..8]);
@@ -152,6 +154,7 @@ impl Entry {
             l1_size: be32(&self.fixed, 8),
             id: text(&self.id),
             name: text(&self.name),
+            field,
         }
     }
 
@@ -269,9 +272,9 @@ impl Walk<'_> {
                 entry.complete(header.size);
                 changed = true;
             }
+            let snapshot = entry.snapshot(new.bytes.len());
             entry.append_to(&mut new.bytes);
             new.count += 1;
-            let snapshot = entry.snapshot();
             if self.can_follow(&snapshot, report) {
                 snapshots.push(snapshot);
             } else {
@@ -280,9 +283,12 @@ impl Walk<'_> {
         }
         let len = reader.at.min(reader.end.max(start)) - start;
         let len = if len == 0 { FIXED as u64 } else { len };
-        self.count_metadata(Kind::SnapshotTable, start, len, 1, report)?;
+        let claimed = self.claim_metadata(Kind::SnapshotTable, start, len, 1, report)?;
+        changed |= claimed == Claimed::Shared;
         if changed && fix {
             self.new_snapshots = Some(new);
+        } else if fix {
+            self.snapshot_table = new;
         }
         Ok(snapshots)
     }
@@ -293,6 +299,7 @@ impl Walk<'_> {
             l1_size,
             id,
             name,
+            ..
         } = snapshot;
         let problem = if !self.shape.is_aligned(*l1_offset) {
             format!("l1_offset={l1_offset:#x}: L1 table is not cluster aligned")

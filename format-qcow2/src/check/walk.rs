@@ -8,6 +8,7 @@ use std::{collections::BTreeSet, fmt};
 
 use block_core::{
     error::{Error, ErrorKind, Result},
+    flags::RequestFlags,
     image::{CheckMode, CheckReport, Progress, Severity},
     request::Child,
 };
@@ -41,6 +42,11 @@ pub(super) enum Kind {
 }
 
 impl Kind {
+    /// Can be given another place, or be done without.
+    const fn can_move(self) -> bool {
+        !matches!(self, Self::Header | Self::LuksHeader)
+    }
+
     /// Made anew, at another place, when the refcounts are rebuilt.
     pub const fn is_refcounts(self) -> bool {
         matches!(self, Self::RefcountTable | Self::RefcountBlock)
@@ -62,6 +68,15 @@ impl fmt::Display for Kind {
             Self::RefcountBlock => "refcount block",
         })
     }
+}
+
+/// What was found where metadata is said to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Claimed {
+    Outside,
+    Alone,
+    /// Other metadata.
+    Shared,
 }
 
 /// Where metadata is: first and last cluster.
@@ -110,6 +125,25 @@ pub(super) struct Walk<'a> {
     pub new_snapshots: Option<NewTable>,
     /// What has to take the bitmap directory's place.
     pub new_bitmaps: Option<NewDirectory>,
+    /// The snapshot table as it could be written anew, with every entry that could be read.
+    pub snapshot_table: NewTable,
+    /// L1 tables that have to leave their place.
+    pub crowded: Vec<Crowded>,
+    /// Bitmaps share their place with each other or with other metadata.
+    pub bitmaps_overlap: bool,
+    /// There are compressed clusters.
+    pub compressed: bool,
+    /// Nothing is written, whatever the mode: what would be left is to be found out.
+    pub dry: bool,
+}
+
+/// An L1 table where there is other metadata as well.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Crowded {
+    pub offset: u64,
+    pub len: u64,
+    /// Where its entry is in the snapshot table; `None` for the active one.
+    pub snapshot: Option<usize>,
 }
 
 /// Fails when the user asked to stop.
@@ -131,6 +165,7 @@ impl<'a> Walk<'a> {
         header: &Header,
         stored: &Stored<'_>,
         mode: CheckMode,
+        dry: bool,
         report: &mut CheckReport,
         structures: &mut CheckReport,
         progress: &Progress,
@@ -139,10 +174,10 @@ impl<'a> Walk<'a> {
             file,
             geometry: header.geometry(),
             shape: Shape::new(header, file.length(), mode == CheckMode::RepairAll),
-            counts: Counts::default(),
-            l2_references: Counts::default(),
+            counts: Counts::new(header.refcount_order),
+            l2_references: Counts::new(header.refcount_order),
             active_references: None,
-            structures: Counts::default(),
+            structures: Counts::new(header.refcount_order),
             metadata: Bits::default(),
             places: Vec::new(),
             trees: Vec::new(),
@@ -156,15 +191,21 @@ impl<'a> Walk<'a> {
             repaired: false,
             new_snapshots: None,
             new_bitmaps: None,
+            snapshot_table: NewTable::default(),
+            crowded: Vec::new(),
+            bitmaps_overlap: false,
+            compressed: false,
+            dry,
         };
         let cluster_size = walk.shape.cluster_size();
         report.total_clusters = header.size.div_ceil(cluster_size);
         walk.count_metadata(Kind::Header, 0, cluster_size, 1, report)?;
-        let snapshots = walk.snapshot_table(header, report).await?;
-        walk.mapping(header, &snapshots, report, progress).await?;
+        // Before all that can make room for it.
         if let Some(luks) = header.extensions.luks {
             walk.count_metadata(Kind::LuksHeader, luks.offset, luks.len, 1, report)?;
         }
+        let snapshots = walk.snapshot_table(header, report).await?;
+        walk.mapping(header, &snapshots, report, progress).await?;
         walk.bitmaps(header, report, progress).await?;
         walk.refcount_table(header, structures)?;
         walk.refcount_blocks(stored, structures, progress)?;
@@ -213,6 +254,15 @@ impl<'a> Walk<'a> {
         Ok(true)
     }
 
+    /// Writes an entry that is set right where it is, unless nothing is to be written.
+    pub async fn patch(&mut self, at: u64, bytes: Vec<u8>) -> Result<()> {
+        self.repaired = true;
+        if self.dry {
+            return Ok(());
+        }
+        self.file.write(at, bytes, RequestFlags::empty()).await
+    }
+
     /// As [`Self::count`], for metadata other than L2 tables, which shares its clusters with nothing.
     pub fn count_metadata(
         &mut self,
@@ -222,11 +272,24 @@ impl<'a> Walk<'a> {
         times: u64,
         report: &mut CheckReport,
     ) -> Result<bool> {
+        let claimed = self.claim_metadata(kind, offset, len, times, report)?;
+        Ok(claimed != Claimed::Outside)
+    }
+
+    /// As [`Self::count_metadata`]; says whether there is other metadata.
+    pub fn claim_metadata(
+        &mut self,
+        kind: Kind,
+        offset: u64,
+        len: u64,
+        times: u64,
+        report: &mut CheckReport,
+    ) -> Result<Claimed> {
         if !self.count(offset, len, times, report)? {
-            return Ok(false);
+            return Ok(Claimed::Outside);
         }
         if len == 0 {
-            return Ok(true);
+            return Ok(Claimed::Alone);
         }
         let bits = self.shape.cluster_bits;
         let (first, last) = (offset >> bits, (offset + len - 1) >> bits);
@@ -235,16 +298,22 @@ impl<'a> Walk<'a> {
             overlaps |= !self.metadata.insert(cluster)?;
         }
         if overlaps && !kind.is_refcounts() {
+            let fix = self.shape.repair && kind.can_move();
+            let verb = if fix { "Repairing" } else { "ERROR" };
             report.add(
                 Severity::Corruption,
-                false,
-                format!("ERROR {kind} at offset {offset:#x} overlaps other metadata"),
+                fix,
+                format!("{verb} {kind} at offset {offset:#x} overlaps other metadata"),
             );
         }
         if !matches!(kind, Kind::BitmapData | Kind::RefcountBlock) {
             self.places.push(Place { kind, first, last });
         }
-        Ok(true)
+        Ok(if overlaps {
+            Claimed::Shared
+        } else {
+            Claimed::Alone
+        })
     }
 
     fn refcount_table(&mut self, header: &Header, report: &mut CheckReport) -> Result<()> {

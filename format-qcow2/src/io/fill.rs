@@ -71,8 +71,9 @@ impl Qcow2 {
             let begin = self.geometry.cluster_start(cluster).0;
             begin + self.span(self.written(place, last)?).1
         };
-        // Behind the end of the disk a data file has nothing.
-        let end = if self.geometry.has_data_file() {
+        // Behind the end of the disk a data file has nothing: when the disk grows, the file is extended with zeroes. Encrypted
+        // ones have to be written.
+        let end = if self.geometry.has_data_file() && self.encryption.is_none() {
             end.min(self.length().max(place.end()))
         } else {
             end

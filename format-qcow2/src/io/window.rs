@@ -22,9 +22,9 @@ impl<'a> Window<'a> {
         }
     }
 
-    /// Nothing was begun yet, or all of it has ended.
+    /// Nothing was begun yet, or all of it has ended well: the last piece may be awaited by itself, and its result is the whole's.
     pub fn is_idle(&self) -> bool {
-        self.pieces.is_empty()
+        self.pieces.is_empty() && self.result.is_ok()
     }
 
     /// A piece failed: there is no point in beginning more.

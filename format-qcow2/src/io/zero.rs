@@ -202,9 +202,6 @@ impl Qcow2 {
         len: u64,
     ) -> Result<()> {
         self.check_writable()?;
-        if self.has_raw_data() {
-            return self.discard_raw_data(request, offset, len).await;
-        }
         if !self.geometry.has_zero_flag() && self.has_backing(request) {
             // Old content of the backing file would show: better to keep what is there.
             return Ok(());
@@ -221,6 +218,13 @@ impl Qcow2 {
         } else {
             end / size
         };
+        if self.has_raw_data() {
+            let (start, end) = (first * size, (last * size).min(self.length()));
+            return match end.checked_sub(start) {
+                None | Some(0) => Ok(()),
+                Some(len) => self.discard_raw_data(request, start, len).await,
+            };
+        }
         self.change_clusters(
             request,
             ClusterIndex(first),

@@ -24,7 +24,7 @@ use block_core::{
 };
 use futures::StreamExt;
 
-use super::{find, shadow::Shadow, table, tree, unsupported};
+use super::{expand::Expansion, find, reach, shadow::Shadow, table, tree, unsupported};
 use crate::{
     cache::{
         refcounts::{RefcountStore, TablePlace},
@@ -36,20 +36,21 @@ use crate::{
         Header, HostCluster, HostOffset, L1Entry, SnapshotEntry, entry::be64s, header::MAX_L1_BYTES,
     },
     meta::Meta,
+    overlap::Others,
 };
 
 /// The state that an image is to have.
-struct Draft<'a> {
-    image: &'a Qcow2,
-    file: &'a Child,
-    progress: &'a Progress,
-    shadow: Shadow<'a>,
+pub(super) struct Draft<'a> {
+    pub image: &'a Qcow2,
+    pub file: &'a Child,
+    pub progress: &'a Progress,
+    pub shadow: Shadow<'a>,
     header: Header,
-    snapshots: Vec<SnapshotEntry>,
+    pub snapshots: Vec<SnapshotEntry>,
     /// The active L1 table.
-    l1: Vec<u64>,
+    pub l1: Vec<u64>,
     /// Where it is; `None`: in a place that is still to be found.
-    l1_offset: Option<HostOffset>,
+    pub l1_offset: Option<HostOffset>,
 }
 
 /// What becomes of a tree's references to its L2 tables and their clusters.
@@ -69,7 +70,8 @@ impl<'a> Draft<'a> {
             shadow: Shadow::new(
                 file,
                 &image.metadata,
-                image.geometry,
+                // The width of refcounts may have been amended since the image was opened.
+                meta.geometry,
                 meta.refcounts.place(),
                 meta.refcounts.table().to_vec(),
             ),
@@ -84,7 +86,7 @@ impl<'a> Draft<'a> {
         }
     }
 
-    fn check_cancelled(&self) -> Result<()> {
+    pub(super) fn check_cancelled(&self) -> Result<()> {
         if self.progress.is_cancelled() {
             return Err(Error::new(
                 ErrorKind::Cancelled,
@@ -103,7 +105,7 @@ impl<'a> Draft<'a> {
         )
     }
 
-    async fn drop_clusters(&mut self, offset: HostOffset, len: u64) -> Result<()> {
+    pub(super) async fn drop_clusters(&mut self, offset: HostOffset, len: u64) -> Result<()> {
         let (first, count) = self.clusters(offset, len);
         self.shadow.sub(first, count, 1).await
     }
@@ -141,7 +143,7 @@ impl<'a> Draft<'a> {
 
     /// Brings the COPIED flags of the active tree in line with the refcounts. A table in which one changes is copied; the
     /// original loses the references of the active L1 table.
-    async fn flag_active(&mut self) -> Result<()> {
+    pub(super) async fn flag_active(&mut self) -> Result<()> {
         let geometry = self.image.geometry;
         let uses = tree::tables(&self.l1, geometry)?;
         self.progress.add_total(uses.len() as u64);
@@ -234,7 +236,7 @@ impl<'a> Draft<'a> {
         Ok(())
     }
 
-    async fn write_table(&mut self, mut bytes: Vec<u8>) -> Result<HostOffset> {
+    pub(super) async fn write_table(&mut self, mut bytes: Vec<u8>) -> Result<HostOffset> {
         let geometry = self.image.geometry;
         let clusters = geometry.clusters_for(bytes.len() as u64);
         let first = self.shadow.allocate(clusters).await?;
@@ -246,7 +248,7 @@ impl<'a> Draft<'a> {
         Ok(host)
     }
 
-    async fn read_l1(&self, entry: &SnapshotEntry) -> Result<Vec<u64>> {
+    pub(super) async fn read_l1(&self, entry: &SnapshotEntry) -> Result<Vec<u64>> {
         entry.check_l1(self.image.geometry)?;
         let len = entry.l1_bytes() as usize;
         let bytes = self.file.read_padded(entry.l1_table_offset.0, len).await?;
@@ -337,10 +339,16 @@ fn next_id(snapshots: &[SnapshotEntry]) -> String {
 }
 
 /// What is to be done.
-enum Change<'a> {
+pub(super) enum Change<'a> {
     Create(&'a NewSnapshot),
     Apply(&'a SnapshotKey),
     Delete(&'a SnapshotKey),
+    /// Zero clusters, of the disk and of snapshots, become something else.
+    Expand {
+        request: &'a Request,
+        /// What is unallocated may read as something else than zeroes.
+        backing: bool,
+    },
 }
 
 impl Qcow2 {
@@ -384,7 +392,7 @@ impl Qcow2 {
             .map(drop)
     }
 
-    async fn change_snapshots(
+    pub(super) async fn change_snapshots(
         self: &Arc<Self>,
         request: &Request,
         change: &Change<'_>,
@@ -418,7 +426,7 @@ impl Qcow2 {
             ));
         }
         let index = match change {
-            Change::Create(_) => 0,
+            Change::Create(_) | Change::Expand { .. } => 0,
             Change::Apply(which) | Change::Delete(which) => find(&meta.snapshots, which)?,
         };
         let old_table: u64 = meta
@@ -431,9 +439,15 @@ impl Qcow2 {
             Change::Create(new) => draft.create(new).await?,
             Change::Apply(_) => draft.apply(index).await?,
             Change::Delete(_) => draft.delete(index).await?,
+            Change::Expand { request, backing } => {
+                if !draft.expand(&mut Expansion::new(request, *backing)).await? {
+                    return Ok(meta.snapshots.clone());
+                }
+            }
         }
         draft.write_l1().await?;
-        if !matches!(change, Change::Apply(_)) {
+        let same_table = matches!(change, Change::Apply(_)) || draft.snapshots == meta.snapshots;
+        if !same_table {
             draft.write_snapshot_table(old_table).await?;
         }
         let place = draft.shadow.finish().await?;
@@ -442,6 +456,8 @@ impl Qcow2 {
         // The new tables and refcounts are durable before the header points to them.
         self.writeback.failure.flush(file).await?;
         draft.check_cancelled()?;
+        let wanted = self.metadata.wanted();
+        let others = reach::others(file, &draft.header, &draft.snapshots, wanted).await?;
         self.switch(file, &draft.header).await?;
         self.release_replaced(file, &mut draft.shadow).await;
         let Draft {
@@ -453,7 +469,8 @@ impl Qcow2 {
             ..
         } = draft;
         let l1 = L1Table::new(l1_offset.unwrap_or(header.l1_table_offset), l1);
-        self.adopt(&mut meta, header, snapshots, l1, (place, shadow.table()));
+        let refcounts = (place, shadow.table());
+        self.adopt(&mut meta, header, snapshots, l1, refcounts, &others);
         Ok(meta.snapshots.clone())
     }
 
@@ -498,15 +515,16 @@ impl Qcow2 {
         snapshots: Vec<SnapshotEntry>,
         l1: L1Table,
         (place, table): (TablePlace, &[u64]),
+        others: &Others,
     ) {
         let mut refcounts = RefcountStore::with_table(
-            self.geometry,
+            header.geometry(),
             place,
             table.to_vec(),
             self.settings.refcount_blocks(),
         );
         refcounts.tap = self.tap.clone();
-        self.metadata.rebuild(&header, &l1, &refcounts);
+        self.metadata.rebuild(&header, &l1, &refcounts, others);
         meta.header = header;
         meta.refcounts = refcounts;
         meta.snapshots = snapshots;

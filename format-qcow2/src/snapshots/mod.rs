@@ -1,7 +1,9 @@
 //! Internal snapshots (digest, section 7): reading their table, and finding one. Changing them is `change`'s, with the new
-//! refcounts in `shadow` and what a snapshot reaches in `tree`.
+//! refcounts in `shadow` and what a snapshot reaches in `tree`. `expand` gets rid of zero clusters in all of them.
 
 mod change;
+mod expand;
+mod reach;
 mod shadow;
 mod table;
 mod tree;
@@ -14,7 +16,7 @@ use block_core::{
 
 use crate::{image::Qcow2, layout::SnapshotEntry};
 
-pub(crate) use table::load;
+pub(crate) use self::{reach::others, table::load};
 
 /// The snapshot that is meant.
 ///

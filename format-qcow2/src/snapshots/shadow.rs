@@ -251,12 +251,7 @@ impl<'a> Shadow<'a> {
 
     async fn allocate_here(&mut self, count: u64) -> Result<u64> {
         let first = self.find_free(count).await?;
-        if self.metadata.overlaps(first..first + count) {
-            return Err(Error::corrupt(format!(
-                "Preventing invalid write on metadata (host offset {:#x}, {count} clusters)",
-                first << self.geometry.cluster_bits()
-            )));
-        }
+        self.metadata.check(first, count, self.geometry)?;
         if first == self.hint {
             self.hint = first + count;
         }

@@ -69,6 +69,8 @@ pub enum Fault {
     Reads,
     /// Flushes fail.
     Flushes,
+    /// Reads and writes that begin at this offset fail, at once.
+    At(u64),
 }
 
 #[derive(Default)]
@@ -197,6 +199,13 @@ impl Storage {
         yield_for(left % (most + 1)).await;
     }
 
+    fn fail_at(&self, offset: u64) -> Result<()> {
+        if self.state.lock().fault == Fault::At(offset) {
+            return Err(Error::io("injected"));
+        }
+        Ok(())
+    }
+
     fn event(&self, event: Event) -> Result<()> {
         let state = &mut *self.state.lock();
         match (state.fault, &event) {
@@ -266,6 +275,7 @@ impl BlockDriver for StorageDriver {
         Limits::default()
     }
     async fn read(self: Arc<Self>, _: Request, offset: u64, mut buf: IoBufMut) -> Result<()> {
+        self.0.fail_at(offset)?;
         self.0.pause().await;
         {
             let state = self.0.state.lock();
@@ -285,6 +295,7 @@ impl BlockDriver for StorageDriver {
         buf: IoBuf,
         _: RequestFlags,
     ) -> Result<()> {
+        self.0.fail_at(offset)?;
         self.0.pause().await;
         self.0.park(offset).await;
         self.0.event(Event::Write(offset, buf.to_vec()))?;

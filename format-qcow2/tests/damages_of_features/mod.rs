@@ -515,6 +515,109 @@ pub const BROKEN: &[Broken] = &[
     ),
     // Bitmaps.
     (
+        "two snapshots with one L1 table",
+        SNAPSHOTS,
+        |i| i.put64(table(i) + 72, i.get64(table(i))),
+        "snapshot 'two' has the L1 table of snapshot 'one'",
+        true,
+    ),
+    (
+        "snapshot with the active L1 table",
+        SNAPSHOTS,
+        |i| i.put64(table(i) + 72, l1(i)),
+        "inactive L1 table at offset",
+        true,
+    ),
+    (
+        "snapshot's L1 table in the cluster of another's",
+        SNAPSHOTS,
+        |i| {
+            i.put64(table(i) + 72, i.get64(table(i)));
+            put32(i, table(i) + 80, 2);
+        },
+        "inactive L1 table at offset",
+        true,
+    ),
+    (
+        "active L1 table that is a snapshot's",
+        SNAPSHOTS,
+        |i| i.put64(40, i.get64(table(i))),
+        "inactive L1 table at offset",
+        true,
+    ),
+    (
+        "refcount table that is the L2 table",
+        SAMPLE,
+        |i| i.put64(48, l2(i)),
+        "refcount",
+        true,
+    ),
+    (
+        "refcount block that is the active L1 table",
+        SAMPLE,
+        |i| i.put64(C, l1(i)),
+        "refcount block 0 refcount=2",
+        true,
+    ),
+    (
+        "refcount block that is a snapshot's L1 table",
+        SNAPSHOTS,
+        |i| i.put64(i.get64(48), i.get64(table(i))),
+        "refcount block 0 refcount=2",
+        true,
+    ),
+    (
+        "refcount table that is the snapshot table",
+        SNAPSHOTS,
+        |i| i.put64(48, table(i)),
+        "refcount",
+        true,
+    ),
+    (
+        "two bitmaps with one table",
+        BITMAPS,
+        |i| i.put64(directory(i) + 32, bitmap_table(i)),
+        "bitmap table at offset",
+        true,
+    ),
+    (
+        "two bitmaps with one cluster of data",
+        BITMAPS,
+        |i| {
+            let second = i.get64(directory(i) + 32);
+            i.put64(second, i.get64(bitmap_table(i)));
+        },
+        "bitmap data at offset",
+        true,
+    ),
+    (
+        "bitmap table that is the L1 table",
+        BITMAPS,
+        |i| i.put64(directory(i), l1(i)),
+        "bitmap table at offset",
+        true,
+    ),
+    (
+        "bits of a bitmap behind the end of the disk",
+        BITMAPS,
+        |i| {
+            let data = i.get64(i.get64(directory(i) + 32)) & MASK;
+            i.put(data + 128, &[1]);
+        },
+        "bits behind the end of the disk are set",
+        true,
+    ),
+    (
+        "last bit of a bitmap's data",
+        BITMAPS,
+        |i| {
+            let data = i.get64(bitmap_table(i)) & MASK;
+            i.put(data + C - 1, &[0x80]);
+        },
+        "bitmap 'b0': bits behind the end of the disk are set",
+        true,
+    ),
+    (
         "bitmaps left behind by another program",
         BITMAPS,
         |i| i.put64(88, 0),
@@ -815,6 +918,36 @@ fn alias(image: &Image, cluster: u64, host: u64) {
 }
 
 pub const ALIASES: &[Broken] = &[
+    (
+        "one compressed piece for two guest clusters",
+        SAMPLE,
+        |i| i.put64(l2(i) + 8 * 33, i.get64(l2(i) + 8 * 32)),
+        "compressed clusters overlap in cluster 13: compressed data at guest offset 0x200000, compressed data \
+         at guest offset 0x210000",
+        true,
+    ),
+    (
+        "compressed cluster that reaches over its neighbour",
+        SAMPLE,
+        |i| i.put64(l2(i) + 8 * 32, i.get64(l2(i) + 8 * 32) + (2 << 54)),
+        "compressed clusters overlap in cluster 13",
+        true,
+    ),
+    (
+        "a snapshot's compressed piece for another guest cluster",
+        SNAPSHOTS,
+        |i| {
+            // Of the active table alone: the snapshots have one of their own.
+            let piece = i.get64(l2(i) + 8 * 32);
+            i.put64(l2(i) + 8 * 40, piece);
+            let (at, block) = (piece & 0xffff_ffff_ffff, i.get64(i.get64(48)));
+            let slot = block + at / C * 2;
+            let count = (i.get64(slot) >> 48) as u16;
+            i.put(slot, &(count + 1).to_be_bytes());
+        },
+        "compressed data at guest offset 0x200000, compressed data at guest offset 0x280000",
+        true,
+    ),
     (
         "two guest clusters in one place",
         SAMPLE,
