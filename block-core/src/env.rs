@@ -17,6 +17,12 @@ pub trait Environment: Send + Sync + 'static {
     /// Completes after `duration`. Dropping the future cancels the timer.
     fn sleep(&self, duration: Duration) -> BoxFuture<'static, ()>;
 
+    /// Whether timers may be set that nobody waits for and that never end, such as for dropping from a cache what wasn't used lately.
+    /// An environment that tells from its timers whether anything can still happen says no: such a timer would hide that all hangs.
+    fn allows_upkeep(&self) -> bool {
+        false
+    }
+
     /// Polls `task` to its end in the background. An environment that is shutting down may drop it.
     fn spawn(&self, task: BoxFuture<'static, ()>);
 

@@ -640,7 +640,7 @@ impl Graph {
     /// nobody else has.
     ///
     /// # Errors
-    /// The first error of a driver's `close`. The nodes are gone all the same.
+    /// The first error of a flush or of a driver's `close`. The nodes are gone all the same.
     pub async fn release(self: &Arc<Self>, node: &Arc<Node>) -> Result<()> {
         node.kept.store(false, Ordering::SeqCst);
         self.collect_orphans().await;
@@ -679,6 +679,8 @@ impl Graph {
         }
         // What the node's own close still wants to do to its children is admitted by nobody's handle.
         let drained = self.drain(node).await;
+        // Who dropped the last handle may not have flushed. Where nothing was written since, no driver is asked.
+        let flushed = path::flush(node, None).await;
         let driver = node.driver().clone();
         let closed = path::exclusive(node, None, move |request| driver.close(request))
             .await
@@ -698,7 +700,7 @@ impl Graph {
         let detached = self.commit(change);
         self.with_topology(|topology| topology.nodes.remove(&node.id()));
         drop(drained);
-        closed.and(detached)
+        flushed.and(closed).and(detached)
     }
 
     /// Leaves a node, which somebody opened and then gave up, to the next who opens or closes anything.

@@ -44,6 +44,40 @@ fn a_flush_through_a_filter_that_was_just_inserted_covers_earlier_writes() {
 }
 
 #[test]
+fn a_node_that_nobody_has_anymore_is_flushed_before_it_is_closed() {
+    let written = disk(Memory::new(1 << 16));
+    block_on(async {
+        written.handle.write(0, vec![1u8; 512], NONE).await.unwrap();
+        // Dropped rather than closed.
+        drop(written.handle);
+        written.graph.close_all().await.unwrap();
+    });
+    let flushes = written.memory.flushes.load(Ordering::SeqCst);
+    assert_eq!(
+        flushes, 1,
+        "the image was closed, and what was written may be lost"
+    );
+
+    let untouched = disk(Memory::new(1 << 16));
+    drop(untouched.handle);
+    block_on(untouched.graph.close_all()).unwrap();
+    let flushes = untouched.memory.flushes.load(Ordering::SeqCst);
+    assert_eq!(flushes, 0, "there was nothing to flush");
+
+    let broken = disk(Memory::new(1 << 16));
+    block_on(async {
+        broken.handle.write(0, vec![1u8; 512], NONE).await.unwrap();
+        broken.memory.fail_flush.store(1, Ordering::SeqCst);
+        drop(broken.handle);
+        assert!(
+            broken.graph.close_all().await.is_err(),
+            "nobody is told that the last flush failed"
+        );
+        assert!(broken.graph.nodes().is_empty());
+    });
+}
+
+#[test]
 fn a_flush_after_a_check_covers_what_the_check_wrote() {
     let disk = disk(Memory::new(1 << 16));
     share(&disk);

@@ -135,6 +135,10 @@ impl Environment for EnvTokio {
         tokio::time::sleep(duration).boxed()
     }
 
+    fn allows_upkeep(&self) -> bool {
+        true
+    }
+
     fn spawn(&self, task: BoxFuture<'static, ()>) {
         let panics = Arc::clone(&self.panics);
         drop(self.handle.spawn(async move {

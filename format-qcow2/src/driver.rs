@@ -191,16 +191,17 @@ impl Qcow2 {
 }
 
 /// What has to happen before an image is written to: unknown autoclear bits go, and an image that wasn't closed properly is
-/// repaired. Nothing is written to one that can't be.
+/// repaired. Nothing is written to one in which more is wrong than refcounts.
 pub(crate) async fn prepare_for_writing(
     file: &block_core::request::Child,
     header: &mut Header,
 ) -> Result<()> {
     const HOPELESS: &str = "Could not repair dirty image";
-    // An image that is refused in the end stays as it is: whoever rescues it needs all that is there.
+    // An image that is refused stays as it is: whoever rescues it needs all that is there. And where entries make no sense, a bit of
+    // the header may be what is wrong: a repair would make rubble of a disk that can still be read.
     if header.is_dirty() {
-        let possible = check::can_repair(file, header, &Progress::new()).await;
-        if !possible.map_err(|error| error.context(HOPELESS))? {
+        let stale = check::is_merely_stale(file, header, &Progress::new()).await;
+        if !stale.map_err(|error| error.context(HOPELESS))? {
             return Err(Error::io(HOPELESS));
         }
     }

@@ -50,7 +50,8 @@ use crate::{
 /// - `pass-discard-request` (as `discard`), `pass-discard-snapshot` (on), `pass-discard-other` (off): which freed space is
 ///   given back to the storage; `discard-no-unref` (off): a discarded cluster keeps its place in the file;
 /// - `cache-size`, `l2-cache-size`, `l2-cache-entry-size`, `refcount-cache-size`: bytes;
-/// - `cache-clean-interval`: seconds after which what wasn't used leaves the caches, 0 (the default) for never;
+/// - `cache-clean-interval`: seconds after which what wasn't used leaves the caches, 0 for never (by default 600, where the
+///   environment [allows upkeep](block_core::Environment::allows_upkeep));
 /// - `overlap-check`: `none`, `constant`, `cached` (the default) or `all`, also as `overlap-check.template`, and switches for
 ///   single kinds of metadata, such as `overlap-check.active-l2`.
 ///

@@ -20,6 +20,10 @@ use crate::{
 const DEFAULT_L2_CACHE: u64 = 32 << 20;
 /// Bytes of a slice, unless the cluster is smaller or an option says otherwise.
 const DEFAULT_SLICE: u64 = 4096;
+/// Seconds after which what wasn't used since leaves the caches, where that isn't said and the environment allows for upkeep.
+pub(crate) const DEFAULT_CLEAN_INTERVAL: u64 = 600;
+/// No option says how often the caches are cleaned.
+const UNSAID: u64 = u64::MAX;
 /// The fewest refcount blocks and slices that are kept.
 const MIN_CACHED: u64 = 4;
 
@@ -229,9 +233,9 @@ impl Settings {
         self.lazy_refcounts.load(Ordering::Relaxed)
     }
 
-    /// Seconds after which what wasn't used since is dropped from the caches; 0 for never.
-    pub fn clean_interval(&self) -> u64 {
-        self.clean_interval.load(Ordering::Relaxed)
+    /// Seconds after which what wasn't used since is dropped from the caches, 0 for never; `None` when that isn't said.
+    pub fn clean_interval(&self) -> Option<u64> {
+        Some(self.clean_interval.load(Ordering::Relaxed)).filter(|seconds| *seconds != UNSAID)
     }
 }
 
@@ -249,8 +253,10 @@ fn parse(given: &Map<String, Value>, header: &Header, discard: DiscardMode) -> R
             "Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level",
         ));
     }
-    let clean_interval = options.cache_clean_interval.map_or(0, |number| number.0);
-    if u32::try_from(clean_interval).is_err() {
+    let clean_interval = options
+        .cache_clean_interval
+        .map_or(UNSAID, |number| number.0);
+    if options.cache_clean_interval.is_some() && u32::try_from(clean_interval).is_err() {
         return Err(Error::invalid("Cache clean interval too big").with_field(
             "cache-clean-interval",
             clean_interval,

@@ -673,3 +673,43 @@ fn a_damaged_luks_header_is_refused_with_its_field() {
         );
     }
 }
+
+#[test]
+fn what_is_discarded_in_place_stays_ciphertext_so_that_an_old_link_never_shows_noise() {
+    let lab = Lab::new();
+    let data = lab.path("data");
+    let with_data_file = format!("encrypt.format=luks,data_file={},size=1M", data.display());
+    for (name, options, open, file) in [
+        (
+            "a",
+            "encrypt.format=luks,size=1M",
+            "discard-no-unref=on",
+            None,
+        ),
+        (
+            "b",
+            &with_data_file,
+            "cache.no-flush=off",
+            Some(data.clone()),
+        ),
+    ] {
+        let path = lab.create(name, options).unwrap();
+        let file = file.unwrap_or_else(|| path.clone());
+        let stored = || std::fs::read(&file).unwrap();
+        lab.rig.block_on(async {
+            let options = format!("discard=unmap,{open}");
+            let handle = lab.open(&path, &options).await.unwrap();
+            write(&handle, 0, 256 << 10, 7).await.unwrap();
+            handle.flush().await.unwrap();
+            let before = stored();
+            handle.discard(0, 128 << 10).await.unwrap();
+            // The link may still be on disk, and be what a cut of the power leaves.
+            assert!(stored() == before, "{name}");
+            handle.flush().await.unwrap();
+            let seen = handle.read(0, 256 << 10).await.unwrap();
+            assert!(seen[..128 << 10].iter().all(|byte| *byte == 0), "{name}");
+            assert!(seen[128 << 10..].iter().all(|byte| *byte == 7), "{name}");
+            lab.rig.close(handle).await.unwrap();
+        });
+    }
+}

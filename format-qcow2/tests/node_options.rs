@@ -2,7 +2,9 @@
 
 mod common;
 
-use block_core::{BlockHandle, RequestFlags, driver::Reopen};
+use std::{sync::Arc, time::Duration};
+
+use block_core::{BlockHandle, Environment, RequestFlags, driver::Reopen};
 use common::{storage::Event, *};
 
 const SIZE: u64 = 4 << 20;
@@ -171,7 +173,7 @@ fn a_wrong_option_changes_nothing_and_another_slice_size_keeps_what_is_there() {
 fn unused_cache_entries_are_dropped_but_never_dirty_ones() {
     let rig = Rig::new();
     let storage = storage::Storage::new(image_bytes("cluster_size=4096", SIZE));
-    let wait = || std::thread::sleep(std::time::Duration::from_millis(2600));
+    let wait = || std::thread::sleep(Duration::from_millis(2600));
     rig.block_on(async {
         let options = "cache-clean-interval=1,l2-cache-entry-size=512";
         let handle = rig.open_storage(&storage, options).await.unwrap();
@@ -195,4 +197,70 @@ fn unused_cache_entries_are_dropped_but_never_dirty_ones() {
         rig.close(handle).await.unwrap();
     });
     assert_eq!(check_bytes(&storage), (0, 0));
+}
+
+/// An environment whose seconds are short, and which remembers what was waited for.
+struct Hasty {
+    inner: env_tokio::EnvTokio,
+    upkeep: bool,
+    slept: parking_lot::Mutex<Vec<u64>>,
+}
+
+impl Environment for Hasty {
+    fn now(&self) -> Duration {
+        self.inner.now()
+    }
+    fn sleep(&self, duration: Duration) -> futures::future::BoxFuture<'static, ()> {
+        self.slept.lock().push(duration.as_secs());
+        self.inner.sleep(duration / 20_000)
+    }
+    fn allows_upkeep(&self) -> bool {
+        self.upkeep
+    }
+    fn spawn(&self, task: futures::future::BoxFuture<'static, ()>) {
+        self.inner.spawn(task);
+    }
+    fn offload(&self, work: Box<dyn FnOnce() + Send>) {
+        self.inner.offload(work);
+    }
+    fn random(&self) -> u64 {
+        self.inner.random()
+    }
+}
+
+#[test]
+fn caches_are_cleaned_every_ten_minutes_unless_the_environment_has_no_timers_for_that() {
+    for upkeep in [true, false] {
+        let env = Arc::new(Hasty {
+            inner: env_tokio::EnvTokio::new(2).unwrap(),
+            upkeep,
+            slept: parking_lot::Mutex::default(),
+        });
+        let mut rig = Rig::new();
+        rig.graph = block_core::Graph::new(env.clone());
+        let storage = storage::Storage::new(image_bytes("cluster_size=4k", 64 << 20));
+        rig.block_on(async {
+            let handle = rig
+                .open_storage(&storage, "l2-cache-entry-size=512")
+                .await
+                .unwrap();
+            for n in 0..16u64 {
+                write(&handle, n << 20, 4096, 1).await.unwrap();
+            }
+            handle.flush().await.unwrap();
+            let mut cleaned = 0;
+            for _ in 0..100 {
+                env.inner.sleep(Duration::from_millis(10)).await;
+                cleaned = counter(&handle, "cleaned-cache-entries");
+                if cleaned >= 16 {
+                    break;
+                }
+            }
+            assert_eq!(cleaned >= 16, upkeep, "{cleaned}");
+            rig.close(handle).await.unwrap();
+        });
+        let slept = env.slept.lock();
+        assert_eq!(slept.first(), upkeep.then_some(&600));
+        assert!(slept.iter().all(|seconds| *seconds == 600), "{slept:?}");
+    }
 }

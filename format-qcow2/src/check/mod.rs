@@ -117,11 +117,12 @@ pub async fn run(
     Ok(last)
 }
 
-/// Whether a repair of everything can leave no damage, as far as the metadata tells. Nothing is written.
+/// Whether nothing but refcounts, and flags that depend on them, can be wrong: that is what the dirty bit announces. Other damage may
+/// mean that the image isn't what its header says. Nothing is written.
 ///
 /// # Errors
 /// Those of [`run`].
-pub async fn can_repair(file: &Child, header: &Header, progress: &Progress) -> Result<bool> {
+pub async fn is_merely_stale(file: &Child, header: &Header, progress: &Progress) -> Result<bool> {
     refuse(header)?;
     let (mut report, mut refcounts) = (CheckReport::default(), CheckReport::default());
     let stored = Stored::open(file, header).await?;
@@ -129,8 +130,7 @@ pub async fn can_repair(file: &Child, header: &Header, progress: &Progress) -> R
         file,
         header,
         &stored,
-        CheckMode::RepairAll,
-        true,
+        CheckMode::ReadOnly,
         &mut report,
         &mut refcounts,
         progress,
@@ -195,7 +195,6 @@ async fn pass(
         header,
         &stored,
         mode,
-        false,
         &mut report,
         &mut refcounts,
         progress,
@@ -226,7 +225,7 @@ async fn pass(
     let mut rebuild = mode != CheckMode::ReadOnly && (walk.rebuild || outcome.rebuild);
     let suspicious = std::mem::take(&mut outcome.suspicious);
     let claims = owners::find_claims(&walk, header, &stored, suspicious, progress).await?;
-    let packed = packed::find(&walk, progress).await?;
+    let packed = packed::find(&walk, &mut report, progress).await?;
     if mode == CheckMode::RepairAll {
         rebuild |= walk.overlaid;
         let none = BTreeMap::new();

@@ -9,7 +9,10 @@
 
 use std::collections::{BTreeSet, HashSet};
 
-use block_core::{error::Result, image::Progress};
+use block_core::{
+    error::{Error, Result},
+    image::{CheckReport, Progress, Severity},
+};
 use futures::StreamExt;
 
 use super::{
@@ -46,9 +49,11 @@ fn certain(raw: u64, shape: Shape) -> Option<(u64, u64)> {
 }
 
 /// Calls `visit` with the compressed entries that begin in `from..until`: guest offset, entry, the tables' place and the entry's.
+/// What can't be read now, although it could when the mapping was walked, is reported.
 async fn visit(
     walk: &Walk<'_>,
     (from, until): (u64, u64),
+    report: &mut CheckReport,
     progress: &Progress,
     mut visit: impl FnMut(u64, u64, Table, u64) -> u64,
 ) -> Result<()> {
@@ -57,8 +62,12 @@ async fn visit(
     let mut until = until;
     for tree in &walk.trees {
         stop_if_cancelled(progress)?;
-        let Ok(l1) = walk.read_l1(tree).await else {
-            continue;
+        let l1 = match walk.read_l1(tree).await {
+            Ok(l1) => l1,
+            Err(error) => {
+                unread(report, &error);
+                continue;
+            }
         };
         let mut tables = Vec::new();
         for (index, raw) in l1.iter().enumerate() {
@@ -85,6 +94,11 @@ async fn visit(
         while let Some(batch) = found.next().await {
             stop_if_cancelled(progress)?;
             for (table, entries) in batch? {
+                if let Err(error) = &entries
+                    && !walk.unreadable.contains(table.offset >> shape.cluster_bits)
+                {
+                    unread(report, error);
+                }
                 for (index, raw) in entries.into_iter().flatten() {
                     least = visit(shape.guest(table, index), raw, table, index).min(least);
                 }
@@ -94,6 +108,12 @@ async fn visit(
         until = least;
     }
     Ok(())
+}
+
+fn unread(report: &mut CheckReport, error: &Error) {
+    let reason = error.reason();
+    let message = format!("ERROR: I/O error while compressed clusters were compared: {reason}");
+    report.add(Severity::CheckError, false, message);
 }
 
 /// Pieces in a window of the file.
@@ -133,12 +153,16 @@ impl Window {
 }
 
 /// The pieces that overlap, in groups, with the cluster that each group begins in; not more than are dealt with at once.
-pub(super) async fn find(walk: &Walk<'_>, progress: &Progress) -> Result<Vec<(u64, Claim)>> {
+pub(super) async fn find(
+    walk: &Walk<'_>,
+    report: &mut CheckReport,
+    progress: &Progress,
+) -> Result<Vec<(u64, Claim)>> {
     let mut groups = Vec::new();
     if !walk.compressed {
         return Ok(groups);
     }
-    let overlapping = overlapping(walk, progress).await?;
+    let overlapping = overlapping(walk, report, progress).await?;
     if overlapping.is_empty() {
         return Ok(groups);
     }
@@ -150,6 +174,7 @@ pub(super) async fn find(walk: &Walk<'_>, progress: &Progress) -> Result<Vec<(u6
     visit(
         walk,
         (bounds.start, bounds.end),
+        report,
         progress,
         |guest, raw, table, index| {
             if let Some((start, end)) = certain(raw, shape)
@@ -207,7 +232,11 @@ pub(super) async fn find(walk: &Walk<'_>, progress: &Progress) -> Result<Vec<(u6
 }
 
 /// Where pieces begin that overlap another one.
-async fn overlapping(walk: &Walk<'_>, progress: &Progress) -> Result<BTreeSet<u64>> {
+async fn overlapping(
+    walk: &Walk<'_>,
+    report: &mut CheckReport,
+    progress: &Progress,
+) -> Result<BTreeSet<u64>> {
     let shape = walk.shape;
     let mut overlapping = BTreeSet::new();
     let mut reach: Option<Piece> = None;
@@ -217,12 +246,18 @@ async fn overlapping(walk: &Walk<'_>, progress: &Progress) -> Result<BTreeSet<u6
             pieces: Vec::new(),
             until: u64::MAX,
         };
-        visit(walk, (from, u64::MAX), progress, |guest, raw, _, _| {
-            if let Some((start, end)) = certain(raw, shape) {
-                window.add(Piece { start, guest, end });
-            }
-            window.until
-        })
+        visit(
+            walk,
+            (from, u64::MAX),
+            report,
+            progress,
+            |guest, raw, _, _| {
+                if let Some((start, end)) = certain(raw, shape) {
+                    window.add(Piece { start, guest, end });
+                }
+                window.until
+            },
+        )
         .await?;
         window.settle();
         for piece in &window.pieces {

@@ -133,8 +133,6 @@ pub(super) struct Walk<'a> {
     pub bitmaps_overlap: bool,
     /// There are compressed clusters.
     pub compressed: bool,
-    /// Nothing is written, whatever the mode: what would be left is to be found out.
-    pub dry: bool,
 }
 
 /// An L1 table where there is other metadata as well.
@@ -165,7 +163,6 @@ impl<'a> Walk<'a> {
         header: &Header,
         stored: &Stored<'_>,
         mode: CheckMode,
-        dry: bool,
         report: &mut CheckReport,
         structures: &mut CheckReport,
         progress: &Progress,
@@ -195,7 +192,6 @@ impl<'a> Walk<'a> {
             crowded: Vec::new(),
             bitmaps_overlap: false,
             compressed: false,
-            dry,
         };
         let cluster_size = walk.shape.cluster_size();
         report.total_clusters = header.size.div_ceil(cluster_size);
@@ -254,12 +250,9 @@ impl<'a> Walk<'a> {
         Ok(true)
     }
 
-    /// Writes an entry that is set right where it is, unless nothing is to be written.
+    /// Writes an entry that is set right where it is.
     pub async fn patch(&mut self, at: u64, bytes: Vec<u8>) -> Result<()> {
         self.repaired = true;
-        if self.dry {
-            return Ok(());
-        }
         self.file.write(at, bytes, RequestFlags::empty()).await
     }
 

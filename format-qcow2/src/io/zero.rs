@@ -305,6 +305,8 @@ impl Qcow2 {
             Change::Zero | Change::Unmap | Change::Discard => self.settings.pass_discard_request(),
             Change::Full => self.settings.pass_discard_snapshot(),
         };
+        // A cut of the power may bring the old link back, and zeroes behind it are noise once they are decrypted.
+        let early = punch && self.encryption.is_none();
         let keep = zero_flag
             && self.settings.discard_no_unref()
             && !self.geometry.has_data_file()
@@ -326,7 +328,7 @@ impl Qcow2 {
                     && let Some(Space { host, copied: true }) = entry.space()
                 {
                     // Nothing else refers to it. It is punched before the request ends, and so before it is written to again.
-                    if punch {
+                    if early {
                         emptied.push(self.geometry.host_cluster_of(host).0);
                     }
                     let kept = L2Entry::ZeroAllocated { host, copied: true };
@@ -337,7 +339,7 @@ impl Qcow2 {
                 };
                 if self.geometry.has_data_file() {
                     if entry.space().is_some() && new.space().is_none() {
-                        freed.push(cluster.0, punch);
+                        freed.push(cluster.0, early);
                     }
                 } else if new.space().is_none() && !mutant::is_active("qcow2-discard-leaks") {
                     self.unlink(meta, request, raw, cluster, punch, &mut freed)
