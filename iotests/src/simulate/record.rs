@@ -232,6 +232,11 @@ impl Recorder {
         self.cut_at.store(u64::MAX, Ordering::Relaxed);
     }
 
+    /// What the cut has interrupted is gone.
+    pub fn power_is_back(&self) {
+        self.cut.store(false, Ordering::Relaxed);
+    }
+
     /// Whether the power was cut.
     pub fn was_cut(&self) -> bool {
         self.cut.load(Ordering::Relaxed)

@@ -370,6 +370,7 @@ fn run_phase(
     };
     take_apart(world);
     setup.watch.clear();
+    recorder.power_is_back();
     Ok(carried)
 }
 
