@@ -107,6 +107,11 @@ impl Qcow2 {
         if how.zero || preallocation != Preallocation::Off {
             self.write_back(request).await?;
         }
+        if self.geometry.has_data_file() {
+            // Else something else than zeroes shows behind the old end after a power cut.
+            let data = self.data(request)?;
+            self.writeback.failure.flush(data).await?;
+        }
         self.set_size(request, new).await
     }
 

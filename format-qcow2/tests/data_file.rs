@@ -6,7 +6,8 @@ mod common;
 use std::{path::Path, sync::Arc};
 
 use block_core::{
-    BlockHandle, OpenOptions, Options, PermissionSet, Permissions, RequestFlags, Result,
+    BlockHandle, ErrorKind, OpenOptions, Options, PermissionSet, Permissions, RequestFlags, Result,
+    copy_range,
     driver::{Preallocation, Truncate},
     image::{CheckMode, Progress},
     registry::ImplicitOpens,
@@ -15,6 +16,7 @@ use common::{
     storage::{Event, JointLog, Storage},
     *,
 };
+use futures::future::join_all;
 use parking_lot::Mutex;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 
@@ -435,6 +437,96 @@ fn a_discard_leaves_clusters_that_it_covers_in_part_as_they_are_whatever_the_dat
     }
 }
 
+/// Copies within the storage go from data file to data file; compressed writes beside them are refused, each and every one, and
+/// leave no trace.
+#[test]
+fn copies_go_to_the_data_file_and_compressed_writes_beside_them_are_refused_without_a_trace() {
+    const PIECES: u64 = 16;
+    let scratch = tempfile::tempdir().unwrap();
+    for kind in KINDS {
+        let piece = cluster_of(kind).max(4096);
+        let size = (PIECES * piece) as usize;
+        let path = |name: &str| scratch.path().join(name);
+        for name in ["from", "to"] {
+            let data = path(&format!("{name}.raw"));
+            let options = format!("{kind},data_file={}", data.display());
+            create(&path(&format!("{name}.qcow2")), &options, size);
+        }
+        let mut source = vec![0; size];
+        SmallRng::seed_from_u64(5).fill(&mut source[..]);
+        let mut disk = vec![7; size];
+        let rig = Rig::new();
+        rig.block_on(async {
+            let from = rig.open(&path("from.qcow2"), "").await.unwrap();
+            let to = rig.open(&path("to.qcow2"), "").await.unwrap();
+            let plain = RequestFlags::empty();
+            from.write(0, source.clone(), plain).await.unwrap();
+            if !kind.contains("raw") {
+                // Nothing is mapped there yet, so nothing can be copied to by the storage.
+                let nowhere = copy_range(&from, 0, &to, 0, piece, RequestFlags::NO_FALLBACK).await;
+                assert_eq!(
+                    nowhere.unwrap_err().kind(),
+                    ErrorKind::NotSupported,
+                    "{kind}"
+                );
+            }
+            write(&to, 0, size as u64, 7).await.unwrap();
+            let metadata = std::fs::metadata(path("to.qcow2")).unwrap().len();
+            let copies = (0..PIECES).filter(|n| n % 3 == 0).map(|n| {
+                let (from, to, at) = (&from, &to, n * piece);
+                async move {
+                    // The storage does it, or it fails.
+                    copy_range(from, at, to, at, piece, RequestFlags::NO_FALLBACK)
+                        .await
+                        .unwrap();
+                }
+            });
+            let compressed = (0..PIECES).map(|n| {
+                let (to, at) = (&to, n * piece);
+                async move {
+                    let data = vec![1; piece as usize];
+                    to.write(at, data, RequestFlags::WRITE_COMPRESSED).await
+                }
+            });
+            let writes = (0..PIECES).filter(|n| n % 3 == 1).map(|n| {
+                let (to, at) = (&to, n * piece);
+                async move { write(to, at, piece, 9).await.unwrap() }
+            });
+            let (_, refused, _) =
+                futures::join!(join_all(copies), join_all(compressed), join_all(writes));
+            for result in refused {
+                assert_eq!(
+                    result.unwrap_err().kind(),
+                    ErrorKind::NotSupported,
+                    "{kind}"
+                );
+            }
+            for n in 0..PIECES {
+                let range = (n * piece) as usize..((n + 1) * piece) as usize;
+                match n % 3 {
+                    0 => disk[range.clone()].copy_from_slice(&source[range]),
+                    1 => disk[range].fill(9),
+                    _ => {}
+                }
+            }
+            let read = to.read(0, size).await.unwrap();
+            assert_same(&read, &disk, kind);
+            to.flush().await.unwrap();
+            let now = std::fs::metadata(path("to.qcow2")).unwrap().len();
+            assert_eq!(now, metadata, "{kind}: the image itself has grown");
+            from.close().await.unwrap();
+            rig.close(to).await.unwrap();
+        });
+        // Every cluster is mapped: the data file is the disk, whether it is called raw or not.
+        assert_raw(&path("to.raw"), &disk, kind);
+        assert_clean(&path("to.qcow2"));
+        assert_same(&contents(&path("to.qcow2"), scratch.path()), &disk, kind);
+        for name in ["from.qcow2", "from.raw", "to.qcow2", "to.raw"] {
+            std::fs::remove_file(path(name)).unwrap();
+        }
+    }
+}
+
 #[test]
 fn entries_that_an_image_with_a_data_file_can_not_have_are_refused() {
     const L2: usize = 0x40000;
@@ -620,5 +712,80 @@ fn after_a_power_cut_the_data_file_holds_what_the_metadata_says() {
                 rig.close(handle).await.unwrap();
             });
         }
+    }
+}
+
+/// What the data file has behind the old end, and what it is extended with where it is encrypted, is made zeroes durably before
+/// the size is.
+#[test]
+fn a_power_cut_while_a_disk_with_a_data_file_grows_reveals_nothing_behind_its_old_end() {
+    const OLD: usize = 100 << 10;
+    for kind in [
+        "",
+        "data_file_raw=on",
+        "encrypt.format=aes,encrypt.key-secret=s",
+    ] {
+        let scratch = tempfile::tempdir().unwrap();
+        let (path, data) = (scratch.path().join("a"), scratch.path().join("d"));
+        let make_rig = || {
+            let rig = Rig::new();
+            let key = block_core::secret::Secret::new("open sesame");
+            rig.graph.secrets().add("s", key).unwrap();
+            rig
+        };
+        let rig = make_rig();
+        let options = format!("size={OLD},data_file={},{kind}", data.display());
+        let options = Options::from_dotted(options.trim_end_matches(',')).unwrap();
+        let name = path.to_str().unwrap();
+        rig.block_on(rig.registry.create(&rig.graph, "qcow2", name, options))
+            .unwrap();
+        let key = if kind.contains("encrypt") {
+            ",encrypt.key-secret=s"
+        } else {
+            ""
+        };
+        let open = format!("data-file.driver=memory,data-file.name=d{key}");
+        let storages = [&path, &data].map(|path| Storage::new(std::fs::read(path).unwrap()));
+        let log = JointLog::default();
+        let start = rig.block_on(async {
+            rig.storages.add("d", &storages[1]);
+            let handle = rig.open_storage(&storages[0], &open).await.unwrap();
+            write(&handle, 0, OLD as u64, 5).await.unwrap();
+            rig.close(handle).await.unwrap();
+            // Somebody put something behind the end.
+            storages[1].state.lock().data.resize(300 << 10, 0xee);
+            let start = [0, 1].map(|which: usize| storages[which].state.lock().data.clone());
+            for (which, storage) in storages.iter().enumerate() {
+                storage.log_to(which, &log);
+            }
+            let handle = rig.open_storage(&storages[0], &open).await.unwrap();
+            for size in [110 << 10, 150 << 10, 260 << 10] {
+                handle.truncate(size, Truncate::default()).await.unwrap();
+            }
+            rig.close(handle).await.unwrap();
+            start
+        });
+        let log = std::mem::take(&mut *log.lock());
+        let mut rng = SmallRng::seed_from_u64(1);
+        let mut grown = 0;
+        for cut in (0..=log.len()).flat_map(|cut| [cut; 12]) {
+            let [image, data] = after_cut(&start, &log, cut, &mut rng).map(Storage::new);
+            let what = format!("{kind}, cut at {cut} of {}", log.len());
+            let rig = make_rig();
+            rig.block_on(async {
+                rig.storages.add("d", &data);
+                let handle = rig
+                    .open_storage(&image, &format!("{open},read-only=on"))
+                    .await
+                    .unwrap();
+                let size = handle.length() as usize;
+                grown += usize::from(size > OLD);
+                let mut expected = vec![5; OLD];
+                expected.resize(size, 0);
+                assert_same(&handle.read(0, size).await.unwrap(), &expected, &what);
+                rig.close(handle).await.unwrap();
+            });
+        }
+        assert!(grown > 0 && grown < 12 * log.len(), "{grown}");
     }
 }

@@ -85,7 +85,8 @@ impl Qcow2 {
             self.upgrade(file).await?;
         }
         if let Some(name) = &wanted.data_file {
-            let name = Some(name.as_bytes().to_vec());
+            // An empty name is none: whoever opens the image has to say where its data is.
+            let name = (!name.is_empty()).then(|| name.as_bytes().to_vec());
             self.change_header(file, |header| header.extensions.data_file = name)
                 .await?;
         }

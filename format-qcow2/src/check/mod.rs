@@ -136,7 +136,7 @@ pub async fn is_merely_stale(file: &Child, header: &Header, progress: &Progress)
         progress,
     )
     .await?;
-    Ok(report.corruptions == 0 && report.check_errors == 0)
+    Ok(report.corruptions == 0 && report.check_errors + refcounts.check_errors == 0)
 }
 
 /// What a pass may do, besides what the mode allows.

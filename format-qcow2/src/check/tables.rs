@@ -1,5 +1,7 @@
-//! Reads many L2 tables with several in flight, and has each looked at by the environment's CPU workers. What was found
+//! Reads many L2 tables with several in flight, neighbours in the file at once, and has each looked at by the environment's CPU workers. What was found
 //! comes back in the order of the list, so that reports don't depend on timing.
+
+use std::sync::Arc;
 
 use block_core::{
     buffer::Buffer,
@@ -8,6 +10,7 @@ use block_core::{
     request::Child,
 };
 use futures::{Stream, StreamExt, stream};
+use parking_lot::Mutex;
 
 use super::table::Table;
 
@@ -17,67 +20,121 @@ const BATCH: u64 = 512 << 10;
 const IN_FLIGHT: usize = 8;
 /// What takes less isn't worth the way to a worker and back.
 const INLINE: u64 = 128 << 10;
-/// Tables that follow each other in the file are read together, up to this many bytes.
-const MERGE: u64 = 2 << 20;
 
-/// Bytes with the tables in them: where each begins.
+/// Buffers that are used again: allocating and freeing large aligned ones all the time leaves holes that nothing fits into.
+#[derive(Default)]
+struct Pool(Mutex<Vec<Buffer>>);
+
+impl Pool {
+    fn take(&self, len: usize) -> Result<Buffer> {
+        let known = self.0.lock().pop();
+        known.map_or_else(|| Buffer::try_new(len), Ok)
+    }
+
+    fn give(&self, buffer: Buffer) {
+        self.0.lock().push(buffer);
+    }
+}
+
+/// Where the bytes of some tables are.
+enum Bytes {
+    /// In the batch's buffer, from here on.
+    Shared(usize),
+    /// Read once more.
+    Own(Buffer),
+    Failed(Error),
+}
+
+/// Tables that were read together: where each begins in the bytes.
 struct Piece {
-    bytes: Result<Buffer>,
+    bytes: Bytes,
     tables: Vec<(Table, usize)>,
 }
 
-async fn read(file: &Child, tables: &[Table], len: usize) -> Vec<Piece> {
+/// Reads `tables` into `buffer`, which has room for all of them.
+async fn read(
+    file: &Child,
+    tables: &[Table],
+    len: usize,
+    buffer: Buffer,
+) -> Result<(Buffer, Vec<Piece>)> {
     let mut pieces = Vec::new();
     let mut rest = tables;
+    let (lent, mut free) = buffer.lend();
+    let mut used = 0;
     while let Some(first) = rest.first() {
-        let most = (MERGE as usize / len).max(1);
         let follows =
             |(at, table): (usize, &Table)| table.offset == first.offset + (at * len) as u64;
-        let mut row = rest
+        let row = rest
             .iter()
             .enumerate()
-            .take(most)
             .take_while(|pair| follows(*pair))
             .count();
-        let mut bytes = file.read_padded(first.offset, row * len).await;
-        if bytes.is_err() && row > 1 {
-            // One bad sector must not hide its neighbours.
-            row = 1;
-            bytes = file.read_padded(first.offset, len).await;
+        let mut part = free.split_to(row * len);
+        let inside = file.length().saturating_sub(first.offset);
+        let inside = inside.min(part.len() as u64) as usize;
+        let mut behind = part.split_off(inside);
+        behind.fill(0);
+        drop(behind);
+        let done = if part.is_empty() {
+            drop(part);
+            Ok(())
+        } else {
+            file.read(first.offset, part).await
+        };
+        let start = used;
+        used += row * len;
+        match done {
+            Ok(()) => pieces.push(Piece {
+                bytes: Bytes::Shared(start),
+                tables: rest[..row]
+                    .iter()
+                    .enumerate()
+                    .map(|(at, table)| (*table, at * len))
+                    .collect(),
+            }),
+            Err(error) if row == 1 => pieces.push(Piece {
+                bytes: Bytes::Failed(error),
+                tables: vec![(*first, 0)],
+            }),
+            Err(_) => {
+                // One bad sector must not hide its neighbours.
+                for table in &rest[..row] {
+                    let bytes = file.read_padded(table.offset, len).await;
+                    pieces.push(Piece {
+                        bytes: bytes.map_or_else(Bytes::Failed, Bytes::Own),
+                        tables: vec![(*table, 0)],
+                    });
+                }
+            }
         }
-        let found = rest[..row].iter().enumerate();
-        pieces.push(Piece {
-            bytes,
-            tables: found.map(|(at, table)| (*table, at * len)).collect(),
-        });
         rest = &rest[row..];
     }
-    pieces
+    drop(free);
+    let buffer = lent
+        .reclaim()
+        .map_err(|_| Error::io("a driver kept a part of a read buffer"))?;
+    Ok((buffer, pieces))
 }
 
 fn look<T>(
+    buffer: &[u8],
     pieces: Vec<Piece>,
     len: usize,
     scan: impl Fn(&[u8], Table) -> T,
 ) -> Vec<(Table, Result<T>)> {
     let mut found = Vec::new();
     for piece in pieces {
-        match piece.bytes {
-            Ok(bytes) => found.extend(
-                piece
-                    .tables
-                    .iter()
-                    .map(|(table, at)| (*table, Ok(scan(&bytes[*at..at + len], *table)))),
-            ),
-            Err(error) => {
-                let failed = |error: &Error| error.duplicate();
-                found.extend(
-                    piece
-                        .tables
-                        .iter()
-                        .map(|(table, _)| (*table, Err(failed(&error)))),
-                );
-            }
+        for (table, at) in piece.tables {
+            let bytes = match &piece.bytes {
+                Bytes::Shared(start) => &buffer[start + at..start + at + len],
+                Bytes::Own(bytes) => &bytes[at..at + len],
+                Bytes::Failed(error) => {
+                    found.push((table, Err(error.duplicate())));
+                    continue;
+                }
+            };
+            found.push((table, Ok(scan(bytes, table))));
         }
     }
     found
@@ -91,15 +148,23 @@ pub(super) fn scan_tables<'a, T: Send + 'static>(
     len: u64,
     scan: impl Fn(&[u8], Table) -> T + Clone + Send + 'static,
 ) -> impl Stream<Item = Result<Vec<(Table, Result<T>)>>> + Unpin + 'a {
-    let batch = (BATCH / len).max(1) as usize;
+    let batch = ((BATCH / len).max(1) as usize).min(tables.len().max(1));
+    let pool = Arc::new(Pool::default());
     let tasks = tables.chunks(batch).map(move |tables| {
-        let scan = scan.clone();
+        let (scan, pool) = (scan.clone(), pool.clone());
         async move {
-            let pieces = read(file, tables, len as usize).await;
-            if tables.len() as u64 * len <= INLINE {
-                return Ok(look(pieces, len as usize, scan));
+            let len = len as usize;
+            let buffer = pool.take(batch * len)?;
+            let (buffer, pieces) = read(file, tables, len, buffer).await?;
+            let work = move || {
+                let found = look(&buffer, pieces, len, scan);
+                pool.give(buffer);
+                found
+            };
+            if (tables.len() * len) as u64 <= INLINE {
+                return Ok(work());
             }
-            offload(file.node().env(), move || look(pieces, len as usize, scan)).await
+            offload(file.node().env(), work).await
         }
     });
     Box::pin(stream::iter(tasks).buffered(IN_FLIGHT))

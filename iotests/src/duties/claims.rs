@@ -34,6 +34,10 @@ async fn one_place(scene: Arc<Scene>, kind: ClusterKind) -> CaseResult {
         let text = "the driver can't write, or has no backing files";
         return Ok(Verdict::NotCovered(text.into()));
     };
+    if image.node.limits().serialising_granularity < 4096 {
+        let text = "what is written isn't in one cluster of this size";
+        return Ok(Verdict::NotCovered(text.into()));
+    }
     let target = image.target();
     let none = RequestFlags::empty();
     // Both data writes take effect, and are not reported as complete: neither is linked yet.
