@@ -129,6 +129,9 @@ pub async fn iterations_for(
             clock.now().saturating_sub(start)
         })
         .await?;
+        if took.is_zero() {
+            break 0;
+        }
         if took >= MEASURED {
             break u128::from(count) * 1_000_000_000 / took.as_nanos().max(1);
         }

@@ -34,6 +34,8 @@ enum Value {
     Zero,
     /// What is there may become zeroes, or what it was at the beginning.
     Discarded,
+    /// What the sector held at one moment: its number.
+    Past(u32),
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -55,6 +57,8 @@ pub enum Ended {
     Done,
     /// The same, and it is durable.
     Durable,
+    /// It was refused: it has touched nothing.
+    Refused,
     /// It failed or was dropped: it may have happened or not, but it happens no more. Anything that begins later wins.
     Undone,
 }
@@ -121,6 +125,8 @@ struct State {
     may_be_cut: bool,
     /// When the last flush that succeeded began.
     flushed: u64,
+    /// What the disk was made again.
+    past: Vec<Arc<Moment>>,
 }
 
 /// The oracle of one disk. Cloning shares it.
@@ -293,6 +299,16 @@ impl Oracle {
         self.begin(sectors_of(offset, len), None, Some(Value::Discarded))
     }
 
+    /// The disk, `len` bytes of it at most, begins to be made what it was at a moment.
+    pub fn restore(&self, moment: &Arc<Moment>, len: u64) -> Change {
+        let number = {
+            let mut state = self.state.lock();
+            state.past.push(moment.clone());
+            state.past.len() as u32 - 1
+        };
+        self.begin(sectors_of(0, len), None, Some(Value::Past(number)))
+    }
+
     /// A read begins.
     pub fn read(&self) -> Reading {
         let mut state = self.state.lock();
@@ -311,6 +327,12 @@ impl Oracle {
         let now = state.clock;
         let state = &mut *state;
         let oldest_reader = state.readers.keys().next().copied();
+        if how == Ended::Refused {
+            for (_, entries) in state.sectors.range_mut(range) {
+                entries.retain(|entry| entry.id != id);
+            }
+            return;
+        }
         for (_, entries) in state.sectors.range_mut(range) {
             let Some(this) = entries.iter_mut().find(|entry| entry.id == id) else {
                 continue;
@@ -363,7 +385,18 @@ impl Oracle {
                 Value::Zero => look(Seen::Zero),
                 Value::Discarded => look(Seen::Zero) || look(initial()),
                 Value::Stamp { owner, seq } => look(Seen::Stamp(Stamp { owner, seq, sector })),
+                Value::Past(number) => match Self::past(state, number, sector) {
+                    [] => look(Seen::Zero),
+                    seen => seen.iter().any(|seen| look(*seen)),
+                },
             })
+    }
+
+    /// What a sector held at a moment that the disk was brought back to; nothing beyond the end that it had then.
+    fn past(state: &State, number: u32, sector: u64) -> &[Seen] {
+        let moment = state.past.get(number as usize);
+        let seen = moment.and_then(|moment| moment.0.get(sector as usize));
+        seen.map_or(&[], Vec::as_slice)
     }
 
     fn allowed(state: &State, sector: u64, began: u64, how: Judgement) -> Vec<Seen> {
@@ -400,6 +433,10 @@ impl Oracle {
                         state.wrote.get(&stamp.seq).is_some_and(|(owner, range)| {
                             *owner == stamp.owner && range.contains(&sector)
                         }) || state.initial.get(&sector) == Some(&found)
+                            || state.past.iter().any(|moment| {
+                                let seen = moment.0.get(sector as usize);
+                                seen.is_some_and(|seen| seen.contains(&found))
+                            })
                     }
                     Seen::Garbage(_) => false,
                 };
@@ -456,9 +493,16 @@ impl Oracle {
 }
 
 /// What each sector of a disk could have held at one moment, or shortly before.
+#[derive(Default)]
 pub struct Moment(Vec<Vec<Seen>>);
 
 impl Moment {
+    /// A disk that holds these bytes, and nothing else.
+    pub fn exactly(bytes: &[u8]) -> Self {
+        let sectors = bytes.chunks(SECTOR as usize);
+        Self(sectors.map(|sector| vec![Seen::of(sector)]).collect())
+    }
+
     /// Judges a copy of the disk as it was then. With `or_zero`, what wasn't copied reads as zeroes.
     pub fn check(&self, bytes: &[u8], or_zero: bool) -> Vec<String> {
         let mut wrong = Vec::new();
@@ -626,6 +670,26 @@ mod tests {
         later.end(Ended::Done);
         assert!(moment.check(&seen, false).is_empty() && moment.check(&[0; 512], false).is_empty());
         assert!(!moment.check(&late, false).is_empty());
+    }
+
+    #[test]
+    fn a_disk_that_is_made_what_it_was_holds_that_and_nothing_that_came_between() {
+        let oracle = oracle();
+        let first = oracle.write(1, 0, 512);
+        let then = data(first.seq());
+        first.end(Ended::Done);
+        let moment = Arc::new(oracle.read().moment(512));
+        let between = oracle.write(1, 0, 1024);
+        let seen = stamped(1, between.seq(), 0, 1024).to_vec();
+        between.end(Ended::Done);
+        let refused = oracle.restore(&moment, 4096);
+        refused.end(Ended::Refused);
+        assert!(oracle.check(0, &seen).is_empty() && !oracle.check(0, &then).is_empty());
+        let restored = oracle.restore(&moment, 4096);
+        assert!(oracle.check(0, &seen).is_empty() && oracle.check(0, &then).is_empty());
+        restored.end(Ended::Done);
+        assert!(oracle.check(0, &then).is_empty() && !oracle.check(0, &seen).is_empty());
+        assert!(oracle.check(512, &[0; 512]).is_empty());
     }
 
     #[test]

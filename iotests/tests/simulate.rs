@@ -88,6 +88,10 @@ fn qcow2_passes_and_its_books_are_kept() {
         "frees-deferred-by-pins",
         "power-cuts",
         "evictions",
+        "images-with-data_file",
+        "images-with-encrypt.format",
+        "images-with-extended_l2",
+        "snapshots-compared",
     ] {
         assert!(totals.counter(name) > 0, "{name}: {:?}", totals.counters);
     }

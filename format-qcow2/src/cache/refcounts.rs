@@ -376,7 +376,10 @@ impl RefcountStore {
         {
             let cluster = self.geometry.host_cluster_of(HostOffset(*slot));
             *slot = 0;
-            self.tap.tell(|| self.freed(cluster));
+            // (If another block counts its cluster, whoever drops that reference tells.)
+            if self.geometry.refcount_table_index(cluster) == table_index {
+                self.tap.tell(|| self.freed(cluster));
+            }
         }
         self.blocks.remove(&table_index);
         self.unpublished.remove(&table_index);

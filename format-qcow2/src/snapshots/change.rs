@@ -74,6 +74,7 @@ impl<'a> Draft<'a> {
                 meta.geometry,
                 meta.refcounts.place(),
                 meta.refcounts.table().to_vec(),
+                &image.tap,
             ),
             header: meta.header.clone(),
             snapshots: meta.snapshots.clone(),
@@ -458,6 +459,7 @@ impl Qcow2 {
         draft.check_cancelled()?;
         let wanted = self.metadata.wanted();
         let others = reach::others(file, &draft.header, &draft.snapshots, wanted).await?;
+        draft.shadow.keep();
         self.switch(file, &draft.header).await?;
         self.release_replaced(file, &mut draft.shadow).await;
         let Draft {

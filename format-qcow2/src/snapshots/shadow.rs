@@ -13,6 +13,7 @@ use block_core::{
     error::{Error, ErrorKind, Result},
     flags::RequestFlags,
     request::Child,
+    space::{SpaceEvent, SpaceTap},
 };
 
 use crate::{
@@ -53,6 +54,19 @@ pub(super) struct Shadow<'a> {
     unplaced: BTreeSet<u64>,
     /// No cluster below is free.
     hint: u64,
+    tap: &'a SpaceTap,
+    /// Clusters that were taken, as far as anybody listens. They are free again if the change comes to nothing.
+    told: BTreeSet<u64>,
+}
+
+impl Drop for Shadow<'_> {
+    fn drop(&mut self) {
+        let len = self.geometry.cluster_size();
+        for cluster in std::mem::take(&mut self.told) {
+            let host = cluster << self.geometry.cluster_bits();
+            self.tap.tell(|| SpaceEvent::Free { host, len });
+        }
+    }
 }
 
 impl<'a> Shadow<'a> {
@@ -63,6 +77,7 @@ impl<'a> Shadow<'a> {
         geometry: Geometry,
         place: TablePlace,
         table: Vec<u64>,
+        tap: &'a SpaceTap,
     ) -> Self {
         let blocks = (MAX_CACHED / 2) >> geometry.cluster_bits();
         Self {
@@ -79,6 +94,8 @@ impl<'a> Shadow<'a> {
             changed: BTreeSet::new(),
             unplaced: BTreeSet::new(),
             hint: 1,
+            tap,
+            told: BTreeSet::new(),
         }
     }
 
@@ -257,6 +274,7 @@ impl<'a> Shadow<'a> {
         }
         let codec = self.codec;
         for cluster in first..first + count {
+            self.tell_taken(cluster);
             let (index, at) = self.split(cluster);
             let block = self.block(index).await?;
             codec.set(&mut block.new, at, 1)?;
@@ -264,6 +282,22 @@ impl<'a> Shadow<'a> {
             self.note_changed(index);
         }
         Ok(first)
+    }
+
+    fn tell_taken(&mut self, cluster: u64) {
+        // (What was given back and taken again within this change was told before.)
+        if self.tap.is_set() && self.told.insert(cluster) {
+            let (host, len) = (
+                cluster << self.geometry.cluster_bits(),
+                self.geometry.cluster_size(),
+            );
+            self.tap.tell(|| SpaceEvent::Taken { host, len });
+        }
+    }
+
+    /// The change may be the image's from here on, whatever happens: what was taken isn't free again.
+    pub fn keep(&mut self) {
+        self.told.clear();
     }
 
     async fn find_free(&mut self, count: u64) -> Result<u64> {

@@ -221,8 +221,15 @@ impl Image {
     /// Closes the image without judging it, and gives what its storage holds.
     pub(super) async fn close(self) -> Result<Content, Failure> {
         let Self {
-            scene, node, disk, ..
+            scene,
+            node,
+            disk,
+            guest,
+            job,
+            ..
         } = self;
+        // While somebody has a handle, the node stays open, and would be closed over whatever is at its place by then.
+        drop((guest, job));
         scene.lab.graph.release(&node).await?;
         Ok(disk.content())
     }

@@ -124,7 +124,8 @@ impl Books {
     }
 
     fn violated(&self, text: String) {
-        if !self.strict {
+        // Once the power is cut, tasks are dropped wherever they are: what is taken apart then is nobody's doing.
+        if !self.strict || self.recorder.was_cut() {
             return;
         }
         let text = format!("{}: {text}", self.image);

@@ -15,6 +15,14 @@ use super::{
 };
 use crate::case::Verdict;
 
+/// A line on standard output, which may be closed at any time, as with `| head`.
+macro_rules! say {
+    ($($text:tt)*) => {{
+        use std::io::Write as _;
+        let _ = writeln!(std::io::stdout().lock(), $($text)*);
+    }};
+}
+
 /// Which world.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Worlds {
@@ -192,8 +200,8 @@ impl Simulate {
             if let Some(failure) = &outcome.failure
                 && !self.json
             {
-                println!("seed {seed}: FAILED {failure}");
-                println!(
+                say!("seed {seed}: FAILED {failure}");
+                say!(
                     "    again: iotests replay {} --seed {seed}; smaller: iotests minimise {} --seed {seed}",
                     self.worlds.again(),
                     self.worlds.again()
@@ -203,10 +211,10 @@ impl Simulate {
         let verdict = totals.verdict(&profile, seeds.end.saturating_sub(seeds.start));
         if self.json {
             let text = serde_json::to_string_pretty(&totals).map_err(|error| error.to_string())?;
-            println!("{text}");
+            say!("{text}");
         } else {
             print_totals(&totals);
-            println!("{} {}", verdict.word(), verdict.detail());
+            say!("{} {}", verdict.word(), verdict.detail());
         }
         Ok(match verdict {
             Verdict::Failed(_) => 1,
@@ -217,7 +225,7 @@ impl Simulate {
 }
 
 fn print_totals(totals: &Totals) {
-    println!(
+    say!(
         "{} seeds in {:.1} s; {:.0} seeds per hour on one core; {:.0} requests and {:.0} polls each; hash {:016x}",
         totals.seeds,
         totals.elapsed,
@@ -227,26 +235,26 @@ fn print_totals(totals: &Totals) {
         totals.hash
     );
     for (name, value) in &totals.counters {
-        println!("{value:>14} {name}");
+        say!("{value:>14} {name}");
     }
 }
 
 fn report(outcome: &Outcome, events: usize) -> u8 {
-    print!("{}", timeline::print(&outcome.events, events));
+    say!("{}", timeline::print(&outcome.events, events).trim_end());
     match &outcome.failure {
         Some(failure) => {
-            println!("FAILED {failure}");
+            say!("FAILED {failure}");
             1
         }
         None => {
-            println!("passed; hash {:016x}", outcome.hash);
+            say!("passed; hash {:016x}", outcome.hash);
             0
         }
     }
 }
 
 fn describe(scenario: &Scenario) {
-    println!(
+    say!(
         "{} requests of {} queues, {} jobs, {} layers of {} bytes",
         scenario.requests(),
         scenario
@@ -286,7 +294,7 @@ impl Minimise {
         let registry = choose(registry, bare, safeguards)?;
         describe(&scenario);
         let Some(saved) = minimise(registry, &scenario, &how, safeguards, self.runs) else {
-            println!("it passes");
+            say!("it passes");
             return Ok(0);
         };
         let text = serde_json::to_string_pretty(&saved).map_err(|error| error.to_string())?;
@@ -294,7 +302,7 @@ impl Minimise {
             .map_err(|error| format!("{}: {error}", self.save.display()))?;
         let status = report(&saved.replay(registry, true), usize::MAX);
         describe(&saved.scenario);
-        println!("again: iotests replay {}", self.save.display());
+        say!("again: iotests replay {}", self.save.display());
         Ok(status)
     }
 }
@@ -327,7 +335,7 @@ impl Replay {
         if self.scenario {
             let text =
                 serde_json::to_string_pretty(&scenario).map_err(|error| error.to_string())?;
-            println!("{text}");
+            say!("{text}");
         }
         Ok(report(&outcome, self.events))
     }

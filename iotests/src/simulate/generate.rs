@@ -5,8 +5,8 @@ use block_core::driver::Capabilities;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 
 use super::scenario::{
-    Dropped, Fault, FaultKind, FaultOp, Fill, JobEnd, JobPlan, JobWork, Layer, Phase, Queue,
-    Scenario, Step, StepKind, Sync, Verb, Where,
+    DATA_FILE, Dropped, ENCRYPTION, Fault, FaultKind, FaultOp, Fill, JobEnd, JobPlan, JobWork,
+    Layer, Phase, Queue, Scenario, Step, StepKind, Sync, Verb, Where,
 };
 
 /// What scenarios for a format may contain.
@@ -34,6 +34,11 @@ impl Profile {
     fn can(&self, capability: Capabilities) -> bool {
         self.capabilities.contains(capability)
     }
+
+    /// Whether scenarios choose among the features of qcow2: nobody has chosen for all of them.
+    pub fn has_features(&self) -> bool {
+        self.is_qcow2 && self.create.is_empty()
+    }
 }
 
 struct Generator<'a> {
@@ -44,6 +49,13 @@ struct Generator<'a> {
     layers: usize,
     compressible: bool,
     resizable: bool,
+    encrypted: bool,
+    /// Internal snapshots are taken, applied and deleted; the topmost image stays the topmost.
+    snapshots: bool,
+    /// Persistent bitmaps come and go; the same.
+    bitmaps: bool,
+    /// Some image is of version 2.
+    old: bool,
     /// Where requests meet: offset and length in bytes.
     hot: (u64, u64),
 }
@@ -74,6 +86,10 @@ pub fn generate(profile: &Profile, seed: u64) -> Scenario {
         layers,
         compressible: false,
         resizable,
+        encrypted: false,
+        snapshots: false,
+        bitmaps: false,
+        old: false,
         hot: (hot_start * cluster, hot_clusters * cluster),
     };
     this.scenario()
@@ -86,6 +102,15 @@ impl Generator<'_> {
 
     fn scenario(&mut self) -> Scenario {
         self.compressible = self.profile.can(Capabilities::COMPRESSED) && self.chance(3);
+        if self.profile.has_features() {
+            self.encrypted = self.chance(12);
+            match self.rng.random_range(0..20) {
+                0..4 => self.snapshots = true,
+                4..6 => self.bitmaps = !self.resizable,
+                6 => (self.snapshots, self.bitmaps) = (true, !self.resizable),
+                _ => {}
+            }
+        }
         let layers = self.layers();
         let (jitter, open) = (self.rng.random_range(0..=3), self.open_options());
         let several = self.chance(2);
@@ -147,33 +172,67 @@ impl Generator<'_> {
                 }
                 Layer {
                     size,
-                    options: self.create_options(),
+                    options: self.create_options(top),
                     fill,
                 }
             })
             .collect()
     }
 
-    fn create_options(&mut self) -> Vec<(String, String)> {
+    fn create_options(&mut self, top: bool) -> Vec<(String, String)> {
         let mut options = self.profile.create.clone();
         if !self.profile.cluster_sizes.is_empty() {
             options.push(("cluster_size".into(), self.cluster.to_string()));
         }
         if self.profile.is_qcow2 {
-            // What all scenarios were told to use may need version 3.
-            let newer = ["compat", "extended_l2", "lazy_refcounts"];
-            let free = !options.iter().any(|(key, _)| newer.contains(&key.as_str()));
-            if self.chance(8) && free {
-                options.push(("compat".into(), "0.10".into()));
-            } else {
-                let bits = [8, 16, 16, 16, 32, 64][self.rng.random_range(0..6)];
-                options.push(("refcount_bits".into(), bits.to_string()));
-                if self.chance(10) {
-                    options.push(("lazy_refcounts".into(), "on".into()));
+            if !self.profile.has_features() {
+                // All scenarios were told to use something: what goes with it isn't known here.
+                let given = ["compat", "extended_l2", "lazy_refcounts", "refcount_bits"];
+                if !options.iter().any(|(key, _)| given.contains(&key.as_str())) {
+                    let bits = [8, 16, 16, 16, 32, 64][self.rng.random_range(0..6)];
+                    options.push(("refcount_bits".into(), bits.to_string()));
                 }
+            } else if self.chance(8) && !(top && self.bitmaps) {
+                options.push(("compat".into(), "0.10".into()));
+                self.old = true;
+            } else {
+                self.newer_options(&mut options, top);
+            }
+            if self.encrypted && (top || self.chance(2)) {
+                options.push((ENCRYPTION.into(), "luks".into()));
+                options.push(("encrypt.iter-time".into(), "1".into()));
             }
         }
         options
+    }
+
+    /// Options of creation that need version 3.
+    fn newer_options(&mut self, options: &mut Vec<(String, String)>, top: bool) {
+        let mut push = |key: &str, value: &str| options.push((key.into(), value.into()));
+        // With one bit there is no sharing, so no snapshot and no compressed neighbour.
+        let bits = ["16", "16", "16", "8", "32", "64", "4", "2", "1"];
+        let wide = if top && self.snapshots { 6 } else { bits.len() };
+        push("refcount_bits", bits[self.rng.random_range(0..wide)]);
+        if self.chance(6) {
+            push("lazy_refcounts", "on");
+        }
+        if self.cluster >= 16384 && self.chance(2) {
+            push("extended_l2", "on");
+        }
+        if self.compressible && self.chance(2) {
+            push("compression_type", "zstd");
+        }
+        let data_file = self.chance(9) && !(top && self.snapshots);
+        if data_file {
+            push(DATA_FILE, "on");
+            if self.layers == 1 && !self.encrypted && self.chance(2) {
+                push("data_file_raw", "on");
+            }
+            self.compressible &= !top;
+        }
+        if self.layers == 1 && !self.compressible && self.chance(12) {
+            push("preallocation", "metadata");
+        }
     }
 
     fn open_options(&mut self) -> Vec<(String, String)> {
@@ -189,6 +248,17 @@ impl Generator<'_> {
             }
             if self.chance(3) {
                 options.push(("pass-discard-other".into(), "on".into()));
+            }
+            if self.profile.has_features() && !self.old {
+                if self.chance(10) {
+                    options.push(("discard-no-unref".into(), "on".into()));
+                }
+                if self.chance(10) {
+                    options.push(("lazy-refcounts".into(), "on".into()));
+                }
+            }
+            if self.chance(10) {
+                options.push(("overlap-check".into(), "all".into()));
             }
         }
         options
@@ -256,7 +326,45 @@ impl Generator<'_> {
         (base + at * unit, len * unit)
     }
 
+    /// A step about snapshots or bitmaps, now and then.
+    fn special(&mut self, drops: bool) -> Option<Step> {
+        let kind = if self.snapshots && self.chance(24) {
+            match self.rng.random_range(0..8) {
+                0..4 => StepKind::SnapshotCreate,
+                4..6 => StepKind::SnapshotApply,
+                _ => StepKind::SnapshotDelete,
+            }
+        } else if self.bitmaps && self.chance(40) {
+            match self.rng.random_range(0..8) {
+                0..5 => StepKind::BitmapAdd,
+                5 => StepKind::BitmapRemove,
+                _ => StepKind::BitmapStore,
+            }
+        } else {
+            return None;
+        };
+        let granularity = 512 << self.rng.random_range(0..8);
+        Some(Step {
+            kind,
+            offset: self.rng.random_range(0..1000),
+            len: u64::from(kind == StepKind::BitmapAdd) * granularity,
+            fua: false,
+            dropped: self.dropped(drops, 6),
+        })
+    }
+
+    /// One of so many requests is dropped, where any are.
+    fn dropped(&mut self, drops: bool, of: u32) -> Option<Dropped> {
+        (drops && self.chance(of)).then(|| Dropped {
+            polls: self.rng.random_range(0..8),
+            at_rest: self.chance(4),
+        })
+    }
+
     fn step(&mut self, flavour: u32, drops: bool) -> Step {
+        if let Some(step) = self.special(drops) {
+            return step;
+        }
         let (offset, len) = self.range();
         let roll = self.rng.random_range(0..100);
         let frees = if flavour == 0 { 20 } else { 0 };
@@ -296,10 +404,7 @@ impl Generator<'_> {
             _ => {}
         }
         let droppable = !matches!(kind, StepKind::Pause | StepKind::Resize);
-        let dropped = (drops && droppable && self.rng.random_ratio(1, 12)).then(|| Dropped {
-            polls: self.rng.random_range(0..8),
-            at_rest: self.rng.random_ratio(1, 4),
-        });
+        let dropped = self.dropped(drops && droppable, 12);
         let writes = matches!(kind, StepKind::Write | StepKind::Zero | StepKind::ZeroUnmap);
         Step {
             kind,
@@ -311,7 +416,9 @@ impl Generator<'_> {
     }
 
     fn job(&mut self, budget: u64) -> Option<JobPlan> {
-        let rewrites = self.profile.can(Capabilities::CHANGE_BACKING);
+        // What is kept in the topmost image stays where it is, and goes on having the same images below it.
+        let stays = self.snapshots || self.bitmaps;
+        let rewrites = self.profile.can(Capabilities::CHANGE_BACKING) && !stays;
         let sync = [Sync::Full, Sync::Full, Sync::Full, Sync::Top, Sync::None]
             [self.rng.random_range(0..5)];
         let layers = self.layers;
@@ -350,7 +457,7 @@ impl Generator<'_> {
                     0..4 => Verb::Pause,
                     4..8 => Verb::Resume,
                     8 => Verb::Speed(self.rng.random_range(1..=64) << 20),
-                    9 => Verb::Complete,
+                    9 if !stays => Verb::Complete,
                     10 => Verb::Cancel,
                     _ => Verb::ForceCancel,
                 };
@@ -365,6 +472,7 @@ impl Generator<'_> {
             end: match self.rng.random_range(0..5) {
                 0 => JobEnd::ForceCancel,
                 1 | 2 => JobEnd::Cancel,
+                _ if stays => JobEnd::Cancel,
                 _ => JobEnd::Complete,
             },
         })

@@ -12,8 +12,10 @@ use block_core::{
 };
 
 use super::{
+    bitmaps,
     record::{Failure, FailureKind},
     scenario::{Queue, Step, StepKind},
+    snapshots,
     world::World,
 };
 use crate::{
@@ -57,7 +59,7 @@ async fn take_step(world: &Arc<World>, queue: usize, at: usize, step: Step) {
         format!("request {queue}/{at}: {step}")
     });
     let ended = match step.dropped {
-        None => Some(carry_out(world, queue, step).await),
+        None => Some(carry_out(world, queue, at, step).await),
         Some(dropped) => {
             let when = if dropped.at_rest {
                 DropWhen::AtRest
@@ -65,7 +67,7 @@ async fn take_step(world: &Arc<World>, queue: usize, at: usize, step: Step) {
                 DropWhen::AtOnce
             };
             let reached = Arc::new(AtomicBool::new(false));
-            let request = carry_out(world, queue, step);
+            let request = carry_out(world, queue, at, step);
             let request = CancelAt::new(env, request, dropped.polls, when, reached.clone());
             let ended = request.await.ok();
             recorder.count(
@@ -107,6 +109,9 @@ fn is_excused(world: &World, step: Step, error: &Error) -> bool {
         ErrorKind::Corrupt | ErrorKind::NoMedium => false,
         _ if world.may_fail() => true,
         _ if is_refusal(error) && step.kind == StepKind::Resize => true,
+        _ if !step.kind.has_range() && snapshots::is_refusal(error) => {
+            !matches!(step.kind, StepKind::Flush | StepKind::Resize)
+        }
         // Formats compress only what isn't there yet.
         ErrorKind::NotSupported | ErrorKind::InvalidInput => step.kind == StepKind::WriteCompressed,
         ErrorKind::Io if step.kind == StepKind::WriteCompressed => true,
@@ -126,7 +131,24 @@ fn judge_read(world: &World, wrong: &[Mismatch]) {
     }
 }
 
-async fn carry_out(world: &Arc<World>, queue: usize, step: Step) -> Result<()> {
+async fn carry_out(world: &Arc<World>, queue: usize, at: usize, step: Step) -> Result<()> {
+    let began = world.bitmaps.now();
+    let result = ask(world, queue, at, step).await;
+    let changes = matches!(
+        step.kind,
+        StepKind::Write
+            | StepKind::WriteCompressed
+            | StepKind::Zero
+            | StepKind::ZeroUnmap
+            | StepKind::Discard
+    );
+    if result.is_ok() && changes {
+        world.bitmaps.wrote(began, step.offset, step.len);
+    }
+    result
+}
+
+async fn ask(world: &Arc<World>, queue: usize, at: usize, step: Step) -> Result<()> {
     let handle = world.guest()?;
     let oracle = &world.oracle;
     let gate = world.setup.gate;
@@ -204,8 +226,23 @@ async fn carry_out(world: &Arc<World>, queue: usize, step: Step) -> Result<()> {
         }
         StepKind::Status => handle.block_status(offset, len).await.map(|_| ()),
         StepKind::Resize => resize(world, offset).await,
+        // Nothing but the gate keeps writes that are in flight out of what a snapshot shares.
+        StepKind::SnapshotCreate | StepKind::SnapshotApply | StepKind::SnapshotDelete if !gate => {
+            Ok(())
+        }
+        StepKind::SnapshotCreate => snapshots::create(world, unique(world, queue, at)).await,
+        StepKind::SnapshotApply => snapshots::apply(world, offset).await,
+        StepKind::SnapshotDelete => snapshots::delete(world, offset).await,
+        StepKind::BitmapAdd => bitmaps::add(world, unique(world, queue, at), len).await,
+        StepKind::BitmapRemove => bitmaps::remove(world, offset).await,
+        StepKind::BitmapStore => bitmaps::store(world).await,
         StepKind::Pause => Ok(()),
     }
+}
+
+/// A name that nothing else in the scenario has.
+fn unique(world: &World, queue: usize, at: usize) -> String {
+    format!("{}-{queue}-{at}", world.number)
 }
 
 /// Whether a resize that failed like that has touched nothing.
@@ -241,4 +278,4 @@ async fn resize(world: &Arc<World>, length: u64) -> Result<()> {
 }
 
 /// No disk of a scenario is longer.
-const MAX_LENGTH: u64 = 4 << 20;
+pub(super) const MAX_LENGTH: u64 = 4 << 20;

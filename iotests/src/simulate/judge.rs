@@ -9,9 +9,11 @@ use block_core::{
 };
 
 use super::{
+    bitmaps,
     record::{Failure, FailureKind},
     run::Carried,
-    world::{GUEST, Setup, World},
+    snapshots,
+    world::{GUEST, Setup, World, data_file},
 };
 use crate::{
     lab::Lab,
@@ -79,7 +81,8 @@ pub(super) async fn end_of_phase(world: &Arc<World>) -> Result<(Vec<String>, boo
     Ok((names, clean))
 }
 
-fn findings(report: &CheckReport) -> String {
+/// The first findings of a report, in words.
+pub(super) fn findings(report: &CheckReport) -> String {
     let lines: Vec<&str> = report.findings.iter().map(|f| f.message.as_str()).collect();
     let more = lines.len().saturating_sub(4);
     let first: Vec<&str> = lines.into_iter().take(4).collect();
@@ -194,6 +197,21 @@ pub(super) async fn look_again(
         (false, ..) => oracle.check_after_cut(0, &bytes),
     };
     content(when, &wrong)?;
+    compare_data_file(setup, &handle, &carried.names[0], &bytes, when).await?;
+    let kept = std::mem::take(&mut carried.bitmaps);
+    let closed = !carried.cut && !carried.excused;
+    carried.bitmaps = bitmaps::look_again(&node, kept, closed && !lenient, when, || {
+        setup.recorder.count("bitmaps-compared", 1);
+    })?;
+    let capable = node.driver().capabilities();
+    let listed = if capable.contains(Capabilities::SNAPSHOTS) {
+        handle
+            .snapshot_list()
+            .await
+            .map_err(|e| error("its snapshots can't be listed", e))?
+    } else {
+        Vec::new()
+    };
     setup.recorder.note([42, 0, 0], || {
         format!("{when}: metadata and content are right")
     });
@@ -203,6 +221,11 @@ pub(super) async fn look_again(
         .await
         .map_err(|e| error("it can't be closed", e))?;
     drop((node, below));
+    let kept = std::mem::take(&mut carried.snapshots);
+    let listed = listed.into_iter().map(|info| (info.name, info.disk_size));
+    let listed: Vec<_> = listed.collect();
+    carried.snapshots =
+        snapshots::look_again(setup, lab, &carried.names, &listed, kept, when).await?;
     for n in 1..carried.names.len() {
         let name = carried.names[n].clone();
         look_at(setup, lab, &carried.names[n..], &name, true).await?;
@@ -241,6 +264,39 @@ pub(super) async fn look_again(
         excused: false,
         ..carried
     })
+}
+
+/// A raw data file holds, by itself, what the guest sees.
+async fn compare_data_file(
+    setup: &Setup,
+    handle: &BlockHandle,
+    name: &str,
+    bytes: &[u8],
+    when: &str,
+) -> Result<(), Failure> {
+    let Some(disk) = setup.disks.get(&data_file(name)) else {
+        return Ok(());
+    };
+    let info = handle
+        .info()
+        .await
+        .map_err(|error| Failure::new(FailureKind::Error, format!("{when}: {name}: {error}")))?;
+    let is_raw = info
+        .format_specific
+        .and_then(|(_, data)| data.get("data-file-raw").and_then(|raw| raw.as_bool()));
+    if is_raw != Some(true) || info.encrypted {
+        return Ok(());
+    }
+    let mut held = vec![0; bytes.len()];
+    disk.content().read(0, &mut held);
+    setup.recorder.count("raw-data-files-compared", 1);
+    match bytes.iter().zip(&held).position(|(a, b)| a != b) {
+        None => Ok(()),
+        Some(at) => {
+            let text = format!("{when}: the raw data file isn't what the guest sees at {at:#x}");
+            Err(Failure::new(FailureKind::Content, text))
+        }
+    }
 }
 
 /// An image below the topmost: only its metadata is looked at.

@@ -76,6 +76,16 @@ impl Lengths {
         }
     }
 
+    /// From now on; [`Self::since`] gives what the disk may have had in between.
+    pub fn read(&self) -> u64 {
+        self.flush_begins()
+    }
+
+    /// What the disk has, or had since then, ascending.
+    pub fn since(&self, began: u64) -> Vec<u64> {
+        self.select(|_, entry| entry.superseded.is_none_or(|at| at > began))
+    }
+
     /// A resize was refused: it has touched nothing.
     pub fn refused(&self, id: u64) {
         self.0.lock().entries.retain(|entry| entry.id != id);

@@ -387,11 +387,7 @@ fn simpler_steps(step: &Step) -> Vec<Step> {
             ..*step
         });
     }
-    let ranged = !matches!(
-        step.kind,
-        StepKind::Flush | StepKind::Pause | StepKind::Resize
-    );
-    if ranged && step.len > 512 && step.kind != StepKind::WriteCompressed {
+    if step.kind.has_range() && step.len > 512 && step.kind != StepKind::WriteCompressed {
         let half = (step.len / 2).next_multiple_of(512);
         let front = Step { len: half, ..*step };
         let back = Step {

@@ -7,6 +7,7 @@
 //! | [`generate()`] | from a seed to a scenario |
 //! | [`run()`] | one scenario under one schedule, to the last judgement |
 //! | `world`, `guest`, `work`, `progress` | a phase's world, the guest's queues, the jobs, how far the guest has come |
+//! | `snapshots`, `bitmaps` | internal snapshots and persistent bitmaps: what is asked for, and what they must hold |
 //! | `lengths` | which length the disk may have |
 //! | `judge` | content, metadata and length at the end and when opened again |
 //! | [`books`] | what must hold at every step |
@@ -15,6 +16,7 @@
 //! | [`campaign`] | many seeds, and what they covered |
 //! | [`cli`] | the commands |
 
+mod bitmaps;
 pub mod books;
 pub mod campaign;
 pub mod cli;
@@ -27,6 +29,7 @@ mod progress;
 pub mod record;
 mod run;
 pub mod scenario;
+mod snapshots;
 pub mod timeline;
 mod work;
 mod world;

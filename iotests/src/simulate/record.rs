@@ -39,6 +39,8 @@ pub enum FailureKind {
     Error,
     /// A job's result isn't what it has to be.
     Job,
+    /// The images can't be made: a scenario that makes no sense.
+    Unmade,
     /// No progress, or no end.
     Stuck,
     /// A panic.
@@ -228,6 +230,11 @@ impl Recorder {
     /// No cut any more.
     pub fn disarm(&self) {
         self.cut_at.store(u64::MAX, Ordering::Relaxed);
+    }
+
+    /// What the cut has interrupted is gone.
+    pub fn power_is_back(&self) {
+        self.cut.store(false, Ordering::Relaxed);
     }
 
     /// Whether the power was cut.

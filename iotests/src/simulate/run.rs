@@ -6,13 +6,15 @@ use block_core::{ErrorKind, Registry, RequestFlags};
 use parking_lot::Mutex;
 
 use super::{
+    bitmaps::{Bitmap, Bitmaps},
     guest, judge,
     lengths::Lengths,
     progress::Progress,
     record::{Event, Failure, FailureKind, Recorder},
     scenario::{FaultKind, Layer, Phase, Scenario, Where},
+    snapshots::{Kept, Snapshots},
     work,
-    world::{GUEST, Setup, World, WorldWatch},
+    world::{GUEST, Setup, World, WorldWatch, data_file},
 };
 use crate::{
     lab::{Lab, after_discard},
@@ -98,6 +100,8 @@ pub(super) struct Carried {
     pub oracle: Oracle,
     /// Lengths that the disk may have.
     pub lengths: Vec<u64>,
+    pub snapshots: Vec<Kept>,
+    pub bitmaps: Vec<Bitmap>,
     /// Images that jobs left unfinished: they may be anything but corrupt.
     pub left: Vec<String>,
     pub after_discard: AfterDiscard,
@@ -204,7 +208,7 @@ fn stage<T>(setup: &Setup, lab: &Lab, future: impl Future<Output = T>) -> Result
 async fn make(setup: &Arc<Setup>, lab: &Lab) -> Result<Carried, Failure> {
     let failed = |error: block_core::Error| {
         Failure::new(
-            FailureKind::Error,
+            FailureKind::Unmade,
             format!("the images can't be made: {error}"),
         )
     };
@@ -255,6 +259,8 @@ async fn make(setup: &Arc<Setup>, lab: &Lab) -> Result<Carried, Failure> {
         names,
         oracle: oracle.with_rule(rule),
         lengths: vec![length],
+        snapshots: Vec::new(),
+        bitmaps: Vec::new(),
         left: Vec::new(),
         after_discard: rule,
         may_leak: false,
@@ -288,9 +294,14 @@ async fn fill(
 
 /// Has the faults of the phase that are meant for it happen to a disk.
 pub(super) fn apply_faults(world: &World, at: Where, disk: &str) {
-    let Some(disk) = world.setup.disks.get(disk) else {
-        return;
-    };
+    for disk in [disk.to_owned(), data_file(disk)] {
+        if let Some(disk) = world.setup.disks.get(&disk) {
+            apply_to(world, at, &disk);
+        }
+    }
+}
+
+fn apply_to(world: &World, at: Where, disk: &Arc<Disk>) {
     for fault in world.phase.faults.iter().filter(|fault| fault.at == at) {
         let mut choose = Choose::any().after(fault.skip).times(fault.times);
         for kind in fault.op.kinds() {
@@ -310,7 +321,7 @@ fn run_phase(
     setup: &Arc<Setup>,
     number: u32,
     phase: &Phase,
-    carried: Carried,
+    mut carried: Carried,
 ) -> Result<Carried, Failure> {
     let lab = setup.lab();
     let recorder = &setup.recorder;
@@ -329,6 +340,8 @@ fn run_phase(
         handle: Mutex::default(),
         progress: Progress::default(),
         lengths: Lengths::new(carried.lengths.first().copied().unwrap_or(0)),
+        snapshots: Snapshots::new(std::mem::take(&mut carried.snapshots)),
+        bitmaps: Bitmaps::new(std::mem::take(&mut carried.bitmaps)),
         targets: Mutex::default(),
         manager,
         lab,
@@ -345,6 +358,8 @@ fn run_phase(
                 names,
                 excused: !clean,
                 lengths: world.lengths.now(),
+                snapshots: world.snapshots.take(),
+                bitmaps: world.bitmaps.take(),
                 left: Vec::new(),
                 ..carried
             }
@@ -355,6 +370,7 @@ fn run_phase(
     };
     take_apart(world);
     setup.watch.clear();
+    recorder.power_is_back();
     Ok(carried)
 }
 
@@ -374,6 +390,8 @@ fn cut(world: &World, carried: Carried) -> Carried {
     let names = world.names();
     world.collect_counters();
     recorder.count("power-cuts", 1);
+    let changing = u64::from(world.snapshots.are_changing());
+    recorder.count("power-cuts-in-changes-of-snapshots", changing);
     if let Some(top) = names.first() {
         let place = recorder.write_back_of(top);
         recorder.count(&format!("power-cuts-in-{place}"), 1);
@@ -398,6 +416,8 @@ fn cut(world: &World, carried: Carried) -> Carried {
         },
         left,
         lengths: world.lengths.after_cut(),
+        snapshots: world.snapshots.take(),
+        bitmaps: world.bitmaps.take(),
         cut: true,
         excused: true,
         ..carried

@@ -82,10 +82,10 @@ pub struct Queue {
 pub struct Step {
     /// What.
     pub kind: StepKind,
-    /// Bytes; the new length for a resize, microseconds for a pause.
+    /// Bytes; the new length for a resize, microseconds for a pause, which of those that are there for a snapshot or bitmap.
     #[serde(default)]
     pub offset: u64,
-    /// Bytes.
+    /// Bytes; a bitmap's granularity.
     #[serde(default)]
     pub len: u64,
     /// Durable when it completes.
@@ -124,9 +124,35 @@ pub enum StepKind {
     Resize,
     Status,
     Pause,
+    /// Takes an internal snapshot.
+    SnapshotCreate,
+    /// Makes the disk what it was when one of them was taken.
+    SnapshotApply,
+    SnapshotDelete,
+    /// Adds a persistent bitmap.
+    BitmapAdd,
+    BitmapRemove,
+    /// Has the image store all of them.
+    BitmapStore,
 }
 
 impl StepKind {
+    /// Whether it is about a range of the disk.
+    pub const fn has_range(self) -> bool {
+        !matches!(
+            self,
+            Self::Flush
+                | Self::Resize
+                | Self::Pause
+                | Self::SnapshotCreate
+                | Self::SnapshotApply
+                | Self::SnapshotDelete
+                | Self::BitmapAdd
+                | Self::BitmapRemove
+                | Self::BitmapStore
+        )
+    }
+
     /// Its name in timelines.
     pub const fn name(self) -> &'static str {
         match self {
@@ -141,6 +167,12 @@ impl StepKind {
             Self::Resize => "resize",
             Self::Status => "block status",
             Self::Pause => "pause",
+            Self::SnapshotCreate => "taking of a snapshot",
+            Self::SnapshotApply => "application of a snapshot",
+            Self::SnapshotDelete => "deletion of a snapshot",
+            Self::BitmapAdd => "addition of a bitmap",
+            Self::BitmapRemove => "removal of a bitmap",
+            Self::BitmapStore => "storing of all bitmaps",
         }
     }
 }
@@ -151,6 +183,7 @@ impl fmt::Display for Step {
             StepKind::Flush => f.write_str("flush")?,
             StepKind::Resize => write!(f, "resize to {:#x}", self.offset)?,
             StepKind::Pause => write!(f, "pause of {} us", self.offset)?,
+            kind if !kind.has_range() => f.write_str(kind.name())?,
             kind => write!(
                 f,
                 "{} of [{:#x}, {:#x})",
@@ -343,7 +376,24 @@ impl FaultKind {
     }
 }
 
+/// The option that gives an image a data file of its own. Its name is made of the image's, whatever the value.
+pub const DATA_FILE: &str = "data_file";
+/// The option that has an image encrypted.
+pub const ENCRYPTION: &str = "encrypt.format";
+
+impl Layer {
+    /// Whether an option of creation is given.
+    pub fn has(&self, option: &str) -> bool {
+        self.options.iter().any(|(key, _)| key == option)
+    }
+}
+
 impl Scenario {
+    /// Whether any image is encrypted.
+    pub fn is_encrypted(&self) -> bool {
+        self.layers.iter().any(|layer| layer.has(ENCRYPTION))
+    }
+
     /// Requests of guests in it.
     pub fn requests(&self) -> usize {
         let queues = self.phases.iter().flat_map(|phase| &phase.queues);

@@ -16,6 +16,7 @@ use jobs::{
 };
 
 use super::{
+    judge::findings,
     record::{Failure, FailureKind},
     scenario::{JobEnd, JobPlan, JobWork, Layer, Sync, Verb},
     world::World,
@@ -31,6 +32,9 @@ fn sync_mode(sync: Sync) -> SyncMode {
         Sync::None => SyncMode::None,
     }
 }
+
+/// How often a check is tried that the storage's faults get in the way of.
+const MOST_CHECKS: u32 = 20;
 
 /// A job that was started, and what is needed to judge it.
 struct Started {
@@ -334,6 +338,14 @@ fn is_in_use(world: &World, name: &str) -> bool {
     world.names().iter().any(|used| used == name)
 }
 
+/// Two jobs that change which images the disk is made of: what one of them needs at its end, the other may hold then. It fails with
+/// nothing changed.
+fn are_in_each_others_way(world: &World, plan: &JobPlan) -> bool {
+    let changes = |kind: &JobWork| matches!(kind, JobWork::Stream { .. } | JobWork::Commit { .. });
+    let many = world.phase.jobs.iter().filter(|job| changes(&job.kind));
+    changes(&plan.kind) && many.count() > 1
+}
+
 async fn judge(
     world: &Arc<World>,
     number: usize,
@@ -347,6 +359,10 @@ async fn judge(
         let excused = match error.kind() {
             ErrorKind::Cancelled => started.cancelled,
             ErrorKind::Corrupt => !world.setup.gate,
+            ErrorKind::NotPermitted if are_in_each_others_way(world, plan) => {
+                world.setup.recorder.count("jobs-in-each-others-way", 1);
+                true
+            }
             _ => world.may_fail(),
         };
         if !excused {
@@ -426,18 +442,28 @@ async fn check_target(
     if !capabilities.contains(Capabilities::CHECK) {
         return Ok(());
     }
-    let report = match handle
-        .check(CheckMode::ReadOnly, CheckProgress::new())
-        .await
-    {
+    let recorder = &world.setup.recorder;
+    let mut tries = 0;
+    let report = loop {
+        let errors = recorder.disk_errors();
+        let report = handle
+            .check(CheckMode::ReadOnly, CheckProgress::new())
+            .await;
+        // What the check couldn't read says nothing about the image. Faults come to an end.
+        if recorder.disk_errors() == errors {
+            break report;
+        }
+        tries += 1;
+        if tries > MOST_CHECKS {
+            return Ok(());
+        }
+    };
+    let report = match report {
         Ok(report) => report,
         Err(_) if world.may_fail() => return Ok(()),
         Err(error) => return Err(fail(FailureKind::Check, error.to_string())),
     };
-    let text = || {
-        let lines: Vec<&str> = report.findings.iter().map(|f| f.message.as_str()).collect();
-        format!("its target: {}", lines.join("; "))
-    };
+    let text = || format!("its target: {}", findings(&report));
     if report.corruptions + report.check_errors > 0 {
         return Err(fail(FailureKind::Check, text()));
     }

@@ -11,16 +11,19 @@ use block_core::{
     driver::DriverKind,
     error::ErrorKind,
     registry::{ImplicitOpens, OpenOptions},
+    secret::Secret,
 };
 use parking_lot::Mutex;
 use serde_json::Value;
 
 use super::{
+    bitmaps::Bitmaps,
     books::Books,
     lengths::Lengths,
     progress::Progress,
     record::Recorder,
-    scenario::{Layer, Phase, Scenario},
+    scenario::{DATA_FILE, ENCRYPTION, Layer, Phase, Scenario},
+    snapshots::Snapshots,
 };
 use crate::{
     lab::{Lab, LabOptions},
@@ -33,6 +36,24 @@ pub(super) const GUEST: PermissionSet = PermissionSet::new(
     Permissions::CONSISTENT_READ.union(Permissions::WRITE),
     Permissions::all(),
 );
+
+/// The id of the secret that encrypted images open with.
+const SECRET: &str = "secret";
+/// Options of creation whose use is counted.
+const COUNTED: [&str; 7] = [
+    DATA_FILE,
+    ENCRYPTION,
+    "compression_type",
+    "data_file_raw",
+    "extended_l2",
+    "lazy_refcounts",
+    "preallocation",
+];
+
+/// The name of an image's data file.
+pub(super) fn data_file(image: &str) -> String {
+    format!("{image}.data")
+}
 
 /// What is the same in all phases of a run.
 pub(super) struct Setup {
@@ -109,6 +130,8 @@ pub(super) struct World {
     pub progress: Progress,
     /// Which length the disk has, had, or may have had, in this phase.
     pub lengths: Lengths,
+    pub snapshots: Snapshots,
+    pub bitmaps: Bitmaps,
     /// Where the jobs' targets are; the first of them suffers the faults.
     pub targets: Mutex<Vec<String>>,
     pub manager: Arc<jobs::JobManager>,
@@ -126,6 +149,11 @@ impl Setup {
         self.watch.clear();
         let lab = Lab::with_world(&self.registry, options, env, self.disks.clone());
         self.worlds.lock().push(Arc::downgrade(&lab.graph));
+        // There is nothing else in a new graph.
+        let _ = lab
+            .graph
+            .secrets()
+            .add(SECRET, Secret::new(b"simulated".to_vec()));
         if self.recorder.keeps_events() {
             super::timeline::watch_gates(&self.recorder, &lab.graph);
         }
@@ -142,7 +170,14 @@ impl Setup {
     ) -> Result<()> {
         let mut options = Options::new().with("size", layer.size);
         for (key, value) in &layer.options {
-            options.set(key, value.as_str());
+            if key == DATA_FILE {
+                options.set(key, data_file(name));
+            } else {
+                options.set(key, value.as_str());
+            }
+        }
+        if layer.has(ENCRYPTION) {
+            options.set("encrypt.key-secret", SECRET);
         }
         if let Some(backing) = backing
             && self.records_backing
@@ -153,15 +188,23 @@ impl Setup {
         lab.registry
             .create(&lab.graph, &self.scenario.format, name, options)
             .await?;
-        if let Some(disk) = self.disks.get(name) {
-            disk.set_jitter(self.scenario.jitter);
-            disk.track_durability();
-            disk.set_watch(self.watch.clone());
+        for name in [name.to_owned(), data_file(name)] {
+            if let Some(disk) = self.disks.get(&name) {
+                disk.set_jitter(self.scenario.jitter);
+                disk.track_durability();
+                disk.set_watch(self.watch.clone());
+            }
+        }
+        for option in COUNTED {
+            let on = |(key, value): &(String, String)| key == option && value != "off";
+            if layer.options.iter().any(on) {
+                self.recorder.count(&format!("images-with-{option}"), 1);
+            }
         }
         Ok(())
     }
 
-    /// The option `backing` for formats that don't name it in the image.
+    /// The option `backing`, for formats that don't name it in the image, and for images that need a key.
     fn backing_options(&self, below: &[String]) -> Option<Value> {
         let (first, rest) = below.split_first()?;
         let file = Options::new()
@@ -173,7 +216,16 @@ impl Setup {
         if let Some(backing) = self.backing_options(rest) {
             options.set("backing", backing);
         }
+        self.set_key(&mut options);
         Some(Value::Object(options.0))
+    }
+
+    /// Images that aren't encrypted don't mind.
+    fn set_key(&self, options: &mut Options) {
+        if self.scenario.is_encrypted() {
+            let key = Options::new().with("key-secret", SECRET);
+            options.set("encrypt", Value::Object(key.0));
+        }
     }
 
     /// Opens the topmost of `names` over the others.
@@ -190,6 +242,19 @@ impl Setup {
         self.open_with(lab, &[name.to_owned()], options).await
     }
 
+    /// Opens the topmost of `names` as it was when an internal snapshot was taken.
+    pub async fn open_snapshot(
+        &self,
+        lab: &Lab,
+        names: &[String],
+        snapshot: &str,
+    ) -> Result<Arc<Node>> {
+        let options = Options::new()
+            .with("snapshot-name", snapshot)
+            .with("read-only", true);
+        self.open_with(lab, names, options).await
+    }
+
     async fn open_with(
         &self,
         lab: &Lab,
@@ -202,7 +267,8 @@ impl Setup {
         for (key, value) in &self.scenario.open {
             options.set(key, value.as_str());
         }
-        if !self.records_backing
+        self.set_key(&mut options);
+        if (!self.records_backing || self.scenario.is_encrypted())
             && let Some(backing) = self.backing_options(below)
         {
             options.set("backing", backing);
