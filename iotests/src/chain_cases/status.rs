@@ -266,14 +266,19 @@ async fn end_of_backing(scene: Arc<Scene>) -> Outcome {
     )?;
     let status = bench.handle.block_status(end, cluster).await?;
     must(
-        status.is_zero() && !status.flags.contains(StatusFlags::DATA) && status.depth == 0,
-        || {
-            format!(
-                "beyond its end: {:?} at depth {}",
-                status.flags, status.depth
-            )
-        },
+        status.is_zero() && !status.flags.contains(StatusFlags::DATA),
+        || format!("beyond its end: {:?}", status.flags),
     )?;
+    // The overlay alone knows that as well.
+    let base = bench.node.chain().pop();
+    let status = bench
+        .handle
+        .block_status_above(base.as_ref(), end, cluster)
+        .await?;
+    drop(base);
+    must(status.is_zero(), || {
+        format!("beyond its end, of the overlay alone: {:?}", status.flags)
+    })?;
     bench.check_all("across the end").await?;
     bench.truthful().await?;
     bench.finish().await
