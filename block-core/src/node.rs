@@ -279,6 +279,7 @@ impl Node {
         self.view.load().limits
     }
 
+    /// Asks the driver for its limits again. Whoever looked at the node before, and goes on later, looks again.
     pub(crate) fn refresh_limits(&self) {
         self.change_view(|old| View {
             limits: self.driver.limits(&old.edges),

@@ -71,24 +71,16 @@ impl Completion {
                 }
                 node.flush.written.fetch_add(1, Ordering::SeqCst);
             }
-            Counted::Truncate => {
+            // An amend may have changed the length, also one that failed later on.
+            Counted::Truncate | Counted::Exclusive => {
                 node.resize_bitmaps(node.length());
-                node.refresh_limits();
-                node.flush.written.fetch_add(1, Ordering::SeqCst);
-            }
-            Counted::Exclusive => {
-                // An amend may have changed the length, also one that failed later on.
-                node.resize_bitmaps(node.length());
-                node.refresh_limits();
+                if !mutant::is_active("path-length-change-unnoticed") {
+                    // Before the ticket goes: who looked at the length before, and takes one after this, looks again.
+                    node.refresh_limits();
+                }
                 node.flush.written.fetch_add(1, Ordering::SeqCst);
             }
             Counted::Read | Counted::Other => {}
-        }
-        if matches!(counted, Counted::Truncate | Counted::Exclusive)
-            && !mutant::is_active("path-length-change-unnoticed")
-        {
-            // Before the ticket goes: who takes one after this looks again.
-            node.bump_epoch();
         }
         node.stats().ended(counted, len, ok);
         if let Some(Ticket::Own(tracked)) = &self.ticket {
