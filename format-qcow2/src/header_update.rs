@@ -77,7 +77,7 @@ impl Rewrite {
     }
 }
 
-/// Rewrites the whole first cluster: [`prepare`], then [`Rewrite::write`].
+/// Rewrites the whole first cluster: prepares the writes, then makes them.
 ///
 /// # Errors
 /// Those of both. After ENOSPC and EINVAL of the former nothing was written.

@@ -26,6 +26,13 @@ pub(super) fn cases() -> Vec<Case> {
         ),
         case(
             Group::Rw,
+            "cluster-packed-over-two-places-gives-up-both",
+            "a compressed cluster whose bytes lie in two places leaves nothing behind in either when it is overwritten, zeroed or \
+             discarded, and its neighbours keep theirs",
+            packed_over_two,
+        ),
+        case(
+            Group::Rw,
             "cluster-discard-write-read-many-times",
             "discarding and writing the same clusters over and over gives the right bytes every time and doesn't use up \
              storage",
@@ -112,6 +119,39 @@ async fn kept(scene: Arc<Scene>) -> Outcome {
     must(before == after, || {
         format!("it was at {before:x?} and is at {after:x?}")
     })?;
+    bench.finish().await
+}
+
+async fn packed_over_two(scene: Arc<Scene>) -> Outcome {
+    let mut bench = Bench::new(&scene, 12).await?;
+    bench.needs(Capabilities::COMPRESSED)?;
+    let cluster = bench.cluster;
+    let mut noise = 0x9e37_79b9_7f4a_7c15_u64;
+    for n in 0..8 {
+        // Five eighths don't compress: of two neighbours one goes over the end of a place.
+        let mut data = vec![0; cluster as usize];
+        for byte in &mut data[..cluster as usize / 8 * 5] {
+            noise ^= noise << 13;
+            noise ^= noise >> 7;
+            noise ^= noise << 17;
+            *byte = noise as u8;
+        }
+        let flags = RequestFlags::WRITE_COMPRESSED;
+        bench.handle.write(n * cluster, data.clone(), flags).await?;
+        bench.expect(n * cluster, &data);
+    }
+    bench.check_all("compressed").await?;
+    bench.write(0, 2 * cluster).await?;
+    bench.write(2 * cluster + 512 % cluster, 100).await?;
+    bench
+        .zero(3 * cluster, 2 * cluster, RequestFlags::MAY_UNMAP)
+        .await?;
+    if bench.capabilities().contains(Capabilities::DISCARD) {
+        bench.discard(5 * cluster, cluster).await?;
+    }
+    bench.check_all("given up").await?;
+    bench.handle.flush().await?;
+    bench.own_check().await?;
     bench.finish().await
 }
 
