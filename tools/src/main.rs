@@ -4,6 +4,11 @@
 //! This file finds out which program and which command is meant, and nothing else.
 
 #![forbid(unsafe_code)]
+#![deny(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "they panic when the reader went away, and images are open"
+)]
 #![allow(missing_docs, reason = "a program has no users of its items")]
 
 mod common;

@@ -255,3 +255,35 @@ fn interleaved_writes_and_discards_from_standard_input_leave_a_clean_image() {
         assert!(check.success());
     }
 }
+
+#[test]
+fn a_reader_that_went_away_stops_no_command_and_the_image_is_closed() {
+    let directory = tempfile::tempdir().unwrap();
+    let image = directory.path().join("disk.qcow2");
+    create(&image, "64M");
+    let name = image.to_str().unwrap();
+    let mut child = Command::new(BLK)
+        .args(["io", "-f", "qcow2", name])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    drop(child.stderr.take());
+    child
+        .stdin
+        .take()
+        .unwrap()
+        .write_all(b"help\nwrite -P 7 0 1M\nlength\nread -P 8 0 1M\nmap\nwrite -P 9 1M 1M\n")
+        .unwrap();
+    // A panic would be 101, a signal no code at all. (The pattern that isn't there makes it 1.)
+    assert_eq!(child.wait().unwrap().code(), Some(1));
+    let script = "read -P 7 0 1M\nread -P 9 1M 1M\n";
+    let out = fed(Path::new(BLK), &["io", "-f", "qcow2", name], script);
+    assert!(
+        out.status.success(),
+        "{}",
+        String::from_utf8_lossy(&out.stdout)
+    );
+}

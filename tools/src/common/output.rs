@@ -27,6 +27,13 @@ macro_rules! say {
     };
 }
 
+/// A part of a line on standard output.
+macro_rules! put {
+    ($($arg:tt)*) => {
+        $crate::common::output::write_out(format_args!($($arg)*))
+    };
+}
+
 /// A line on standard error.
 macro_rules! complain {
     ($($arg:tt)*) => {
@@ -34,4 +41,4 @@ macro_rules! complain {
     };
 }
 
-pub(crate) use {complain, say};
+pub(crate) use {complain, put, say};

@@ -11,6 +11,7 @@ use futures::{
 use jobs::JobManager;
 use parking_lot::Mutex;
 
+use super::output::say;
 use super::{
     failure::{Failure, Outcome},
     program::Program,
@@ -145,7 +146,7 @@ pub fn drivers() -> Registry {
         .with(format_vmdk::VmdkFactory);
     filters::register(&mut registry);
     iotests::faults::register(&mut registry);
-    let tell = |notice: &iotests::faults::Notice| println!("{notice}");
+    let tell = |notice: &iotests::faults::Notice| say!("{notice}");
     let blkdebug = iotests::faults::BlkdebugFactory::default().with_observer(Arc::new(tell));
     registry.register(Arc::new(blkdebug));
     registry

@@ -10,6 +10,7 @@ use super::{
     commands::Outcome::{self, Done, Failed},
     session::Session,
 };
+use crate::common::output::say;
 
 /// Runs one of the commands; `words` were counted.
 pub async fn run(session: &Session, command: &str, words: &[String]) -> Outcome {
@@ -42,7 +43,7 @@ pub async fn run(session: &Session, command: &str, words: &[String]) -> Outcome 
     match result {
         Ok(()) => Done,
         Err(error) => {
-            println!("{what}: {}", error.kind().strerror());
+            say!("{what}: {}", error.kind().strerror());
             Failed
         }
     }

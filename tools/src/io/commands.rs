@@ -14,6 +14,7 @@ use super::{
     report,
     session::{OpenHow, Session, cache_mode},
 };
+use crate::common::output::{complain, put, say};
 
 /// What the shell does after a command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,27 +70,27 @@ pub async fn run(session: &mut Session, program: &str, words: &[&str]) -> Outcom
         return Done;
     };
     let Some(command) = help::find(name) else {
-        eprintln!("command \"{name}\" not found");
+        complain!("command \"{name}\" not found");
         return Failed;
     };
     let needs_image = !matches!(command.name, "open" | "close" | "help" | "quit" | "sleep");
     if needs_image && session.image.is_none() {
-        eprintln!("no file open, try 'help open'");
+        complain!("no file open, try 'help open'");
         return Failed;
     }
     if command.writes && session.image.as_ref().is_some_and(|image| image.read_only) {
-        eprintln!("{program}: Block node is read-only");
+        complain!("{program}: Block node is read-only");
         return Failed;
     }
     if let Err(text) = command.check_count(args) {
-        eprintln!("{text}");
+        complain!("{text}");
         return Failed;
     }
     let given = match Given::parse(command.name, command.options, args) {
         Ok(given) => given,
         Err(text) => {
-            eprintln!("{text}");
-            println!("{}", command.usage());
+            complain!("{text}");
+            say!("{}", command.usage());
             return Failed;
         }
     };
@@ -124,21 +125,21 @@ pub async fn run(session: &mut Session, program: &str, words: &[&str]) -> Outcom
     match answer {
         Ok(outcome) => outcome,
         Err(Refused { text, .. }) if text.is_empty() => {
-            println!("{}", command.usage());
+            say!("{}", command.usage());
             Failed
         }
         Err(Refused {
             text,
             reported: true,
         }) => {
-            eprintln!("{program}: {text}");
+            complain!("{program}: {text}");
             Failed
         }
         Err(Refused {
             text,
             reported: false,
         }) => {
-            println!("{text}");
+            say!("{text}");
             Failed
         }
     }
@@ -152,7 +153,7 @@ fn handle(session: &Session) -> Result<Arc<BlockHandle>, Refused> {
 }
 
 fn failed(what: &str, error: &Error) -> Outcome {
-    println!("{what} failed: {}", error.kind().strerror());
+    say!("{what} failed: {}", error.kind().strerror());
     tracing::debug!("{what}: {error}");
     Failed
 }
@@ -207,7 +208,7 @@ impl ReadReport {
         if let Some(verify) = self.verify {
             let part = &data[verify.start..verify.start + verify.len];
             if part.iter().any(|byte| *byte != verify.byte) {
-                println!(
+                say!(
                     "Pattern verification failed at offset {}, {} bytes",
                     self.offset + verify.start as u64,
                     verify.len
@@ -217,10 +218,10 @@ impl ReadReport {
         }
         if !self.quiet {
             if self.dump {
-                print!("{}", report::dump(data, self.offset));
+                put!("{}", report::dump(data, self.offset));
             }
             let (offset, total) = (self.offset, self.total);
-            print!(
+            put!(
                 "{}",
                 report::request("read", elapsed, offset, total, total, 1, self.machine)
             );
@@ -321,7 +322,7 @@ fn aio_read(session: &Session, given: &Given) -> Answer {
             Ok(data) => {
                 report.finish(&data);
             }
-            Err(error) => println!("readv failed: {}", error.kind().strerror()),
+            Err(error) => say!("readv failed: {}", error.kind().strerror()),
         }
     });
     Ok(Done)
@@ -359,7 +360,7 @@ impl WritePlan {
                 if !self.quiet {
                     let (offset, total) = (self.offset, self.total);
                     let elapsed = begun.elapsed();
-                    print!(
+                    put!(
                         "{}",
                         report::request("wrote", elapsed, offset, total, total, 1, self.machine)
                     );
@@ -490,7 +491,7 @@ async fn discard(session: &Session, given: &Given) -> Answer {
             if !given.has('q') {
                 let elapsed = begun.elapsed();
                 let machine = given.has('C');
-                print!(
+                put!(
                     "{}",
                     report::request("discard", elapsed, offset, len, len, 1, machine)
                 );
@@ -522,7 +523,7 @@ async fn alloc(session: &Session, given: &Given) -> Answer {
         }
         at += run;
     }
-    println!(
+    say!(
         "{sum}/{count} bytes allocated at offset {}",
         report::size(offset as f64)
     );
@@ -558,7 +559,7 @@ async fn map(session: &Session) -> Answer {
 }
 
 fn print_run((start, len, allocated): (u64, u64, bool)) {
-    println!(
+    say!(
         "{} ({len:#x}) bytes {} at offset {} ({start:#x})",
         report::size(len as f64),
         if allocated {
@@ -571,7 +572,7 @@ fn print_run((start, len, allocated): (u64, u64, bool)) {
 }
 
 fn length(session: &Session) -> Answer {
-    println!("{}", report::size(handle(session)?.length() as f64));
+    say!("{}", report::size(handle(session)?.length() as f64));
     Ok(Done)
 }
 
@@ -614,16 +615,16 @@ async fn info(session: &Session) -> Answer {
     let node = handle.node();
     let info = session.drive(handle.info()).await?;
     let cluster = info.cluster_size.unwrap_or(0);
-    println!("format name: {}", node.driver().name());
-    println!("cluster size: {}", report::size(cluster as f64));
-    println!(
+    say!("format name: {}", node.driver().name());
+    say!("cluster size: {}", report::size(cluster as f64));
+    say!(
         "vm state offset: {}",
         report::size(vm_state_offset(&handle, cluster) as f64)
     );
     if let Some((_, data)) = &info.format_specific
         && node.driver().kind() == block_core::DriverKind::Format
     {
-        println!("Format specific information:");
+        say!("Format specific information:");
         print_tree(data, 1);
     }
     Ok(Done)
@@ -646,18 +647,18 @@ fn print_tree(value: &serde_json::Value, depth: usize) {
         let (pad, key) = ("    ".repeat(depth), key.replace('-', " "));
         match value {
             serde_json::Value::Object(_) => {
-                println!("{pad}{key}:");
+                say!("{pad}{key}:");
                 print_tree(value, depth + 1);
             }
             serde_json::Value::Array(items) => {
-                println!("{pad}{key}:");
+                say!("{pad}{key}:");
                 for (index, item) in items.iter().enumerate() {
-                    println!("{pad}    [{index}]:");
+                    say!("{pad}    [{index}]:");
                     print_tree(item, depth + 2);
                 }
             }
-            serde_json::Value::String(text) => println!("{pad}{key}: {text}"),
-            other => println!("{pad}{key}: {other}"),
+            serde_json::Value::String(text) => say!("{pad}{key}: {text}"),
+            other => say!("{pad}{key}: {other}"),
         }
     }
 }
@@ -753,7 +754,7 @@ async fn reopen(session: &mut Session, program: &str, given: &Given) -> Answer {
     if (switch || !changes.options.is_empty())
         && let Err(error) = image.handle.reopen(changes).await
     {
-        eprintln!("{program}: {}", error.reason());
+        complain!("{program}: {}", error.reason());
         if read_only && switch {
             set.used |= Permissions::WRITE;
             image.handle.set_permissions(set)?;

@@ -1,6 +1,7 @@
 //! The commands of qemu-io: names, options, usage and help texts.
 
 use super::commands::Outcome;
+use crate::common::output::say;
 
 /// One command.
 pub struct Command {
@@ -396,18 +397,18 @@ impl Command {
 pub fn show(name: Option<&str>) -> Outcome {
     let Some(name) = name else {
         for command in COMMANDS {
-            println!("{}", command.usage());
+            say!("{}", command.usage());
         }
-        println!("\nUse 'help commandname' for extended help.");
+        say!("\nUse 'help commandname' for extended help.");
         return Outcome::Done;
     };
     let Some(command) = find(name) else {
-        println!("command {name} not found");
+        say!("command {name} not found");
         return Outcome::Failed;
     };
-    println!("{}", command.usage());
+    say!("{}", command.usage());
     if !command.more.is_empty() {
-        println!("{}", command.more);
+        say!("{}", command.more);
     }
     Outcome::Done
 }

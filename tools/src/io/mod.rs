@@ -15,6 +15,7 @@ use std::{
 use block_core::{Error, Graph, Registry, secret::Secret};
 use futures::{StreamExt, channel::mpsc};
 
+use crate::common::output::{complain, put, say};
 use crate::common::{object, program::Program};
 
 use self::{
@@ -179,9 +180,9 @@ fn parse(program: &str, args: &[String]) -> Result<Parsed, String> {
 /// Prints why an image can't be opened: as `qemu-io` in its words, as `blk` with all that the error knows.
 fn print_open_error(program: &str, name: &str, error: &Error) {
     if program == Program::QemuIo.name() {
-        eprintln!("{program}: can't open device {name}: {}", error.reason());
+        complain!("{program}: can't open device {name}: {}", error.reason());
     } else {
-        eprintln!("{program}: can't open device {name}: {error}");
+        complain!("{program}: can't open device {name}: {error}");
     }
 }
 
@@ -202,23 +203,23 @@ async fn main(program: &str, args: &[String], graph: Arc<Graph>, registry: Arc<R
     let arguments = match parse(program, args) {
         Ok(Parsed::Run(arguments)) => arguments,
         Ok(Parsed::Help) => {
-            print!("{USAGE}");
+            put!("{USAGE}");
             return 0;
         }
         Ok(Parsed::Version) => {
-            println!("{program} version {}", env!("CARGO_PKG_VERSION"));
+            say!("{program} version {}", env!("CARGO_PKG_VERSION"));
             return 0;
         }
         Err(text) => {
-            eprintln!("{text}");
-            eprint!("{USAGE}");
+            complain!("{text}");
+            crate::common::output::write_err(format_args!("{USAGE}"));
             return 1;
         }
     };
     let objects = arguments.objects.iter();
     let objects = objects.map(|text| std::str::from_utf8(text.expose()).unwrap_or_default());
     if let Err(error) = object::define(&graph, objects) {
-        eprintln!("{program}: {}", error.reason());
+        complain!("{program}: {}", error.reason());
         return 1;
     }
     let mut session = Session::new(graph, registry);
@@ -245,7 +246,7 @@ async fn main(program: &str, args: &[String], graph: Arc<Graph>, registry: Arc<R
     if let Err(error) = session.close().await
         && error.kind() != block_core::ErrorKind::NoMedium
     {
-        eprintln!("{program}: {error}");
+        complain!("{program}: {error}");
         status = 1;
     }
     let _ = std::io::stdout().flush();
@@ -276,11 +277,11 @@ async fn from_input(session: &mut Session, program: &str) -> u8 {
     });
     let mut status = 0;
     loop {
-        print!("{program}> ");
+        put!("{program}> ");
         let _ = std::io::stdout().flush();
         let Some(line) = session.drive(lines.next()).await else {
             if std::io::stdin().is_terminal() {
-                println!();
+                say!("");
             }
             return status;
         };
