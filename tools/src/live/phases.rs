@@ -415,8 +415,10 @@ impl Run {
         self.work_and_snapshot(&disk, "A-s1").await?;
         self.work_and_snapshot(&disk, "A-s2").await?;
         self.commit_below(&disk, 1).await?;
-        self.stream(&disk, disk.layers().len() - 1).await?;
+        // Onto an empty layer, or a busy guest would have overwritten all there is to copy.
         self.work_and_snapshot(&disk, "A-s3").await?;
+        self.stream(&disk, disk.layers().len() - 1).await?;
+        self.work_and_snapshot(&disk, "A-s4").await?;
         self.commit_active(&disk).await?;
         self.mirror_and_switch(&disk, CopyMode::Background).await?;
         self.mirror_and_leave(&disk).await?;
