@@ -44,7 +44,14 @@ fn raw_rw() -> PermissionSet {
 }
 
 /// The bytes on which OFD locks of a file exist, from /proc/locks.
+/// The bytes on which locks are held. The kernel leaves lines out of its list while others take and give back locks, so the longest of
+/// several looks counts.
 fn locked_bytes(path: &str) -> Vec<u64> {
+    let looks = (0..5).map(|_| locked_bytes_at_a_look(path));
+    looks.max_by_key(Vec::len).unwrap_or_default()
+}
+
+fn locked_bytes_at_a_look(path: &str) -> Vec<u64> {
     let inode = std::fs::metadata(path).unwrap().ino().to_string();
     let mut bytes = Vec::new();
     for line in std::fs::read_to_string("/proc/locks").unwrap().lines() {
