@@ -4,7 +4,11 @@ mod common;
 
 use std::{
     fs::File,
-    os::{fd::OwnedFd, unix::fs::MetadataExt},
+    io::Read,
+    os::{
+        fd::OwnedFd,
+        unix::{fs::MetadataExt, net::UnixStream},
+    },
     path::Path,
     process::{Child, Command, Stdio},
     sync::{Arc, Barrier},
@@ -43,12 +47,19 @@ fn raw_rw() -> PermissionSet {
     PermissionSet::new(READ | Permissions::WRITE, ALL - Permissions::RESIZE)
 }
 
-/// The bytes on which OFD locks of a file exist, from /proc/locks.
-/// The bytes on which locks are held. The kernel leaves lines out of its list while others take and give back locks, so the longest of
-/// several looks counts.
+/// The bytes on which OFD locks of a file exist, from /proc/locks. The kernel gives that list a page at a time: while other tests take
+/// and give back locks, lines go missing or come twice, so what counts is what several looks agree on.
 fn locked_bytes(path: &str) -> Vec<u64> {
-    let looks = (0..5).map(|_| locked_bytes_at_a_look(path));
-    looks.max_by_key(Vec::len).unwrap_or_default()
+    let (mut last, mut agreed) = (locked_bytes_at_a_look(path), 0);
+    for _ in 0..10_000 {
+        let now = locked_bytes_at_a_look(path);
+        agreed = if now == last { agreed + 1 } else { 0 };
+        if agreed == 4 {
+            return now;
+        }
+        last = now;
+    }
+    panic!("no two looks at the locks of {path} agree: {last:?}");
 }
 
 fn locked_bytes_at_a_look(path: &str) -> Vec<u64> {
@@ -111,6 +122,16 @@ impl Holder {
             assert!(Instant::now() < end, "qemu-nbd doesn't start");
             thread::sleep(Duration::from_millis(5));
         }
+        // It listens before it opens the image, and greets when all is ready.
+        let mut greeting = [0; 8];
+        let mut stream = UnixStream::connect(&socket).unwrap();
+        stream
+            .set_read_timeout(Some(Duration::from_secs(10)))
+            .unwrap();
+        stream
+            .read_exact(&mut greeting)
+            .expect("qemu-nbd says nothing");
+        assert_eq!(&greeting, b"NBDMAGIC");
         Some(child)
     }
 }
