@@ -679,8 +679,12 @@ impl Graph {
         }
         // What the node's own close still wants to do to its children is admitted by nobody's handle.
         let drained = self.drain(node).await;
-        // Who dropped the last handle may not have flushed. Where nothing was written since, no driver is asked.
-        let flushed = path::flush(node, None).await;
+        // Who dropped the last handle may not have flushed. Where nothing was written, or nothing since, no driver is asked.
+        let flushed = if node.flush.changed.load(Ordering::SeqCst) {
+            path::flush(node, None).await
+        } else {
+            Ok(())
+        };
         let driver = node.driver().clone();
         let closed = path::exclusive(node, None, move |request| driver.close(request))
             .await

@@ -113,10 +113,23 @@ pub(crate) struct FlushState {
     pub written: AtomicU64,
     /// What `written` was when the last successful flush began.
     pub flushed: AtomicU64,
+    /// Data or the length were changed at this node, ever: it isn't closed without a flush. (`written` is also bumped for what only may
+    /// have changed something.)
+    pub changed: AtomicBool,
     /// The first flush that failed: every later one fails like it until the node is reopened.
     pub failed: Mutex<Option<Error>>,
     /// One flush at a time; those who come meanwhile share the next.
     pub turn: Arc<futures::lock::Mutex<()>>,
+}
+
+impl FlushState {
+    /// Data or the length were changed by a request that has ended.
+    pub fn note_change(&self) {
+        if !self.changed.load(Ordering::Relaxed) {
+            self.changed.store(true, Ordering::SeqCst);
+        }
+        self.written.fetch_add(1, Ordering::SeqCst);
+    }
 }
 
 /// One layer of the graph.

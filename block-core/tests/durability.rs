@@ -59,7 +59,15 @@ fn a_node_that_nobody_has_anymore_is_flushed_before_it_is_closed() {
     );
 
     let untouched = disk(Memory::new(1 << 16));
-    drop(untouched.handle);
+    share(&untouched);
+    let (_, _, above) = over(
+        &untouched.graph,
+        Layer::new(DriverKind::Filter),
+        &untouched.node,
+    );
+    block_on(above.read(0, 512)).unwrap();
+    block_on(above.info()).unwrap();
+    drop((untouched.handle, above));
     block_on(untouched.graph.close_all()).unwrap();
     let flushes = untouched.memory.flushes.load(Ordering::SeqCst);
     assert_eq!(flushes, 0, "there was nothing to flush");

@@ -69,7 +69,7 @@ impl Completion {
                     node.stats().ended(counted, len, ok);
                     return;
                 }
-                node.flush.written.fetch_add(1, Ordering::SeqCst);
+                node.flush.note_change();
             }
             // An amend may have changed the length, also one that failed later on.
             Counted::Truncate | Counted::Exclusive => {
@@ -78,7 +78,11 @@ impl Completion {
                     // Before the ticket goes: who looked at the length before, and takes one after this, looks again.
                     node.refresh_limits();
                 }
-                node.flush.written.fetch_add(1, Ordering::SeqCst);
+                if counted == Counted::Truncate {
+                    node.flush.note_change();
+                } else {
+                    node.flush.written.fetch_add(1, Ordering::SeqCst);
+                }
             }
             Counted::Read | Counted::Other => {}
         }
