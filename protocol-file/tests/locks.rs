@@ -118,13 +118,15 @@ impl Holder {
             }
         };
         let end = Instant::now() + Duration::from_secs(10);
-        while !socket.exists() {
+        let mut stream = loop {
+            if let Ok(stream) = UnixStream::connect(&socket) {
+                break stream;
+            }
             assert!(Instant::now() < end, "qemu-nbd doesn't start");
             thread::sleep(Duration::from_millis(5));
-        }
+        };
         // It listens before it opens the image, and greets when all is ready.
         let mut greeting = [0; 8];
-        let mut stream = UnixStream::connect(&socket).unwrap();
         stream
             .set_read_timeout(Some(Duration::from_secs(10)))
             .unwrap();
