@@ -278,7 +278,7 @@ impl Node {
         self.epoch.load(Ordering::SeqCst)
     }
 
-    pub(crate) fn bump_epoch(&self) {
+    fn bump_epoch(&self) {
         self.epoch.fetch_add(1, Ordering::SeqCst);
     }
 
