@@ -1,7 +1,7 @@
 //! Damages of the header, its extensions, snapshots, bitmaps, extended L2 entries, data files, and clusters that are used
 //! twice: what is done to which image, and what comes of it. Here are the images and the ways to reach into them; the damages are in
 //! `refused`, `broken` and `aliases`.
-#![allow(dead_code, clippy::unwrap_used)]
+#![allow(dead_code, unused_imports, clippy::unwrap_used)]
 
 mod aliases;
 mod broken;
