@@ -209,7 +209,7 @@ pub(crate) async fn prepare_for_writing(
         file.flush().await?;
     }
     if header.is_dirty() {
-        let report = check::run(file, header, CheckMode::RepairAll, &Progress::new()).await;
+        let report = check::repair_stale(file, header, &Progress::new()).await;
         match report {
             Ok(report) if report.corruptions == 0 && report.check_errors == 0 => {
                 *header = header_update::read_header(file).await?;

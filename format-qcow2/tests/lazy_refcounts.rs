@@ -8,7 +8,7 @@ use block_core::{
     driver::{Reopen, Truncate},
 };
 use common::{
-    cuts::{Look, prepared, record},
+    cuts::{Look, look_at, prepared, record},
     storage::Event,
     *,
 };
@@ -228,5 +228,51 @@ fn a_dirty_image_that_is_refused_in_the_end_stays_as_it_was() {
         let refused = refused.unwrap_or_else(|| panic!("{what}: opened"));
         assert!(refused.contains(what), "{refused}");
         assert!(written.is_empty(), "{what}: {written:?}");
+    }
+}
+
+/// A storage that fails to answer once says nothing about what it holds.
+#[test]
+fn a_passing_read_error_while_a_dirty_image_is_opened_makes_nothing_anew() {
+    const CLUSTER: usize = 65536;
+    let rig = Rig::new();
+    for (options, refcount) in [
+        ("lazy_refcounts=on", 2 * CLUSTER + 11),
+        ("lazy_refcounts=on,refcount_bits=64", 2 * CLUSTER + 47),
+    ] {
+        let mut dirty = prepared(options, SIZE, async |handle| {
+            write(handle, 0, 70_000, 1).await?;
+            write(handle, 200_000, 5000, 2).await
+        });
+        // The dirty bit, with something for a repair to do: a refcount that is too high.
+        dirty[79] |= 1;
+        assert_eq!(std::mem::replace(&mut dirty[refcount], 2), 1);
+        let mut refused = 0;
+        for number in 0.. {
+            let storage = storage::Storage::new(dirty.clone());
+            storage.set_fault(storage::Fault::NthRead(number));
+            let open = rig.block_on(rig.open_storage(&storage, ""));
+            let failed = storage.state.lock().fault == storage::Fault::None;
+            storage.set_fault(storage::Fault::None);
+            match open {
+                Err(error) => {
+                    assert!(failed, "{error}");
+                    assert_eq!(error.errno(), 5, "{error}");
+                    refused += 1;
+                }
+                // What failed was read again afterwards.
+                Ok(handle) => rig.block_on(rig.close(handle)).unwrap(),
+            }
+            let data = storage.state.lock().data.clone();
+            let what = format!("{options}: read {number}");
+            assert_eq!(data.len(), dirty.len(), "{what}: new structures");
+            assert_eq!(data[48..60], dirty[48..60], "{what}: a new refcount table");
+            let read = look_at(&storage, Look::Reopened, &what);
+            assert!(read[..70_000].iter().all(|byte| *byte == 1), "{what}");
+            if !failed {
+                break;
+            }
+        }
+        assert!(refused >= 6, "{options}: {refused} refused");
     }
 }
