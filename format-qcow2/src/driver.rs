@@ -43,7 +43,10 @@ impl Qcow2 {
         let mut meta = self.lock_meta(file).await?;
         if meta.header.is_dirty() {
             let bits = meta.header.incompatible - Incompatible::DIRTY;
-            header_update::write_incompatible(file, &mut meta.header, bits).await?;
+            let written = header_update::write_incompatible(file, &mut meta.header, bits).await;
+            // What failed may have taken effect: nothing may rely on the bit's being there.
+            meta.header.incompatible = bits;
+            written?;
             self.writeback.failure.flush(file).await?;
         }
         Ok(())

@@ -276,3 +276,39 @@ fn a_passing_read_error_while_a_dirty_image_is_opened_makes_nothing_anew() {
         assert!(refused >= 6, "{options}: {refused} refused");
     }
 }
+
+#[test]
+fn a_dirty_bit_that_may_be_gone_is_written_again_before_refcounts_stay_behind() {
+    let rig = Rig::new();
+    let storage = storage::Storage::new(image_bytes("lazy_refcounts=on", SIZE));
+    let left = rig.block_on(async {
+        let handle = rig.open_storage(&storage, "").await.unwrap();
+        let dirty = || is_dirty(&storage.state.lock().data);
+        write(&handle, 0, 65536, 1).await.unwrap();
+        let mut set = handle.permissions();
+        let writable = set;
+        set.used -= block_core::Permissions::WRITE | block_core::Permissions::RESIZE;
+        handle.set_permissions(set).unwrap();
+        // The write that takes the bit back fails, and yet takes effect.
+        storage.set_fault(storage::Fault::At(72));
+        let read_only = Reopen {
+            read_only: Some(true),
+            ..Reopen::default()
+        };
+        handle.reopen(read_only).await.unwrap_err();
+        storage.set_fault(storage::Fault::None);
+        storage.state.lock().data[79] &= !1;
+        assert!(!dirty());
+        handle.set_permissions(writable).unwrap();
+        write(&handle, 131072, 65536, 2).await.unwrap();
+        handle.flush().await.unwrap();
+        let left = storage.state.lock().data.clone();
+        rig.close(handle).await.unwrap();
+        assert!(!dirty());
+        left
+    });
+    // Had the power been cut then:
+    let said = is_dirty(&left);
+    assert!(said || check_bytes(&storage::Storage::new(left)) == (0, 0));
+    assert_eq!(check_bytes(&storage), (0, 0));
+}

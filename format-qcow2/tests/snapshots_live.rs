@@ -7,7 +7,7 @@ use std::{
     task::{Context, Poll},
 };
 
-use block_core::{BlockHandle, RequestFlags, SnapshotKey, image::Progress};
+use block_core::{BlockHandle, RequestFlags, SnapshotKey, image::Progress, status::StatusFlags};
 use common::{storage::Storage, *};
 use futures::{FutureExt, future::BoxFuture, future::join_all};
 use parking_lot::Mutex;
@@ -214,6 +214,61 @@ fn a_snapshot_operation_whose_future_is_dropped_at_any_point_is_whole() {
             }
             polls = polls * 5 / 4 + 1;
         }
+    }
+}
+
+/// The L2 tables that a snapshot operation replaces are given back while it goes on, and block status is asked for meanwhile:
+/// it must not take what a freed table's place reads as for the table.
+#[test]
+fn block_status_beside_a_snapshot_operation_never_loses_data() {
+    for seed in 0..4 {
+        let storage = Storage::new(image_bytes("cluster_size=512", 256 << 10));
+        let rig = Rig::new();
+        let asked = rig.block_on(async {
+            // One slice of eight tables in memory: the others are read again and again.
+            let handle = rig
+                .open_storage(&storage, "l2-cache-size=512")
+                .await
+                .unwrap();
+            write(&handle, 0, 256 << 10, 1).await.unwrap();
+            storage.set_dawdle(2 + seed);
+            let over = std::cell::Cell::new(false);
+            let changes = async {
+                for _ in 0..3 {
+                    handle
+                        .snapshot_create(named("a"), Progress::new())
+                        .await
+                        .unwrap();
+                    for table in 0..8 {
+                        write(&handle, table << 15, 512, 2).await.unwrap();
+                    }
+                    let key = SnapshotKey::Name("a".into());
+                    handle.snapshot_delete(key, Progress::new()).await.unwrap();
+                }
+                over.set(true);
+            };
+            let asking = async {
+                let mut asked = 0;
+                while !over.get() {
+                    for table in 0..8_u64 {
+                        let status = handle.block_status((table << 15) + 4096, 4096).await;
+                        let status = status.unwrap();
+                        assert!(
+                            status.flags.contains(StatusFlags::DATA) && !status.is_zero(),
+                            "seed {seed}, table {table}: {status:?}"
+                        );
+                        asked += 1;
+                    }
+                }
+                asked
+            };
+            let ((), asked) = futures::join!(changes, asking);
+            storage.set_dawdle(0);
+            rig.close(handle).await.unwrap();
+            asked
+        });
+        check(&storage);
+        assert!(asked > 100, "status was asked for all the time: {asked}");
     }
 }
 

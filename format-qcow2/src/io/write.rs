@@ -511,7 +511,10 @@ impl Qcow2 {
         self.metadata
             .check(first, last - first + 1, self.geometry)?;
         let noted = meta.unreference(file, first, last, punch, freed).await;
-        if noted.is_err() {
+        if noted
+            .as_ref()
+            .is_err_and(|error| error.kind() == ErrorKind::Corrupt)
+        {
             Counters::add(&self.counters.ownership_violations, 1);
         }
         noted

@@ -461,9 +461,8 @@ impl Qcow2 {
         let others = reach::others(file, &draft.header, &draft.snapshots, wanted).await?;
         draft.shadow.keep();
         self.switch(file, &draft.header).await?;
-        self.release_replaced(file, &mut draft.shadow).await;
         let Draft {
-            shadow,
+            mut shadow,
             header,
             snapshots,
             l1,
@@ -473,6 +472,8 @@ impl Qcow2 {
         let l1 = L1Table::new(l1_offset.unwrap_or(header.l1_table_offset), l1);
         let refcounts = (place, shadow.table());
         self.adopt(&mut meta, header, snapshots, l1, refcounts, &others);
+        // Only now: block status is asked for while this goes on, and looks at the L2 tables that the image knows of.
+        self.release_replaced(file, &mut shadow).await;
         Ok(meta.snapshots.clone())
     }
 
