@@ -184,10 +184,7 @@ fn a_link_to_a_filter_that_goes_away_with_its_job_cant_be_frozen() {
     let disk = disk(Memory::new(4096));
     let (_, filter) = filter_over(&disk.graph, &disk.node);
     let (_, above) = filter_over(&disk.graph, &filter);
-    let claim = disk
-        .graph
-        .claim_filter_for_job(&filter, "backup")
-        .unwrap();
+    let claim = disk.graph.claim_filter_for_job(&filter, "backup").unwrap();
     // Its own link to what it is over is none of them.
     drop(
         disk.graph

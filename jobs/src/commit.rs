@@ -142,8 +142,7 @@ pub(crate) async fn set_up(
                 "'backing-file' specified, but 'top' is the active layer",
             ));
         }
-        let (claims, frozen) =
-            chain::hold(graph, &top, Some(&base), claimed, JobKind::Commit)?;
+        let (claims, frozen) = chain::hold(graph, &top, Some(&base), claimed, JobKind::Commit)?;
         check_root(graph, &top)?;
         let was_read_only = chain::make_writable(graph, &base).await?;
         let mirror = MirrorOptions {
@@ -250,7 +249,10 @@ impl Commit {
 
     fn connect(&mut self, layers: &[Arc<Node>]) -> Result<()> {
         let kind = JobKind::Commit.name();
-        self.freeze = Some(self.graph.freeze_chain(&self.filter, Some(&self.base), kind)?);
+        self.freeze = Some(
+            self.graph
+                .freeze_chain(&self.filter, Some(&self.base), kind)?,
+        );
         self.driver.start();
         let handle = self.graph.attach(&self.filter, PermissionSet::NONE, "")?;
         self.inconsistent = chain::mark_inconsistent(&self.graph, layers)?;

@@ -137,8 +137,7 @@ impl Stream {
             ));
         }
         let device = [options.device.clone()];
-        let (claims, freeze) =
-            chain::hold(graph, &top, base.as_ref(), device, JobKind::Stream)?;
+        let (claims, freeze) = chain::hold(graph, &top, base.as_ref(), device, JobKind::Stream)?;
         let top_was_read_only = chain::make_writable(graph, &top).await?;
         let is_layer = !graph.parents(&top).is_empty();
         let attached = graph

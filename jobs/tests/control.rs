@@ -228,10 +228,7 @@ fn a_layer_with_a_writer_of_its_own_is_not_committed_together_with_what_is_above
         let commit = CommitOptions::new(&chain[3].node)
             .top(&chain[2].node)
             .base(&chain[0].node);
-        refused(
-            bench.manager.commit(commit).await,
-            "Need a root block node",
-        );
+        refused(bench.manager.commit(commit).await, "Need a root block node");
         drop(writer);
         assert_eq!(bench.names(), ["A", "B", "C", "D"]);
         let found = bench.content(&chain[3].node).await;

@@ -139,7 +139,11 @@ fn a_job_over_what_another_works_on_is_refused_at_its_start_by_node_and_job() {
         // A commit, and what is over a part of it: its filter is one.
         (Commit("D", "B"), whole, busy("D", commit)),
         (Commit("D", "B"), Stream("F", Some("C")), busy("D", commit)),
-        (Commit("D", "B"), Stream("F", Some("D")), busy("over", commit)),
+        (
+            Commit("D", "B"),
+            Stream("F", Some("D")),
+            busy("over", commit),
+        ),
         (
             Commit("D", "B"),
             Stream("F", Some("over")),
@@ -236,7 +240,10 @@ fn jobs_over_parts_of_a_chain_with_nothing_in_common_both_run_to_their_end() {
         ([upper, Commit("C", "A")], &["A", "D", "F"]),
         ([upper, Backup("C")], &["A", "B", "C", "D", "F", "target"]),
         ([Commit("E", "D"), Commit("C", "A")], &["A", "D", "F"]),
-        ([Commit("E", "D"), Stream("C", Some("A"))], &["A", "C", "D", "F"]),
+        (
+            [Commit("E", "D"), Stream("C", Some("A"))],
+            &["A", "C", "D", "F"],
+        ),
         ([Commit("E", "C"), Stream("B", None)], &["B", "C", "F"]),
         ([Commit("F", "D"), Commit("C", "A")], &["A", "D"]),
         ([Commit("F", "D"), Stream("C", Some("A"))], &["A", "C", "D"]),
@@ -244,7 +251,10 @@ fn jobs_over_parts_of_a_chain_with_nothing_in_common_both_run_to_their_end() {
         ([Mirror("F"), Commit("E", "D")], &["target"]),
         ([Mirror("F"), Stream("D", Some("B"))], &["target"]),
         ([Mirror("F"), Stream("E", None)], &["target"]),
-        ([Backup("F"), Commit("D", "B")], &["A", "B", "E", "F", "target"]),
+        (
+            [Backup("F"), Commit("D", "B")],
+            &["A", "B", "E", "F", "target"],
+        ),
         ([Backup("F"), Stream("E", None)], &["E", "F", "target"]),
     ];
     for (jobs, nodes) in cases {
