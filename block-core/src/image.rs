@@ -80,6 +80,9 @@ pub struct CheckReport {
     pub corruptions: u64,
     /// Leaks left.
     pub leaks: u64,
+    /// What is in use by the image's own account although nothing that could be read refers to it: leaked, or referenced by what
+    /// couldn't be read. Counted instead of leaks while there is such a place.
+    pub uncertain: u64,
     /// Corruptions repaired.
     pub corruptions_fixed: u64,
     /// Leaks repaired.
@@ -189,6 +192,7 @@ impl CheckReport {
         self.check_errors += other.check_errors;
         self.corruptions += other.corruptions;
         self.leaks += other.leaks;
+        self.uncertain += other.uncertain;
         self.corruptions_fixed += other.corruptions_fixed;
         self.leaks_fixed += other.leaks_fixed;
         for finding in other.findings {

@@ -679,6 +679,7 @@ pub(crate) async fn create(
     if factory.kind() == DriverKind::Protocol {
         return factory.create(context, options).await;
     }
+    factory.may_create(&context, options.clone())?;
     let storage = create_storage(&context, filename, Options::new().with("size", 0)).await?;
     let fresh = Fresh::new(graph, storage.clone());
     let created = async {

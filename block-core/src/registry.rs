@@ -83,6 +83,13 @@ pub trait DriverFactory: Send + Sync + 'static {
         &[]
     }
 
+    /// Refuses what [`Self::create`] would refuse for its options. It is asked before the storage is made, which empties a file that is
+    /// there; `context` has no storage yet.
+    fn may_create(&self, context: &CreateContext, options: Options) -> Result<()> {
+        let _ = (context, options);
+        Ok(())
+    }
+
     /// Makes a new image. For a format, `context.file` is fresh, empty storage; a protocol makes the storage.
     async fn create(&self, context: CreateContext, options: Options) -> Result<()> {
         let _ = (context, options);

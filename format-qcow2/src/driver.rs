@@ -46,7 +46,10 @@ impl Qcow2 {
         let mut meta = self.lock_meta(file).await?;
         if meta.header.is_dirty() {
             let bits = meta.header.incompatible - Incompatible::DIRTY;
-            header_update::write_incompatible(file, &mut meta.header, bits).await?;
+            let written = header_update::write_incompatible(file, &mut meta.header, bits).await;
+            // What failed may have taken effect: nothing may rely on the bit's being there.
+            meta.header.incompatible = bits;
+            written?;
             self.writeback.failure.flush(file).await?;
         }
         Ok(())
@@ -216,7 +219,7 @@ pub(crate) async fn prepare_for_writing(
         file.flush().await?;
     }
     if header.is_dirty() {
-        let report = check::run(file, header, CheckMode::RepairAll, &Progress::new()).await;
+        let report = check::repair_stale(file, header, &Progress::new()).await;
         match report {
             Ok(report) if report.corruptions == 0 && report.check_errors == 0 => {
                 *header = header_update::read_header(file).await?;

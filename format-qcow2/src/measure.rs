@@ -2,6 +2,8 @@
 
 use block_core::{driver::Preallocation, error::Result, options::Options, registry::Measure};
 
+use crypto::EncryptionFormat;
+
 use crate::create::{Parameters, Plan, plan::too_large};
 
 /// Options that don't change how large an image gets.
@@ -24,7 +26,9 @@ pub fn measure(size: u64, data: &[(u64, u64)], mut options: Options) -> Result<M
         options.take(name);
     }
     let parameters = Parameters::for_size(size, options)?;
-    if parameters.encryption.is_some() && parameters.key_secret.is_none() {
+    if matches!(parameters.encryption, Some(EncryptionFormat::Luks(_)))
+        && parameters.key_secret.is_none()
+    {
         return Err(crypto::options::missing_key());
     }
     let plan = Plan::with_data(&parameters, true).ok_or_else(|| {

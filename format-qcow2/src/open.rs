@@ -323,6 +323,10 @@ impl DriverFactory for Qcow2Factory {
         amend::OPTIONS
     }
 
+    fn may_create(&self, context: &CreateContext, options: Options) -> Result<()> {
+        create::may_create(context, options)
+    }
+
     async fn create(&self, context: CreateContext, options: Options) -> Result<()> {
         create::create(context, options).await
     }

@@ -13,7 +13,7 @@ use block_core::{
     error::{Error, ErrorKind, Result},
     flags::RequestFlags,
     mutant,
-    request::Request,
+    request::{Child, Request},
     space::SpaceEvent,
 };
 
@@ -124,6 +124,23 @@ impl Qcow2 {
         self.writeback.failure.flush(file).await?;
         self.size.store(size, Ordering::Release);
         self.size_in_doubt.store(false, Ordering::Release);
+        Ok(())
+    }
+
+    /// A change of the size that failed may be on disk all the same: writes the size that counts again, durably. Nothing may be
+    /// linked before, as it might lie behind the end of the disk that the header tells of, be lost with the next opening,
+    /// and come back when the disk grows.
+    pub async fn settle_size(&self, file: &Child) -> Result<()> {
+        if !self.size_in_doubt.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let mut meta = self.lock_meta(file).await?;
+        self.writeback.failure.check()?;
+        if self.size_in_doubt.load(Ordering::Acquire) {
+            header_update::write_size(file, &mut meta.header, self.length()).await?;
+            self.writeback.failure.flush(file).await?;
+            self.size_in_doubt.store(false, Ordering::Release);
+        }
         Ok(())
     }
 
@@ -286,19 +303,12 @@ impl Qcow2 {
     }
 
     /// Reads the L1 table that a header points to.
-    pub async fn read_l1(
-        file: &block_core::request::Child,
-        header: &crate::layout::Header,
-    ) -> Result<L1Table> {
+    pub async fn read_l1(file: &Child, header: &crate::layout::Header) -> Result<L1Table> {
         Self::read_l1_at(file, header.l1_table_offset, header.l1_bytes()).await
     }
 
     /// Reads an L1 table of `len` bytes, whose size and place were checked.
-    pub async fn read_l1_at(
-        file: &block_core::request::Child,
-        offset: HostOffset,
-        len: u64,
-    ) -> Result<L1Table> {
+    pub async fn read_l1_at(file: &Child, offset: HostOffset, len: u64) -> Result<L1Table> {
         let bytes = file.read_padded(offset.0, len as usize).await?;
         Ok(L1Table::new(offset, entry::be64s(&bytes)))
     }

@@ -168,6 +168,7 @@ impl Qcow2 {
         self.writeback.failure.check()?;
         let file = request.file()?;
         Counters::add(&self.counters.batches, 1);
+        self.settle_size(file).await?;
         let snapshot = {
             let mut meta = self.lock_meta(file).await?;
             self.snapshot(&mut meta, extent)?

@@ -173,6 +173,12 @@ fn a_read_error_is_a_check_error_and_frees_nothing() {
             let report = image.check(mode).unwrap();
             assert_eq!(exit_status(&report), 1, "{bad:?}: {report:?}");
             assert_eq!(report.leaks_fixed, 0);
+            // Nothing is said of what nobody could look at.
+            assert_eq!((report.leaks, report.corruptions), (0, 0), "{bad:?}");
+            assert_eq!(
+                report.uncertain > 0,
+                bad.start < REFBLOCK || bad.start >= L1
+            );
         }
         assert!(
             !image

@@ -9,7 +9,7 @@ use block_core::{
     image::{CheckMode, Progress},
 };
 use common::{
-    cuts::{Look, prepared, record},
+    cuts::{Look, look_at, prepared, record},
     storage::Event,
     *,
 };
@@ -284,4 +284,86 @@ fn a_check_that_leaves_corruptions_leaves_the_dirty_bit_and_a_repair_takes_it_ba
             assert_eq!(check_bytes(&storage), (0, 0), "{mode:?}");
         }
     }
+}
+
+/// A storage that fails to answer once says nothing about what it holds.
+#[test]
+fn a_passing_read_error_while_a_dirty_image_is_opened_makes_nothing_anew() {
+    const CLUSTER: usize = 65536;
+    let rig = Rig::new();
+    for (options, refcount) in [
+        ("lazy_refcounts=on", 2 * CLUSTER + 11),
+        ("lazy_refcounts=on,refcount_bits=64", 2 * CLUSTER + 47),
+    ] {
+        let mut dirty = prepared(options, SIZE, async |handle| {
+            write(handle, 0, 70_000, 1).await?;
+            write(handle, 200_000, 5000, 2).await
+        });
+        // The dirty bit, with something for a repair to do: a refcount that is too high.
+        dirty[79] |= 1;
+        assert_eq!(std::mem::replace(&mut dirty[refcount], 2), 1);
+        let mut refused = 0;
+        for number in 0.. {
+            let storage = storage::Storage::new(dirty.clone());
+            storage.set_fault(storage::Fault::NthRead(number));
+            let open = rig.block_on(rig.open_storage(&storage, ""));
+            let failed = storage.state.lock().fault == storage::Fault::None;
+            storage.set_fault(storage::Fault::None);
+            match open {
+                Err(error) => {
+                    assert!(failed, "{error}");
+                    assert_eq!(error.errno(), 5, "{error}");
+                    refused += 1;
+                }
+                // What failed was read again afterwards.
+                Ok(handle) => rig.block_on(rig.close(handle)).unwrap(),
+            }
+            let data = storage.state.lock().data.clone();
+            let what = format!("{options}: read {number}");
+            assert_eq!(data.len(), dirty.len(), "{what}: new structures");
+            assert_eq!(data[48..60], dirty[48..60], "{what}: a new refcount table");
+            let read = look_at(&storage, Look::Reopened, &what);
+            assert!(read[..70_000].iter().all(|byte| *byte == 1), "{what}");
+            if !failed {
+                break;
+            }
+        }
+        assert!(refused >= 6, "{options}: {refused} refused");
+    }
+}
+
+#[test]
+fn a_dirty_bit_that_may_be_gone_is_written_again_before_refcounts_stay_behind() {
+    let rig = Rig::new();
+    let storage = storage::Storage::new(image_bytes("lazy_refcounts=on", SIZE));
+    let left = rig.block_on(async {
+        let handle = rig.open_storage(&storage, "").await.unwrap();
+        let dirty = || is_dirty(&storage.state.lock().data);
+        write(&handle, 0, 65536, 1).await.unwrap();
+        let mut set = handle.permissions();
+        let writable = set;
+        set.used -= block_core::Permissions::WRITE | block_core::Permissions::RESIZE;
+        handle.set_permissions(set).unwrap();
+        // The write that takes the bit back fails, and yet takes effect.
+        storage.set_fault(storage::Fault::At(72));
+        let read_only = Reopen {
+            read_only: Some(true),
+            ..Reopen::default()
+        };
+        handle.reopen(read_only).await.unwrap_err();
+        storage.set_fault(storage::Fault::None);
+        storage.state.lock().data[79] &= !1;
+        assert!(!dirty());
+        handle.set_permissions(writable).unwrap();
+        write(&handle, 131072, 65536, 2).await.unwrap();
+        handle.flush().await.unwrap();
+        let left = storage.state.lock().data.clone();
+        rig.close(handle).await.unwrap();
+        assert!(!dirty());
+        left
+    });
+    // Had the power been cut then:
+    let said = is_dirty(&left);
+    assert!(said || check_bytes(&storage::Storage::new(left)) == (0, 0));
+    assert_eq!(check_bytes(&storage), (0, 0));
 }

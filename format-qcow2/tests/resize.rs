@@ -228,3 +228,41 @@ fn after_a_resize_that_failed_the_size_is_only_said_to_be_the_old_one_when_it_is
         handle.truncate(old, Truncate::default()).await.unwrap_err();
     });
 }
+
+#[test]
+fn what_is_written_after_a_resize_that_failed_is_never_behind_the_end_on_disk() {
+    let rig = Rig::new();
+    let (old, new) = (1u64 << 20, 1u64 << 19);
+    for goes_on_failing in [false, true] {
+        rig.block_on(async {
+            let storage = Storage::new(image_bytes("cluster_size=65536", old));
+            let handle = rig.open_storage(&storage, "").await.unwrap();
+            storage.set_fault(Fault::At(SIZE_FIELD as u64));
+            handle.truncate(new, Truncate::default()).await.unwrap_err();
+            // It took effect all the same.
+            storage.state.lock().data[SIZE_FIELD..SIZE_FIELD + 8]
+                .copy_from_slice(&new.to_be_bytes());
+            if !goes_on_failing {
+                storage.set_fault(Fault::None);
+            }
+            write(&handle, old - 4096, 4096, 7).await.unwrap();
+            // While the size can't be written nothing is linked that might lie behind it.
+            let flushed = handle.flush().await;
+            assert_eq!(flushed.is_err(), goes_on_failing);
+            let data = storage.state.lock().data.clone();
+            assert_eq!(
+                be64(&data, SIZE_FIELD),
+                if goes_on_failing { new } else { old }
+            );
+            // The power is cut, and then the disk is made as long as it was.
+            let after = rig.open_storage(&Storage::new(data), "").await.unwrap();
+            after.truncate(old, Truncate::default()).await.unwrap();
+            let disk = after.read(0, old as usize).await.unwrap();
+            let (front, end) = disk.split_at(old as usize - 4096);
+            let written = if goes_on_failing { 0 } else { 7 };
+            assert!(front.iter().all(|byte| *byte == 0));
+            assert!(end.iter().all(|byte| *byte == written));
+            rig.close(after).await.unwrap();
+        });
+    }
+}

@@ -67,15 +67,21 @@ impl DriverFactory for RawFactory {
         ]
     }
 
-    async fn create(&self, context: CreateContext, options: Options) -> Result<()> {
+    fn may_create(&self, _: &CreateContext, options: Options) -> Result<()> {
         let create = RawCreate::parse(options)?;
-        let size = create.size()?;
         if create.preallocation == Preallocation::Metadata {
             return Err(Error::new(
                 ErrorKind::NotSupported,
                 "Unsupported preallocation mode: metadata",
             ));
         }
+        create.size().map(drop)
+    }
+
+    async fn create(&self, context: CreateContext, options: Options) -> Result<()> {
+        self.may_create(&context, options.clone())?;
+        let create = RawCreate::parse(options)?;
+        let size = create.size()?;
         let file = context.file()?;
         let how = Truncate {
             exact: true,

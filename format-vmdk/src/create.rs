@@ -199,6 +199,11 @@ impl VmdkCreate {
     }
 }
 
+/// Refuses options that don't make an image.
+pub(crate) fn may_create(options: Options) -> Result<()> {
+    options.parse::<VmdkCreate>()?.plan().map(drop)
+}
+
 /// Makes an image in `context.file`, which is fresh and empty.
 pub(crate) async fn create(context: CreateContext, options: Options) -> Result<()> {
     let plan = options.parse::<VmdkCreate>()?.plan()?;

@@ -97,6 +97,10 @@ impl DriverFactory for VmdkFactory {
         create::OPTIONS
     }
 
+    fn may_create(&self, _: &CreateContext, options: Options) -> Result<()> {
+        create::may_create(options)
+    }
+
     async fn create(&self, context: CreateContext, options: Options) -> Result<()> {
         create::create(context, options).await
     }

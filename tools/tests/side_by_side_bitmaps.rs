@@ -198,3 +198,36 @@ fn a_program_that_is_killed_leaves_bitmaps_in_use() {
     assert_eq!(code, 0, "{err}");
     assert!(info()["format-specific"]["data"]["bitmaps"].is_null());
 }
+
+#[test]
+fn measure_counts_bitmaps_as_qemu_img_does() {
+    if !qemu_is_installed() {
+        return;
+    }
+    let mut both = SideBySide::new(
+        r"
+qemu-img create -q -f qcow2 a.qcow2 100M
+qemu-img bitmap --add a.qcow2 b0
+qemu-img bitmap --add -g 512 a.qcow2 fine-and-with-a-longer-name
+qemu-img snapshot -c snap a.qcow2
+cp a.qcow2 mixed.qcow2
+qemu-io -c 'write 0 64k' -c 'sigraise 9' mixed.qcow2 || true
+qemu-img bitmap --add -g 1M mixed.qcow2 good
+qemu-img create -q -f qcow2 -o compat=0.10 v2.qcow2 1M
+",
+    );
+    both.compare_all(
+        "measure -O qcow2 a.qcow2
+        measure -O qcow2 --output=json a.qcow2
+        measure -O qcow2 -o cluster_size=512 a.qcow2
+        measure -O qcow2 -o cluster_size=2M --output=json a.qcow2
+        measure -O qcow2 -o compat=0.10 a.qcow2
+        measure -O qcow2 -l snap a.qcow2
+        measure -O raw a.qcow2
+        measure -O qcow2 mixed.qcow2
+        measure -O qcow2 v2.qcow2
+        measure -O qcow2 -o encrypt.format=aes --size 1M
+        measure -O qcow2 -o encrypt.format=luks --size 1M",
+    );
+    both.finish();
+}

@@ -315,6 +315,82 @@ fn limits_that_cant_be_met_are_refused_in_the_same_words() {
     }
 }
 
+/// Bytes of an image with lazy refcounts that wasn't closed.
+fn dirty_image(dir: &Path) -> Vec<u8> {
+    let options = "lazy_refcounts=on";
+    let commands: [(&str, &[&str]); 2] = [
+        (
+            "qemu-img",
+            &[
+                "create", "-q", "-f", "qcow2", "-o", options, "d.qcow2", "4M",
+            ],
+        ),
+        (
+            THEIRS,
+            &[
+                "-c",
+                "write -P 1 0 1M",
+                "-c",
+                "flush",
+                "-c",
+                "sigraise 9",
+                "d.qcow2",
+            ],
+        ),
+    ];
+    for (program, args) in commands {
+        let run = Command::new(program).args(args).current_dir(dir).output();
+        run.unwrap();
+    }
+    let bytes = fs::read(dir.join("d.qcow2")).unwrap();
+    assert_eq!(bytes[79], 1, "the image is dirty");
+    bytes
+}
+
+#[test]
+fn a_refcount_table_that_cant_be_read_refuses_a_dirty_image_and_writes_nothing() {
+    if !qemu_is_installed() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let before = dirty_image(dir.path());
+    let read = |image: &str| {
+        let said = Command::new(OURS)
+            .arg0("qemu-io")
+            .args(["-c", "read -P 1 0 1M", "--image-opts", image])
+            .current_dir(dir.path())
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&said.stderr).into_owned();
+        (said.status.code(), text)
+    };
+    // The refcount table, its block, the L1 table: lasting errors, and errors that pass.
+    let mut refused = 0;
+    for sector in [128, 256, 384] {
+        for how in ["off", "on"] {
+            let rules = format!(
+                "driver=qcow2,file.driver=blkdebug,file.image.driver=file,file.image.filename=d.qcow2,\
+                 file.inject-error.0.event=none,file.inject-error.0.iotype=read,\
+                 file.inject-error.0.sector={sector},file.inject-error.0.once={how}"
+            );
+            let (status, text) = read(&rules);
+            assert_eq!(status, Some(1), "{sector} {how}: {text}");
+            assert!(text.contains("Input/output error"), "{text}");
+            let after = fs::read(dir.path().join("d.qcow2")).unwrap();
+            assert!(after == before, "{sector} {how}: something was written");
+            refused += 1;
+        }
+    }
+    assert_eq!(refused, 6);
+    let (status, text) = read("driver=qcow2,file.filename=d.qcow2");
+    assert_eq!(status, Some(0), "{text}");
+    let checked = Command::new("qemu-img")
+        .args(["check", "-q", "d.qcow2"])
+        .current_dir(dir.path())
+        .status();
+    assert!(checked.unwrap().success());
+}
+
 /// A write in place stands at a breakpoint; its cluster is freed; another write takes it; the first goes on.
 const RACE: &str = "write -P 1 0 64k\nbreak write_aio A\naio_write -P 2 0 64k\nwait_break A\n\
                     aio_write -z -u 0 64k\nsleep 200\naio_write -P 3 64k 64k\nsleep 200\nresume A\naio_flush\n\

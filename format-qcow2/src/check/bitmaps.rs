@@ -231,7 +231,7 @@ impl Walk<'_> {
                         error.reason()
                     ),
                 );
-                self.incomplete = true;
+                self.note_unread();
                 return Ok(true);
             }
         };
@@ -331,7 +331,7 @@ impl Walk<'_> {
                             error.reason()
                         ),
                     );
-                    self.incomplete = true;
+                    self.note_unread();
                     return Ok(true);
                 }
             };

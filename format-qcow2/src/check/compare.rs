@@ -2,7 +2,7 @@
 //! block is there to be corrected.
 
 use block_core::{
-    error::Result,
+    error::{ErrorKind, Result},
     image::{CheckMode, CheckReport, Progress, Severity},
 };
 
@@ -53,6 +53,8 @@ pub(super) struct Outcome {
     /// Clusters with several references that may be more than the format allows: metadata with something else, or
     /// more than the refcount says.
     pub suspicious: Bits,
+    /// Why reading refcounts failed, although it may succeed another time.
+    pub unread: Option<String>,
     /// A refcount other than 0 and 1, or another number of references: COPIED flags can't all be set.
     pub shared: bool,
 }
@@ -91,6 +93,13 @@ pub(super) async fn compare(
         .refcount_table_entries()
         .min(clusters.div_ceil(per_block));
     progress.add_total(blocks);
+    if let Some(reason) = stored.unreadable() {
+        // The walk has told of it. Whether the refcounts are wrong nobody knows.
+        state.outcome.unread = Some(reason.to_owned());
+        state.unknown(0, clusters)?;
+        report.image_end_offset = Some(state.end << geometry.cluster_bits());
+        return Ok(state.outcome);
+    }
     let mut references = vec![0; STEP as usize];
     for index in 0..blocks {
         stop_if_cancelled(progress)?;
@@ -130,9 +139,14 @@ pub(super) async fn compare(
                 continue;
             }
             Ok(None) => "no refcount block".into(),
-            Err(error) => error.reason(),
+            Err(error) => {
+                // A place where no block can be is damage, and no other attempt finds it mended.
+                if error.kind() != ErrorKind::Corrupt {
+                    state.outcome.unread = Some(error.reason());
+                }
+                error.reason()
+            }
         };
-        state.outcome.rebuild = true;
         for cluster in first..last.min(first + MAX_UNREADABLE_TEXTS) {
             report.add(
                 Severity::CheckError,
@@ -141,12 +155,7 @@ pub(super) async fn compare(
             );
         }
         report.check_errors += (last - first).saturating_sub(MAX_UNREADABLE_TEXTS);
-        let mut from = first;
-        while let Some(cluster) = walk.counts.next_used(from, last) {
-            state.end = cluster + 1;
-            state.suspect(cluster, 0, walk.counts.get(cluster))?;
-            from = cluster + 1;
-        }
+        state.unknown(first, last)?;
     }
     state
         .without_block(blocks * per_block, clusters, stored, report)
@@ -156,6 +165,18 @@ pub(super) async fn compare(
 }
 
 impl Comparison<'_, '_> {
+    /// Clusters of which nobody knows the refcounts.
+    fn unknown(&mut self, first: u64, last: u64) -> Result<()> {
+        self.outcome.rebuild = true;
+        let mut from = first;
+        while let Some(cluster) = self.walk.counts.next_used(from, last) {
+            self.end = cluster + 1;
+            self.suspect(cluster, 0, self.walk.counts.get(cluster))?;
+            from = cluster + 1;
+        }
+        Ok(())
+    }
+
     /// Clusters whose refcounts are 0 because there is no block.
     async fn without_block(
         &mut self,
@@ -228,6 +249,11 @@ impl Comparison<'_, '_> {
                 stored.set(cluster, references).await?;
                 report.add(Severity::Leak, true, format!("Repairing {difference}"));
                 return Ok(references);
+            }
+            if self.walk.unread {
+                // It may as well belong to what couldn't be read.
+                report.uncertain += 1;
+                return Ok(refcount);
             }
             report.add(Severity::Leak, false, format!("Leaked {difference}"));
             return Ok(refcount);

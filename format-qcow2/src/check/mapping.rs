@@ -176,7 +176,7 @@ impl Walk<'_> {
                         false,
                         format!("ERROR: I/O error in check_refcounts_l1: {}", error.reason()),
                     );
-                    self.incomplete = true;
+                    self.note_unread();
                     continue;
                 }
             };
@@ -307,7 +307,7 @@ impl Walk<'_> {
                             format!("ERROR: I/O error in check_refcounts_l2: {}", error.reason()),
                         );
                         self.unreadable.insert(table.offset >> shape.cluster_bits)?;
-                        self.incomplete = true;
+                        self.note_unread();
                     }
                 }
             }

@@ -66,11 +66,38 @@ pub async fn run(
     mode: CheckMode,
     progress: &Progress,
 ) -> Result<CheckReport> {
+    run_as(file, header, mode, false, progress).await
+}
+
+/// Repairs an image of which [`is_merely_stale`] is true. Nobody has asked for it, so what can't be read is no reason to make anything
+/// anew: it ends the repair.
+///
+/// # Errors
+/// Those of [`run`]; EIO for metadata that can't be read, before anything is written.
+///
+/// # Cancellation
+/// As with [`run`].
+pub async fn repair_stale(
+    file: &Child,
+    header: &mut Header,
+    progress: &Progress,
+) -> Result<CheckReport> {
+    run_as(file, header, CheckMode::RepairAll, true, progress).await
+}
+
+async fn run_as(
+    file: &Child,
+    header: &mut Header,
+    mode: CheckMode,
+    refuse_unread: bool,
+    progress: &Progress,
+) -> Result<CheckReport> {
     refuse(header)?;
     let mut done = CheckReport::default();
     let mut how = How {
         copies: u64::MAX,
         keep_leaks: false,
+        refuse_unread,
     };
     let mut round = 0;
     let first = loop {
@@ -125,8 +152,8 @@ pub async fn run(
 pub async fn is_merely_stale(file: &Child, header: &Header, progress: &Progress) -> Result<bool> {
     refuse(header)?;
     let (mut report, mut refcounts) = (CheckReport::default(), CheckReport::default());
-    let stored = Stored::open(file, header).await?;
-    Walk::run(
+    let mut stored = Stored::open(file, header).await?;
+    let walk = Walk::run(
         file,
         header,
         &stored,
@@ -136,7 +163,14 @@ pub async fn is_merely_stale(file: &Child, header: &Header, progress: &Progress)
         progress,
     )
     .await?;
-    Ok(report.corruptions == 0 && report.check_errors + refcounts.check_errors == 0)
+    if report.corruptions > 0 {
+        return Ok(false);
+    }
+    refuse_unread(&[&report, &refcounts])?;
+    // All refcount blocks are read before anything is written. They may be nonsense, but an error of the storage may pass.
+    let outcome = stored_refcounts(&walk, header, &mut stored, progress).await?;
+    refuse_unread_refcounts(outcome.unread.as_deref())?;
+    Ok(true)
 }
 
 /// What a pass may do, besides what the mode allows.
@@ -146,6 +180,8 @@ struct How {
     copies: u64,
     /// Free nothing: what looks leaked may belong to what was given up before.
     keep_leaks: bool,
+    /// What can't be read ends it, with nothing written.
+    refuse_unread: bool,
 }
 
 /// What a pass did.
@@ -175,6 +211,29 @@ fn refuse(header: &Header) -> Result<()> {
             ),
             None => refused,
         }
+    })
+}
+
+/// Fails with the first thing that couldn't be checked.
+fn refuse_unread(reports: &[&CheckReport]) -> Result<()> {
+    if reports.iter().all(|report| report.check_errors == 0) {
+        return Ok(());
+    }
+    let mut findings = reports.iter().flat_map(|report| &report.findings);
+    let first = findings.find(|finding| finding.severity == Severity::CheckError);
+    Err(Error::io(match first {
+        Some(finding) => finding
+            .message
+            .trim_start_matches("ERROR")
+            .trim_start_matches(':')
+            .trim(),
+        None => "Metadata can't be read",
+    }))
+}
+
+fn refuse_unread_refcounts(reason: Option<&str>) -> Result<()> {
+    reason.map_or(Ok(()), |reason| {
+        Err(Error::io(format!("Refcounts can't be read: {reason}")))
     })
 }
 
@@ -222,6 +281,10 @@ async fn pass(
         progress,
     );
     let mut outcome = compared.await?;
+    if how.refuse_unread {
+        refuse_unread(&[&report, &refcounts])?;
+        refuse_unread_refcounts(outcome.unread.as_deref())?;
+    }
     let mut rebuild = mode != CheckMode::ReadOnly && (walk.rebuild || outcome.rebuild);
     let suspicious = std::mem::take(&mut outcome.suspicious);
     let claims = owners::find_claims(&walk, header, &stored, suspicious, progress).await?;
@@ -308,7 +371,7 @@ async fn pass(
         outcome = stored_refcounts(&walk, header, &mut stored, progress).await?;
     } else {
         absorb(&mut report, refcounts, false);
-        if walk.incomplete && mode != CheckMode::ReadOnly && report.leaks > 0 {
+        if walk.incomplete && mode != CheckMode::ReadOnly && report.leaks + report.uncertain > 0 {
             report.add(
                 Severity::Note,
                 false,
@@ -350,7 +413,9 @@ async fn pass(
         file.flush().await?;
     }
     let past_end = walk.past_end.as_ref().is_none_or(|past| !past.is_empty());
-    if walk.unflagged || outcome.shared || past_end || !walk.unreadable.is_empty() {
+    let flags_known = stored.unreadable().is_none();
+    if flags_known && (walk.unflagged || outcome.shared || past_end || !walk.unreadable.is_empty())
+    {
         copied::check_copied(
             &mut walk,
             header,
@@ -401,6 +466,7 @@ fn absorb(report: &mut CheckReport, other: CheckReport, repaired: bool) {
     } else {
         report.corruptions += other.corruptions;
         report.leaks += other.leaks;
+        report.uncertain += other.uncertain;
         report.check_errors += other.check_errors;
     }
     for mut finding in other.findings {

@@ -217,7 +217,7 @@ impl Walk<'_> {
                             error.reason()
                         ),
                     );
-                    self.incomplete = true;
+                    self.note_unread();
                     return Ok(snapshots);
                 }
             };

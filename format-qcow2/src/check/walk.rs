@@ -113,6 +113,8 @@ pub(super) struct Walk<'a> {
     pub overlaid: bool,
     /// A part of the mapping couldn't be followed: a cluster without references may still hold data.
     pub incomplete: bool,
+    /// A part of it is so because reading failed: it may be there to be read another time, with all that it references.
+    pub unread: bool,
     /// A standard entry isn't flagged as the only one: COPIED flags need a look.
     pub unflagged: bool,
     /// Clusters of L2 tables that couldn't be read, which is counted already.
@@ -182,6 +184,7 @@ impl<'a> Walk<'a> {
             rebuild: false,
             overlaid: false,
             incomplete: false,
+            unread: false,
             unflagged: false,
             unreadable: Bits::default(),
             past_end: Some(BTreeSet::new()),
@@ -206,6 +209,12 @@ impl<'a> Walk<'a> {
         walk.refcount_table(header, structures)?;
         walk.refcount_blocks(stored, structures, progress)?;
         Ok(walk)
+    }
+
+    /// Notes that reading failed where references may be; the finding is the caller's.
+    pub fn note_unread(&mut self) {
+        self.incomplete = true;
+        self.unread = true;
     }
 
     /// The clusters of the file, the last one perhaps incomplete.

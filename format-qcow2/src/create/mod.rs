@@ -140,6 +140,31 @@ pub const OPTIONS: &[CreateOption] = &[
 /// Tables are written in pieces of about this many bytes.
 const CHUNK: usize = 1 << 20;
 
+/// What an image is made with. All that can be refused is, with nothing made and no file emptied.
+fn prepare(context: &CreateContext, options: Options) -> Result<(Parameters, Option<Secret>)> {
+    let parameters = Parameters::from_options(options)?;
+    let key = match &parameters.encryption {
+        None => None,
+        Some(format) => {
+            if let EncryptionFormat::Luks(luks) = format {
+                luks.check()?;
+            }
+            let secrets = context.graph().secrets();
+            Some(passphrase(secrets, parameters.key_secret.as_deref())?)
+        }
+    };
+    Plan::new(&parameters)?.header(&parameters).encode()?;
+    Ok((parameters, key))
+}
+
+/// Refuses what [`create`] would refuse.
+///
+/// # Errors
+/// EINVAL, EFBIG and ENOTSUP for options.
+pub fn may_create(context: &CreateContext, options: Options) -> Result<()> {
+    prepare(context, options).map(drop)
+}
+
 /// Makes a new image in the fresh storage of `context`.
 ///
 /// # Errors
@@ -148,20 +173,11 @@ const CHUNK: usize = 1 << 20;
 /// # Cancellation
 /// A creation that is cut off leaves storage without a header, which no driver takes for an image.
 pub async fn create(context: CreateContext, options: Options) -> Result<()> {
-    let parameters = Parameters::from_options(options)?;
+    let (parameters, key) = prepare(&context, options)?;
     let graph = context.graph();
-    let key = match parameters.encryption {
-        None => None,
-        Some(_) => Some(passphrase(
-            graph.secrets(),
-            parameters.key_secret.as_deref(),
-        )?),
-    };
     let Some(name) = &parameters.data_file else {
         return create_image(&context, &parameters, key).await;
     };
-    // Nothing is made, and no file emptied, for an image that can't be.
-    Plan::new(&parameters)?.header(&parameters).encode()?;
     let mut storage = Options::new().with("size", parameters.size);
     match parameters.preallocation {
         Preallocation::Off | Preallocation::Metadata => {}

@@ -71,6 +71,8 @@ pub enum Fault {
     Flushes,
     /// Reads and writes that begin at this offset fail, at once.
     At(u64),
+    /// The read with this number fails, once; the first has number 0.
+    NthRead(u64),
 }
 
 #[derive(Default)]
@@ -278,7 +280,14 @@ impl BlockDriver for StorageDriver {
         self.0.fail_at(offset)?;
         self.0.pause().await;
         {
-            let state = self.0.state.lock();
+            let mut state = self.0.state.lock();
+            if let Fault::NthRead(left) = state.fault {
+                let Some(left) = left.checked_sub(1) else {
+                    state.fault = Fault::None;
+                    return Err(Error::io("injected"));
+                };
+                state.fault = Fault::NthRead(left);
+            }
             if state.fault == Fault::Reads {
                 return Err(Error::io("injected"));
             }

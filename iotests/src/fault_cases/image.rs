@@ -13,7 +13,7 @@ use block_core::{
 use super::model::{BELOW, IMAGE, Model, Runner, Start, UNITS};
 use crate::{
     case::{Case, CaseResult, Failure, Group, Scene, Verdict},
-    stack::{NONE, reader},
+    stack::NONE,
     storage::{Choose, Content, OpKind, Stage},
 };
 
@@ -131,17 +131,8 @@ enum One {
     Unsupported,
 }
 
-/// What is left of an image whose power was cut.
-struct LeftOver {
-    content: Content,
-    /// What it may show.
-    model: Model,
-    /// It says that it has to be repaired, which every open does that may write.
-    dirty: bool,
-}
-
-/// What is left of an image whose power was cut with everything in flight and nothing flushed.
-async fn cut_off(start: &Start) -> Result<LeftOver, Failure> {
+/// What is left of an image whose power was cut with everything in flight and nothing flushed, and what it may show.
+async fn cut_off(start: &Start) -> Result<(Content, Model), Failure> {
     start.reset()?;
     let node = start.open().await?;
     let mut runner = Runner::new(start, &node)?;
@@ -155,15 +146,7 @@ async fn cut_off(start: &Start) -> Result<LeftOver, Failure> {
     let model = runner.model.clone();
     drop(runner);
     start.graph().release(&node).await?;
-    start.disk()?.restore(content.clone());
-    let node = start.open_for_check().await?;
-    let dirty = reader(start.graph(), &node)?.info().await?.dirty;
-    start.graph().release(&node).await?;
-    Ok(LeftOver {
-        content,
-        model,
-        dirty,
-    })
+    Ok((content, model))
 }
 
 /// What came of an operation.
@@ -176,19 +159,19 @@ struct Outcome {
 async fn one(
     start: &Start,
     act: Act,
-    left_over: Option<&LeftOver>,
+    left_over: Option<&(Content, Model)>,
     kind: OpKind,
     stage: Stage,
     n: u64,
 ) -> Result<One, Failure> {
     start.reset()?;
     let disk = start.disk()?;
-    if let Some(left) = left_over {
-        disk.restore(left.content.clone());
+    if let Some((content, _)) = left_over {
+        disk.restore(content.clone());
         disk.track_durability();
     }
     let before = disk.content().to_bytes();
-    let model = left_over.map_or_else(|| Model::of(&start.shown), |left| left.model.clone());
+    let model = left_over.map_or_else(|| Model::of(&start.shown), |(_, model)| model.clone());
     let position = disk.log_position();
     let injected = ErrorKind::Io;
     let arm = || {
@@ -239,12 +222,9 @@ async fn one(
         .log_since(position)
         .iter()
         .any(|entry| entry.result == Some(Err(injected)));
-    let repairs =
-        act == Act::Repair || act == Act::OpenAfterCut && left_over.is_some_and(|left| left.dirty);
     let must_be_told = matches!(kind, OpKind::Read | OpKind::Write | OpKind::Flush)
-        // The error of a punch, or of a shortening that gives space back, is nobody's loss. A repair makes anew what it
-        // can't read of the counts.
-        && !(repairs && kind == OpKind::Read);
+        // The error of a punch, or of a shortening that gives space back, is nobody's loss.
+        && !(act == Act::Repair && kind == OpKind::Read);
     match &outcome.result {
         Ok(()) if failed && must_be_told => {
             return Err("nobody was told of the error".into());

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use block_core::{
     BlockHandle, Capabilities, Error, ErrorKind, Graph, Node, Options, RequestFlags, Result,
     driver::Truncate,
-    registry::{ImplicitOpens, OpenOptions},
 };
 
 use crate::{
@@ -240,22 +239,6 @@ impl Start {
         self.scene
             .lab
             .open(format, IMAGE, backing, &Options::new())
-            .await
-    }
-
-    /// Opens the image as a check does, which changes nothing.
-    pub async fn open_for_check(&self) -> Result<Arc<Node>> {
-        let lab = &self.scene.lab;
-        let format = self.scene.format.name.as_str();
-        let backing = self.below.is_some().then_some((BELOW, format));
-        let options = lab.open_options(format, backing, &Options::new().with("read-only", true));
-        let how = OpenOptions {
-            implicit: ImplicitOpens::Permit,
-            for_check: true,
-            ..OpenOptions::default()
-        };
-        lab.registry
-            .open_file(&lab.graph, IMAGE, Some(format), options, how)
             .await
     }
 

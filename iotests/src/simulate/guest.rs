@@ -121,9 +121,9 @@ fn is_excused(world: &World, step: Step, error: &Error) -> bool {
     }
 }
 
-fn judge_read(world: &World, wrong: &[Mismatch]) {
+fn judge_read(world: &World, what: &str, wrong: &[Mismatch]) {
     if let Some(first) = wrong.first() {
-        let text = format!("a read: {first} ({} places)", wrong.len());
+        let text = format!("{what}: {first} ({} places)", wrong.len());
         world
             .setup
             .recorder
@@ -178,7 +178,7 @@ async fn ask(world: &Arc<World>, queue: usize, at: usize, step: Step) -> Result<
             } else {
                 reading.check_lenient(offset, &bytes)
             };
-            judge_read(world, &wrong);
+            judge_read(world, "a read", &wrong);
             Ok(())
         }
         StepKind::Write | StepKind::WriteCompressed => {
@@ -224,7 +224,20 @@ async fn ask(world: &Arc<World>, queue: usize, at: usize, step: Step) -> Result<
             world.lengths.flushed(length_then);
             Ok(())
         }
-        StepKind::Status => handle.block_status(offset, len).await.map(|_| ()),
+        StepKind::Status => {
+            // Far beyond the step: over many tables, and what other requests are at.
+            let reading = oracle.read();
+            let status = handle.block_status(offset, MAX_LENGTH - offset).await?;
+            if gate && status.is_zero() {
+                world
+                    .setup
+                    .recorder
+                    .count("zeroes-told-by-status", status.len);
+                let zeroes = vec![0; status.len as usize];
+                judge_read(world, "block status", &reading.check(offset, &zeroes));
+            }
+            Ok(())
+        }
         StepKind::Resize => resize(world, offset).await,
         // Nothing but the gate keeps writes that are in flight out of what a snapshot shares.
         StepKind::SnapshotCreate | StepKind::SnapshotApply | StepKind::SnapshotDelete if !gate => {

@@ -205,6 +205,12 @@ fn print(report: &CheckReport) {
                 report.leaks
             );
         }
+        if report.uncertain > 0 {
+            say!(
+                "\n{} clusters are leaked, or belong to what could not be read.",
+                report.uncertain
+            );
+        }
         if report.check_errors > 0 {
             say!(
                 "\n{} internal errors have occurred during the check.",
@@ -251,6 +257,7 @@ fn to_json(report: &CheckReport, filename: &str, format: &str) -> Value {
     count("corruptions-fixed", report.corruptions_fixed, false);
     count("check-errors", report.check_errors, true);
     count("leaks", report.leaks, false);
+    count("uncertain-leaks", report.uncertain, false);
     count("leaks-fixed", report.leaks_fixed, false);
     count("allocated-clusters", report.allocated_clusters, false);
     count("fragmented-clusters", report.fragmented_clusters, false);

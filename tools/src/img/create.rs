@@ -1,6 +1,8 @@
 //! `blk create`: makes a new image.
 
-use block_core::{ErrorKind, resolve_name};
+use std::path::PathBuf;
+
+use block_core::{ErrorKind, Options, resolve_name};
 
 use super::{
     Command,
@@ -143,13 +145,39 @@ async fn create(session: &Session, request: &Request<'_>, quiet: bool) -> Result
         format!("The image size is too large for file format '{format}'{hint}")
     };
     let values = options.for_format()?;
-    registry
-        .create(&session.graph, format, filename, values)
+    make(session, format, filename, values)
         .await
         .map_err(|error| match error.kind() {
             ErrorKind::TooBig => Failure::new(too_large()).with_details(&error),
             _ => error.into(),
         })
+}
+
+/// Makes the image. What is half made is removed again, if nothing was there before; options that are refused leave what is there alone.
+pub async fn make(
+    session: &Session,
+    format: &str,
+    filename: &str,
+    options: Options,
+) -> block_core::Result<()> {
+    let registry = &session.registry;
+    let place = registry.filename_options(filename)?;
+    let path = match (place.get_str("driver"), place.get_str("filename")) {
+        (None | Some("file"), Some(path)) => Some(PathBuf::from(path)),
+        _ => None,
+    };
+    let is_new = path.filter(|path| path.symlink_metadata().is_err());
+    let made = registry
+        .create(&session.graph, format, filename, options)
+        .await;
+    if made.is_err()
+        && let Some(path) = is_new
+        && path.symlink_metadata().is_ok_and(|found| found.is_file())
+    {
+        // The error that matters is the other one.
+        let _ = std::fs::remove_file(path);
+    }
+    made
 }
 
 /// The backing file must be an image, its format must be named, and its size is the default.

@@ -1,6 +1,6 @@
 //! `blk measure`: how large a new image would get.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{
     Command,
@@ -82,7 +82,8 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     let format = parsed.get("target-format").unwrap_or("raw");
     let mut data = Vec::new();
     let mut length = size.unwrap_or(0);
-    let mut has_bitmaps = false;
+    // Bitmaps; `None` where there can't be any.
+    let mut bitmaps: Option<Vec<(u64, u64)>> = None;
     if let Some(name) = file {
         let image = args::image(parsed, name, "format")?;
         let access = Access {
@@ -96,11 +97,24 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
         length = handle.length();
         data = extents(&handle).await?;
         // Bitmaps can be kept by qcow2 version 3 alone.
-        let info = handle.info().await?;
-        has_bitmaps = handle.node().driver().name() == "qcow2"
-            && info
-                .format_specific
-                .is_some_and(|(_, data)| data["compat"] != "0.10");
+        let info = match &snapshot {
+            None => handle.info().await?,
+            // Bitmaps are the disk's.
+            Some(_) => {
+                let disk = open::open(session, image, access).await?;
+                let info = disk.info().await?;
+                disk.close().await?;
+                info
+            }
+        };
+        bitmaps = match info.format_specific {
+            Some((_, data))
+                if handle.node().driver().name() == "qcow2" && data["compat"] != "0.10" =>
+            {
+                Some(bitmaps_of(&data["bitmaps"]))
+            }
+            _ => None,
+        };
         handle.close().await?;
     }
     let factory = session
@@ -118,13 +132,18 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
         })?;
     }
     let measure = factory.measure(length, &data, options.for_format()?)?;
-    let bitmaps = has_bitmaps && format == "qcow2";
+    // Neither does an image of version 2 take them.
+    let takes = format == "qcow2" && !matches!(options.get("compat"), Some("0.10" | "v2"));
+    let cluster = options.get_size("cluster_size").unwrap_or(1 << 16);
+    let bitmaps = bitmaps
+        .filter(|_| takes)
+        .map(|bitmaps| bitmaps_size(length, cluster, &bitmaps));
     match output {
         OutputFormat::Human => {
             say!("required size: {}", measure.required);
             say!("fully allocated size: {}", measure.fully_allocated);
-            if bitmaps {
-                say!("bitmaps size: 0");
+            if let Some(bitmaps) = bitmaps {
+                say!("bitmaps size: {bitmaps}");
             }
         }
         OutputFormat::Json => {
@@ -132,13 +151,40 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
                 "required": measure.required,
                 "fully-allocated": measure.fully_allocated,
             });
-            if bitmaps {
-                value["bitmaps"] = json!(0);
+            if let Some(bitmaps) = bitmaps {
+                value["bitmaps"] = json!(bitmaps);
             }
             say!("{}", json::pretty(&value));
         }
     }
     Ok(0)
+}
+
+/// Granularity, and bytes of the name, of each bitmap that `info` lists. As with qemu-img, those that turn out to be inconsistent count.
+fn bitmaps_of(listed: &Value) -> Vec<(u64, u64)> {
+    let listed = listed.as_array().into_iter().flatten();
+    listed
+        .map(|bitmap| {
+            let name = bitmap["name"].as_str().unwrap_or_default();
+            let granularity = bitmap["granularity"].as_u64();
+            (granularity.unwrap_or(1 << 16), name.len() as u64)
+        })
+        .collect()
+}
+
+/// What bitmaps of a disk take in a qcow2 image when all of their clusters are there: data, tables, directory.
+fn bitmaps_size(length: u64, cluster: u64, bitmaps: &[(u64, u64)]) -> u64 {
+    const ENTRY_HEAD: u64 = 24;
+    let cluster = cluster.max(1);
+    let mut directory = 0;
+    let mut size = 0;
+    for (granularity, name) in bitmaps {
+        let bits = length.div_ceil((*granularity).max(1));
+        let clusters = bits.div_ceil(8).div_ceil(cluster);
+        size += clusters * cluster + (clusters * 8).next_multiple_of(cluster);
+        directory += (ENTRY_HEAD + name).next_multiple_of(8);
+    }
+    size + u64::next_multiple_of(directory, cluster)
 }
 
 /// Where there is data that isn't known to be zero.

@@ -3,7 +3,7 @@
 use block_core::{BlockHandle, Capabilities, ErrorKind, Options, RequestFlags};
 use serde_json::json;
 
-use super::super::create_options::CreateOptions;
+use super::super::{create as image, create_options::CreateOptions};
 use crate::common::{
     cache::CacheMode,
     failure::Failure,
@@ -174,8 +174,7 @@ async fn create(
         "size",
         &options.get_size("size").unwrap_or(length).to_string(),
     )?;
-    registry
-        .create(&session.graph, format, name, options.for_format()?)
+    image::make(session, format, name, options.for_format()?)
         .await
         .map_err(|error| {
             let reason = match error.kind() {
