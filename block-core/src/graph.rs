@@ -122,6 +122,13 @@ impl NodeSpec {
     }
 }
 
+/// What a block job has with a node.
+struct Claimed {
+    job: String,
+    /// A filter that goes away with the job.
+    passing: bool,
+}
+
 /// A set of nodes that belong together, and the handles on them.
 pub struct Graph {
     env: Arc<dyn Environment>,
@@ -133,7 +140,7 @@ pub struct Graph {
     changing: futures::lock::Mutex<()>,
     next_id: AtomicU64,
     gate: bool,
-    claims: Mutex<HashMap<u64, String>>,
+    claims: Mutex<HashMap<u64, Claimed>>,
     /// Nodes whose opening was given up.
     orphans: Mutex<Vec<Arc<Node>>>,
     on_new_node: Mutex<Option<NodeHook>>,
@@ -583,25 +590,32 @@ impl Graph {
         handle::change_backing(node, None, file, format).await
     }
 
-    /// Forbids changes of the chain edges from `top` down to `base` (or to the end), until the guard is dropped.
+    /// Forbids changes of the chain edges from `top` down to `base` (or to the end), until the guard is dropped. `holder`
+    /// is the block job that is named to those who want to change one.
+    ///
+    /// # Errors
+    /// EBUSY when one of them leads to a filter that a block job takes out at its end ([`Self::claim_filter_for_job`]): that
+    /// job could not end any more.
     pub fn freeze_chain(
         self: &Arc<Self>,
         top: &Arc<Node>,
         base: Option<&Arc<Node>>,
         holder: &str,
-    ) -> FreezeGuard {
-        let mut keys = Vec::new();
-        let mut at = top.clone();
-        while base.is_none_or(|base| base.id() != at.id()) {
-            let edges = at.edges();
-            let edge = edges
-                .iter()
-                .find(|edge| matches!(edge.role, ChildRole::Filtered | ChildRole::Backing));
-            let Some(edge) = edge else { break };
-            keys.push((at.id(), edge.name.clone()));
-            at = edge.child.node().clone();
-        }
-        self.with_topology(|topology| {
+    ) -> Result<FreezeGuard> {
+        // Edges change under the topology's lock: what is frozen is the chain as it is at one moment.
+        let keys = self.with_topology(|topology| -> Result<_> {
+            let mut keys = Vec::new();
+            let mut at = top.clone();
+            while base.is_none_or(|base| base.id() != at.id()) {
+                let edges = at.edges();
+                let edge = edges
+                    .iter()
+                    .find(|edge| matches!(edge.role, ChildRole::Filtered | ChildRole::Backing));
+                let Some(edge) = edge else { break };
+                self.refuse_passing(&at, edge)?;
+                keys.push((at.id(), edge.name.clone()));
+                at = edge.child.node().clone();
+            }
             for key in &keys {
                 topology
                     .frozen
@@ -609,27 +623,68 @@ impl Graph {
                     .or_default()
                     .push(holder.to_owned());
             }
-        });
-        FreezeGuard {
+            Ok(keys)
+        })?;
+        Ok(FreezeGuard {
             graph: self.clone(),
             keys,
             holder: holder.to_owned(),
+        })
+    }
+
+    /// Refuses an edge to a filter that goes away with its job.
+    fn refuse_passing(&self, parent: &Node, edge: &Edge) -> Result<()> {
+        let child = edge.child.node();
+        match self.claims.lock().get(&child.id()) {
+            Some(claimed) if claimed.passing => Err(Error::new(
+                ErrorKind::Busy,
+                format!(
+                    "Cannot freeze '{}' link from '{}' to '{}': node is in use by block job: {}",
+                    edge.name,
+                    parent.name(),
+                    child.name(),
+                    claimed.job
+                ),
+            )),
+            _ => Ok(()),
         }
     }
 
     /// Marks `node` as in use by a block job; a second job on it is refused with a message as qemu's.
+    ///
+    /// # Errors
+    /// EBUSY when another job has it.
     pub fn claim_for_job(self: &Arc<Self>, node: &Arc<Node>, job: &str) -> Result<JobClaim> {
+        self.claim(node, job, false)
+    }
+
+    /// The same for a filter that the job takes out of the graph at its end. Nobody can freeze a link to it meanwhile; a job
+    /// that claims it before it puts it in will be able to take it out.
+    ///
+    /// # Errors
+    /// EBUSY when another job has it.
+    pub fn claim_filter_for_job(
+        self: &Arc<Self>,
+        filter: &Arc<Node>,
+        job: &str,
+    ) -> Result<JobClaim> {
+        self.claim(filter, job, true)
+    }
+
+    fn claim(self: &Arc<Self>, node: &Arc<Node>, job: &str, passing: bool) -> Result<JobClaim> {
         let mut claims = self.claims.lock();
         if let Some(other) = claims.get(&node.id()) {
             return Err(Error::new(
                 ErrorKind::Busy,
                 format!(
-                    "Node '{}' is busy: block device is in use by block job: {other}",
-                    node.name()
+                    "Node '{}' is busy: block device is in use by block job: {}",
+                    node.name(),
+                    other.job
                 ),
             ));
         }
-        claims.insert(node.id(), job.to_owned());
+        let job = job.to_owned();
+        claims.insert(node.id(), Claimed { job, passing });
         Ok(JobClaim {
             graph: self.clone(),
             node: node.id(),
@@ -745,9 +800,9 @@ fn check_frozen(topology: &Topology, id: u64, new: &Edges) -> Result<()> {
     };
     for edge in parent.edges().iter() {
         let key = (id, edge.name.clone());
-        if topology.frozen.get(&key).is_none_or(Vec::is_empty) {
+        let Some(holder) = topology.frozen.get(&key).and_then(|all| all.first()) else {
             continue;
-        }
+        };
         let same = new
             .named(&edge.name)
             .is_some_and(|other| other.child.node().id() == edge.child.node().id());
@@ -755,7 +810,7 @@ fn check_frozen(topology: &Topology, id: u64, new: &Edges) -> Result<()> {
             return Err(Error::new(
                 ErrorKind::NotPermitted,
                 format!(
-                    "Cannot change frozen '{}' link from '{}' to '{}'",
+                    "Cannot change frozen '{}' link from '{}' to '{}': in use by block job: {holder}",
                     edge.name,
                     parent.name(),
                     edge.child.node().name()

@@ -155,7 +155,10 @@ fn a_frozen_edge_doesnt_change() {
         .graph
         .add_node(NodeSpec::new(Arc::new(Memory::new(4096))))
         .unwrap();
-    let frozen = disk.graph.freeze_chain(&filter, Some(&disk.node), "commit");
+    let frozen = disk
+        .graph
+        .freeze_chain(&filter, Some(&disk.node), "commit")
+        .unwrap();
     let change = disk
         .graph
         .set_child(&filter, ChildRole::Filtered, "file", Some(&other));
@@ -163,7 +166,7 @@ fn a_frozen_edge_doesnt_change() {
     assert_eq!(
         error.reason(),
         format!(
-            "Cannot change frozen 'file' link from '{}' to '{}'",
+            "Cannot change frozen 'file' link from '{}' to '{}': in use by block job: commit",
             filter.name(),
             disk.node.name()
         )
@@ -174,6 +177,40 @@ fn a_frozen_edge_doesnt_change() {
             .set_child(&filter, ChildRole::Filtered, "file", Some(&other)),
     )
     .unwrap();
+}
+
+#[test]
+fn a_link_to_a_filter_that_goes_away_with_its_job_cant_be_frozen() {
+    let disk = disk(Memory::new(4096));
+    let (_, filter) = filter_over(&disk.graph, &disk.node);
+    let (_, above) = filter_over(&disk.graph, &filter);
+    let claim = disk.graph.claim_filter_for_job(&filter, "backup").unwrap();
+    // Its own link to what it is over is none of them.
+    drop(
+        disk.graph
+            .freeze_chain(&filter, Some(&disk.node), "backup")
+            .unwrap(),
+    );
+    for base in [Some(&disk.node), Some(&filter), None] {
+        let error = disk
+            .graph
+            .freeze_chain(&above, base, "stream")
+            .expect_err("the filter goes away");
+        assert_eq!(
+            error.reason(),
+            format!(
+                "Cannot freeze 'file' link from '{}' to '{}': node is in use by block job: backup",
+                above.name(),
+                filter.name()
+            )
+        );
+    }
+    // The refusals have left nothing frozen.
+    block_on(disk.graph.remove_filter(&filter)).unwrap();
+    drop(claim);
+    disk.graph
+        .freeze_chain(&above, Some(&disk.node), "stream")
+        .unwrap();
 }
 
 #[test]

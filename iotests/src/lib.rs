@@ -74,6 +74,7 @@ pub mod race;
 pub mod relay;
 pub mod report;
 pub mod runner;
+mod say;
 pub mod sim;
 pub mod simulate;
 mod stack;

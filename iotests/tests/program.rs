@@ -296,3 +296,40 @@ fn quick_cases_pass_on_every_format_of_the_workspace() {
     };
     assert!(covered("qcow2") >= 150, "{}", covered("qcow2"));
 }
+
+#[test]
+fn simulate_tells_on_standard_error_how_far_it_is_when_it_is_asked() {
+    let range = ["simulate", "-f", "raw", "--seeds", "0..3"];
+    let quiet = iotests(&range);
+    assert_eq!(status(&quiet), 0, "{}", text(&quiet));
+    assert!(quiet.stderr.is_empty(), "{}", text(&quiet));
+    let asked = iotests(&[&range[..], &["-p"]].concat());
+    assert_eq!(status(&asked), 0, "{}", text(&asked));
+    let told = String::from_utf8_lossy(&asked.stderr);
+    assert!(told.starts_with("3/3 seeds (0 failed), "), "{told}");
+    assert!(!String::from_utf8_lossy(&asked.stdout).contains("per hour, "));
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_reason_to_panic() {
+    for command in [
+        &["explore", "--list"][..],
+        &["explore", "-f", "raw", "-s", "zero", "-k", "0"],
+        &["simulate", "-f", "raw", "--seeds", "0..2"],
+        &["list"],
+    ] {
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        drop(reader);
+        let output = Command::new(env!("CARGO_BIN_EXE_iotests"))
+            .args(command)
+            .stdout(writer)
+            .output()
+            .expect("the program starts");
+        let told = String::from_utf8_lossy(&output.stderr);
+        assert!(!told.contains("panicked"), "{command:?}: {told}");
+        assert!(
+            matches!(output.status.code(), Some(0 | 2)),
+            "{command:?}: {told}"
+        );
+    }
+}

@@ -152,17 +152,11 @@ impl Backup {
         });
         // It works from the moment when it is between the source and its parents.
         let name = options.filter_node_name.as_deref();
-        let filter = chain::insert_started(graph, driver, name, source, target, || state.start());
-        let filter = filter.await?;
-        // Nobody else may take the filter for a disk: it goes away with this job.
-        match graph.claim_for_job(&filter, JobKind::Backup.name()) {
-            Ok(claim) => claims.push(claim),
-            Err(error) => {
-                state.stop();
-                chain::withdraw(graph, &filter).await;
-                return Err(error);
-            }
-        }
+        let kind = JobKind::Backup;
+        let start = || state.start();
+        let (filter, claim) =
+            chain::insert_started(graph, driver, name, source, target, kind, start).await?;
+        claims.push(claim);
         let mut backup = Self {
             graph: graph.clone(),
             source: source.clone(),

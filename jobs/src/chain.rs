@@ -4,10 +4,10 @@
 use std::sync::Arc;
 
 use block_core::{
-    driver::{BlockDriver, ChildRole, Reopen},
+    driver::{BlockDriver, ChildRole, DriverKind, Reopen},
     error::{Error, Operation, Result},
     flags::{PermissionSet, Permissions},
-    graph::{Graph, JobClaim, NodeSpec},
+    graph::{FreezeGuard, Graph, JobClaim, NodeSpec},
     handle::BlockHandle,
     node::Node,
 };
@@ -48,15 +48,52 @@ pub(crate) fn claim(
     Ok(claims)
 }
 
-/// Puts a filter over `source`, with `target` as its other child.
+/// Claims the chain from `top` down to `base` (or to its end), and what else a job works on, and freezes it. Whatever else
+/// works on it then is refused at its start, and the job finds at its end what it has seen here.
+pub(crate) fn hold(
+    graph: &Arc<Graph>,
+    top: &Arc<Node>,
+    base: Option<&Arc<Node>>,
+    also: impl IntoIterator<Item = Arc<Node>>,
+    kind: JobKind,
+) -> Result<(Vec<JobClaim>, FreezeGuard)> {
+    let now = || match base {
+        Some(base) => layers(top, base),
+        None => Some(std::iter::once(top.clone()).chain(top.chain()).collect()),
+    };
+    let also: Vec<Arc<Node>> = also.into_iter().collect();
+    loop {
+        let Some(seen) = now() else {
+            return Err(refused(format!(
+                "Node '{}' is not a backing image of '{}'",
+                base.map_or("", |base| base.name()),
+                top.name()
+            )));
+        };
+        // Images before filters: who is refused is told of a node that they know.
+        let mut nodes: Vec<_> = also.iter().chain(&seen).cloned().collect();
+        nodes.sort_by_key(|node| node.driver().kind() == DriverKind::Filter);
+        let claims = claim(graph, nodes, kind)?;
+        let frozen = graph.freeze_chain(top, base, kind.name())?;
+        // It may have changed before it was claimed.
+        let ids = |nodes: &[Arc<Node>]| nodes.iter().map(|node| node.id()).collect::<Vec<_>>();
+        if now().is_some_and(|now| ids(&now) == ids(&seen)) {
+            return Ok((claims, frozen));
+        }
+    }
+}
+
+/// Puts a filter over `source`, with `target` as its other child. It is claimed for the job: nobody else may take it for a
+/// disk, or build on it, since it goes away with the job.
 pub(crate) async fn insert(
     graph: &Arc<Graph>,
     driver: Arc<dyn BlockDriver>,
     name: Option<&str>,
     source: &Arc<Node>,
     target: &Arc<Node>,
-) -> Result<Arc<Node>> {
-    insert_started(graph, driver, name, source, target, || ()).await
+    kind: JobKind,
+) -> Result<(Arc<Node>, JobClaim)> {
+    insert_started(graph, driver, name, source, target, kind, || ()).await
 }
 
 /// The same; `start` is called when nothing is in flight, right before it is put in.
@@ -66,8 +103,9 @@ pub(crate) async fn insert_started(
     name: Option<&str>,
     source: &Arc<Node>,
     target: &Arc<Node>,
+    kind: JobKind,
     start: impl FnOnce(),
-) -> Result<Arc<Node>> {
+) -> Result<(Arc<Node>, JobClaim)> {
     let mut spec = NodeSpec::new(driver)
         .with_child(ChildRole::Filtered, "file", source)
         .with_child(ChildRole::Target, "target", target);
@@ -75,6 +113,13 @@ pub(crate) async fn insert_started(
         spec = spec.named(name);
     }
     let filter = graph.add_node(spec)?;
+    let claim = match graph.claim_filter_for_job(&filter, kind.name()) {
+        Ok(claim) => claim,
+        Err(error) => {
+            retire(graph, &filter, true).await;
+            return Err(error);
+        }
+    };
     let drained = graph.drain(source).await;
     start();
     let inserted = graph.insert_filter(&filter).await;
@@ -83,7 +128,7 @@ pub(crate) async fn insert_started(
         retire(graph, &filter, true).await;
         return Err(error);
     }
-    Ok(filter)
+    Ok((filter, claim))
 }
 
 /// Gives a filter up that has no parents any more. Its target is left alone; its source too, with `keep_source`, and
@@ -112,6 +157,13 @@ pub(crate) async fn withdraw(graph: &Arc<Graph>, filter: &Arc<Node>) {
         return;
     }
     retire(graph, filter, true).await;
+}
+
+/// A job has come to its end with `node`, which had others above it: it is closed if they have gone meanwhile.
+pub(crate) async fn leave(graph: &Arc<Graph>, node: &Arc<Node>) {
+    if let Err(error) = graph.collect(node).await {
+        tracing::warn!(%error, node = node.name(), "a layer that nobody uses was closed with an error");
+    }
 }
 
 /// Marks layers as no whole disks.

@@ -119,11 +119,12 @@ pub(crate) async fn set_up(
     let Some(layers) = chain::layers(&top, &base) else {
         return Err(not_in_chain(&base));
     };
-    let is_active = top.skip_filters().id() == device.skip_filters().id()
+    let is_device = top.skip_filters().id() == device.skip_filters().id();
+    let is_active = is_device
         || graph.parents(&top).is_empty()
         || top.permissions().used.contains(Permissions::WRITE);
     // The guest's own node is the one to put the filter over.
-    let top = if is_active && graph.parents(&device).is_empty() {
+    let top = if is_device && graph.parents(&device).is_empty() {
         device.clone()
     } else {
         top
@@ -134,7 +135,6 @@ pub(crate) async fn set_up(
     } else {
         Vec::new()
     };
-    claimed.extend(layers.iter().cloned());
     claimed.push(base.clone());
     if is_active {
         if options.backing_file.is_some() {
@@ -142,7 +142,7 @@ pub(crate) async fn set_up(
                 "'backing-file' specified, but 'top' is the active layer",
             ));
         }
-        let claims = chain::claim(graph, claimed, JobKind::Commit)?;
+        let (claims, frozen) = chain::hold(graph, &top, Some(&base), claimed, JobKind::Commit)?;
         check_root(graph, &top)?;
         let was_read_only = chain::make_writable(graph, &base).await?;
         let mirror = MirrorOptions {
@@ -155,6 +155,8 @@ pub(crate) async fn set_up(
             ..MirrorOptions::new(&top, &base)
         };
         let mirror = Mirror::set_up_commit(manager, mirror, claims, counters, was_read_only).await;
+        // From the filter down it is frozen by the mirror now.
+        drop(frozen);
         return match mirror {
             Ok(mirror) => Ok(Box::new(mirror)),
             Err(error) => {
@@ -165,8 +167,10 @@ pub(crate) async fn set_up(
             }
         };
     }
-    let claims = chain::claim(graph, claimed, JobKind::Commit)?;
-    let commit = Commit::set_up(graph, options, top, base, layers, claims).await?;
+    let (claims, frozen) = chain::hold(graph, &top, Some(&base), claimed, JobKind::Commit)?;
+    let commit = Commit::set_up(manager, options, top, base, layers, claims).await?;
+    // From the filter down it is frozen by the commit now.
+    drop(frozen);
     Ok(Box::new(commit))
 }
 
@@ -185,24 +189,30 @@ struct Commit {
     freeze: Option<FreezeGuard>,
     inconsistent: Vec<BlockHandle>,
     claims: Vec<JobClaim>,
+    finalising: Arc<futures::lock::Mutex<()>>,
     merged: bool,
     withdrawn: bool,
 }
 
 impl Commit {
     async fn set_up(
-        graph: &Arc<Graph>,
+        manager: &Arc<JobManager>,
         options: CommitOptions,
         top: Arc<Node>,
         base: Arc<Node>,
         layers: Vec<Arc<Node>>,
-        claims: Vec<JobClaim>,
+        mut claims: Vec<JobClaim>,
     ) -> Result<Self> {
+        let graph = manager.graph();
         let base_was_read_only = chain::make_writable(graph, &base).await?;
         let driver = CommitTop::new(base.length() < top.length());
         let name = options.filter_node_name.as_deref();
-        let filter = match chain::insert(graph, driver.clone(), name, &top, &base).await {
-            Ok(filter) => filter,
+        let kind = JobKind::Commit;
+        let filter = match chain::insert(graph, driver.clone(), name, &top, &base, kind).await {
+            Ok((filter, claim)) => {
+                claims.push(claim);
+                filter
+            }
             Err(error) => {
                 if base_was_read_only {
                     chain::make_read_only(graph, &base).await;
@@ -211,7 +221,7 @@ impl Commit {
             }
         };
         let mut commit = Self {
-            freeze: Some(graph.freeze_chain(&filter, Some(&base), JobKind::Commit.name())),
+            freeze: None,
             graph: graph.clone(),
             device: options.device,
             top,
@@ -224,6 +234,7 @@ impl Commit {
             transfer: None,
             inconsistent: Vec::new(),
             claims,
+            finalising: manager.finalising().clone(),
             merged: false,
             withdrawn: false,
         };
@@ -237,6 +248,11 @@ impl Commit {
     }
 
     fn connect(&mut self, layers: &[Arc<Node>]) -> Result<()> {
+        let kind = JobKind::Commit.name();
+        self.freeze = Some(
+            self.graph
+                .freeze_chain(&self.filter, Some(&self.base), kind)?,
+        );
         self.driver.start();
         let handle = self.graph.attach(&self.filter, PermissionSet::NONE, "")?;
         self.inconsistent = chain::mark_inconsistent(&self.graph, layers)?;
@@ -314,6 +330,9 @@ impl Commit {
 
     /// Overlays read from the base from here on.
     async fn drop_layers(&mut self) -> Result<()> {
+        // The end of another job may give the filter one more overlay, whose header has to be rewritten, too.
+        let finalising = self.finalising.clone();
+        let _turn = finalising.lock().await;
         self.driver.stop();
         self.transfer = None;
         self.inconsistent.clear();
@@ -352,6 +371,9 @@ impl Commit {
         if self.base_was_read_only {
             chain::make_read_only(&self.graph, &self.base).await;
         }
+        // The guest may have moved to another disk meanwhile, and have left nothing above.
+        let highest = if self.merged { &self.base } else { &self.top };
+        chain::leave(&self.graph, highest).await;
         self.claims.clear();
     }
 }

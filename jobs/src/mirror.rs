@@ -160,7 +160,6 @@ impl Mirror {
         if source.id() == target.id() {
             return Err(refused("Can't mirror node into itself"));
         }
-        check_root(manager.graph(), source)?;
         if source.chain().iter().any(|node| node.id() == target.id()) {
             return Err(refused(format!(
                 "Can't mirror node into itself: '{}' is in the chain of '{}'",
@@ -180,6 +179,8 @@ impl Mirror {
         }
         let claimed = [source.clone(), target.clone()];
         let claims = chain::claim(manager.graph(), claimed, JobKind::Mirror)?;
+        // Whoever comes second is told of the job that was first, rather than of its filter.
+        check_root(manager.graph(), source)?;
         Self::begin(manager, options, None, claims, counters, false).await
     }
 
@@ -246,31 +247,23 @@ impl Mirror {
             state: state.clone(),
         });
         let name = options.filter_node_name.as_deref();
-        let filter = match chain::insert(&graph, driver, name, &source, &target).await {
-            Ok(filter) => filter,
-            Err(error) => {
-                source.remove_bitmap(&bitmap);
-                return Err(error);
-            }
-        };
         let kind = if base.is_some() {
             JobKind::Commit
         } else {
             JobKind::Mirror
         };
-        // Nobody else may take the filter for a disk: it goes away with this job.
-        match graph.claim_for_job(&filter, kind.name()) {
-            Ok(claim) => claims.push(claim),
+        let filter = match chain::insert(&graph, driver, name, &source, &target, kind).await {
+            Ok((filter, claim)) => {
+                claims.push(claim);
+                filter
+            }
             Err(error) => {
                 source.remove_bitmap(&bitmap);
-                chain::withdraw(&graph, &filter).await;
                 return Err(error);
             }
-        }
+        };
         let mut mirror = Self {
-            freeze: base
-                .as_ref()
-                .map(|base| graph.freeze_chain(&filter, Some(base), JobKind::Commit.name())),
+            freeze: None,
             graph,
             source,
             target,
@@ -302,6 +295,10 @@ impl Mirror {
     }
 
     fn connect(&mut self, base: Option<Arc<Node>>, between: &[Arc<Node>]) -> Result<()> {
+        if let Some(base) = &base {
+            let kind = JobKind::Commit.name();
+            self.freeze = Some(self.graph.freeze_chain(&self.filter, Some(base), kind)?);
+        }
         self.state.start();
         let handle = self.graph.attach(&self.filter, chain::READER, "")?;
         if between.len() > 1 {

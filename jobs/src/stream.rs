@@ -85,6 +85,11 @@ pub(crate) struct Stream {
     backing_file: Option<String>,
     on_error: OnError,
     handle: Option<Arc<BlockHandle>>,
+    /// Keeps `top` open to the end, also when the disk that it was a layer of goes away.
+    keeper: Option<BlockHandle>,
+    /// It is a layer of a disk, not the disk itself.
+    is_layer: bool,
+    finalising: Arc<futures::lock::Mutex<()>>,
     freeze: Option<FreezeGuard>,
     claims: Vec<JobClaim>,
 }
@@ -131,16 +136,15 @@ impl Stream {
                 "backing file specified, but streaming the entire chain",
             ));
         }
-        let mut claimed = match &base {
-            Some(base) => chain::layers(&top, base).unwrap_or_default(),
-            None => std::iter::once(top.clone()).chain(top.chain()).collect(),
-        };
-        claimed.insert(0, options.device.clone());
-        let claims = chain::claim(graph, claimed, JobKind::Stream)?;
-        let freeze = graph.freeze_chain(&top, base.as_ref(), JobKind::Stream.name());
+        let device = [options.device.clone()];
+        let (claims, freeze) = chain::hold(graph, &top, base.as_ref(), device, JobKind::Stream)?;
         let top_was_read_only = chain::make_writable(graph, &top).await?;
-        let handle = match graph.attach(&top, PERMISSIONS, "") {
-            Ok(handle) => handle,
+        let is_layer = !graph.parents(&top).is_empty();
+        let attached = graph
+            .attach(&top, PERMISSIONS, "")
+            .and_then(|handle| Ok((handle, graph.attach(&top, PermissionSet::NONE, "")?)));
+        let (handle, keeper) = match attached {
+            Ok(handles) => handles,
             Err(error) => {
                 if top_was_read_only {
                     chain::make_read_only(graph, &top).await;
@@ -156,6 +160,9 @@ impl Stream {
             backing_file: options.backing_file,
             on_error: options.on_error,
             handle: Some(Arc::new(handle)),
+            keeper: Some(keeper),
+            is_layer,
+            finalising: manager.finalising().clone(),
             freeze: Some(freeze),
             claims,
         })
@@ -203,6 +210,8 @@ impl JobDriver for Stream {
     }
 
     async fn prepare(&mut self, _job: &Arc<Job>) -> Result<()> {
+        let finalising = self.finalising.clone();
+        let _turn = finalising.lock().await;
         let Some(below) = self.top.backing() else {
             return Ok(());
         };
@@ -228,6 +237,10 @@ impl JobDriver for Stream {
         self.freeze = None;
         if self.top_was_read_only {
             chain::make_read_only(&self.graph, &self.top).await;
+        }
+        self.keeper = None;
+        if self.is_layer {
+            chain::leave(&self.graph, &self.top).await;
         }
         self.claims.clear();
     }

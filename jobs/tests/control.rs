@@ -146,7 +146,7 @@ fn a_node_that_a_job_works_on_is_busy_for_other_jobs_and_its_chain_is_frozen() {
         );
         refused(
             bench.graph.set_backing(&chain[1].node, None).await,
-            "Cannot change frozen 'backing' link from 'B' to 'A'",
+            "Cannot change frozen 'backing' link from 'B' to 'A': in use by block job: commit",
         );
         let mut same = StreamOptions::new(&chain[3].node);
         same.job = options("j0");
@@ -210,6 +210,29 @@ fn the_filter_of_a_job_is_no_disk_for_another_one_until_it_is_gone() {
         refused(bench.manager.mirror(mirror).await, &busy);
         job.cancel(true).expect("it runs");
         job.wait().await.expect_err("cancelled");
+    });
+}
+
+#[test]
+fn a_layer_with_a_writer_of_its_own_is_not_committed_together_with_what_is_above_it() {
+    run(|bench| async move {
+        let (chain, content) = bench.chain(&["A", "B", "C", "D"]).await;
+        let writer = bench
+            .graph
+            .attach(
+                &chain[2].node,
+                block_core::PermissionSet::new(Permissions::WRITE, Permissions::all()),
+                "writer",
+            )
+            .expect("a handle");
+        let commit = CommitOptions::new(&chain[3].node)
+            .top(&chain[2].node)
+            .base(&chain[0].node);
+        refused(bench.manager.commit(commit).await, "Need a root block node");
+        drop(writer);
+        assert_eq!(bench.names(), ["A", "B", "C", "D"]);
+        let found = bench.content(&chain[3].node).await;
+        assert_same(&found, &content, "the topmost layer");
     });
 }
 
@@ -481,7 +504,7 @@ fn a_failing_copy_before_write_breaks_the_write_or_the_backup_as_told() {
             // A broken point in time isn't a matter of policy.
             options.on_target_error = OnError::Ignore;
             let job = bench.manager.backup(options).await.expect("a backup");
-            bench.sleep(20).await;
+            assert!(job.wait_status(JobStatus::Running).await);
             let last = LENGTH - 4 * CLUSTER;
             target
                 .mem

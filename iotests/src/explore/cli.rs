@@ -17,7 +17,7 @@ use super::{
     search::{Limits, Report, explore},
     world::{Prepared, Start},
 };
-use crate::{case::FormatUnderTest, memdriver, simulate::timeline, suite::Suite};
+use crate::{case::FormatUnderTest, memdriver, say::say, simulate::timeline, suite::Suite};
 
 /// The most events that a replay prints.
 const EVENTS: usize = 400;
@@ -137,11 +137,11 @@ impl Explore {
         let reports = self.explore_all(suite, &scenarios, &formats)?;
         if self.json {
             let text = serde_json::to_string_pretty(&reports).map_err(|error| error.to_string())?;
-            println!("{text}");
+            say!("{text}");
         } else {
             let total: u64 = reports.iter().map(|report| report.executions).sum();
             let count = |verdict| reports.iter().filter(|r| r.verdict == verdict).count();
-            println!(
+            say!(
                 "{total} executions in {:.1} s; {} passed, {} failed, {} inconclusive, {} not covered",
                 began.elapsed().as_secs_f64(),
                 count("passed"),
@@ -213,7 +213,7 @@ impl Explore {
             Some(bound) if report.complete => format!("{bound} (all)"),
             Some(bound) => bound.to_string(),
         };
-        println!(
+        say!(
             "{:<34} {:<24} {:<12} {:>7} run {:>6} distinct {:>3} deep, bound {bound} {}",
             report.scenario,
             report.format,
@@ -225,7 +225,7 @@ impl Explore {
         );
         if let Some(found) = &report.found {
             let choices: Vec<String> = found.schedule.iter().map(u32::to_string).collect();
-            println!("    again: {}", self.again(suite, format, report, &choices));
+            say!("    again: {}", self.again(suite, format, report, &choices));
         }
     }
 
@@ -269,18 +269,18 @@ impl Explore {
             Start::NotCovered(why) => return Err(why),
         };
         let execution = prepared.execute(schedule, true);
-        print!("{}", timeline::print(&execution.events, EVENTS));
+        say!("{}", timeline::print(&execution.events, EVENTS).trim_end());
         if let Some(at) = execution.misfit {
-            println!("INCONCLUSIVE choice {at} doesn't belong to this scenario");
+            say!("INCONCLUSIVE choice {at} doesn't belong to this scenario");
             return Ok(2);
         }
         match execution.failure {
             Some(failure) => {
-                println!("FAILED {failure}");
+                say!("FAILED {failure}");
                 Ok(1)
             }
             None => {
-                println!("passed; {} points", execution.points.len());
+                say!("passed; {} points", execution.points.len());
                 Ok(0)
             }
         }
@@ -297,6 +297,6 @@ fn list(scenarios: &[Small]) {
                 requests.join(", ")
             })
             .collect();
-        println!("{:<34} {}", scenario.name, guests.join(" | "));
+        say!("{:<34} {}", scenario.name, guests.join(" | "));
     }
 }

@@ -228,8 +228,8 @@ async fn frozen(scene: Arc<Scene>) -> Outcome {
     };
     let graph = &scene.lab.graph;
     graph.keep(&base);
-    let first = graph.freeze_chain(&bench.node, None, "first");
-    let second = graph.freeze_chain(&bench.node, Some(&base), "second");
+    let first = graph.freeze_chain(&bench.node, None, "first")?;
+    let second = graph.freeze_chain(&bench.node, Some(&base), "second")?;
     let refused = |result: block_core::Result<()>| match result {
         Err(error)
             if error.kind() == ErrorKind::NotPermitted && error.to_string().contains("frozen") =>

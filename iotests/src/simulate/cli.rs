@@ -8,20 +8,13 @@ use block_core::{Options, Registry};
 use super::{
     campaign::{Campaign, Totals, profile},
     generate::{Profile, generate},
+    meter::Meter,
     minimise::{Saved, minimise},
     run::{How, Outcome, run},
     scenario::Scenario,
     timeline,
 };
-use crate::case::Verdict;
-
-/// A line on standard output, which may be closed at any time, as with `| head`.
-macro_rules! say {
-    ($($text:tt)*) => {{
-        use std::io::Write as _;
-        let _ = writeln!(std::io::stdout().lock(), $($text)*);
-    }};
-}
+use crate::{case::Verdict, say::say};
 
 /// Which world.
 #[derive(Debug, Clone, clap::Args)]
@@ -60,6 +53,9 @@ pub struct Simulate {
     /// JSON instead of text
     #[arg(long)]
     json: bool,
+    /// Tell on standard error how far it is, also where that is no terminal
+    #[arg(long, short = 'p')]
+    progress: bool,
 }
 
 /// Makes a failing seed small, prints what happens, and writes it to a file
@@ -196,10 +192,14 @@ impl Simulate {
             books: !self.worlds.no_invariants,
             max_failures: self.max_failures.max(1),
         };
+        let asked = seeds.end.saturating_sub(seeds.start);
+        let meter = Meter::new(asked, self.progress);
         let totals = campaign.run(registry, &profile, |seed, outcome| {
+            meter.step(outcome.failure.is_some());
             if let Some(failure) = &outcome.failure
                 && !self.json
             {
+                meter.clear();
                 say!("seed {seed}: FAILED {failure}");
                 say!(
                     "    again: iotests replay {} --seed {seed}; smaller: iotests minimise {} --seed {seed}",
@@ -208,7 +208,8 @@ impl Simulate {
                 );
             }
         });
-        let verdict = totals.verdict(&profile, seeds.end.saturating_sub(seeds.start));
+        meter.finish();
+        let verdict = totals.verdict(&profile, asked);
         if self.json {
             let text = serde_json::to_string_pretty(&totals).map_err(|error| error.to_string())?;
             say!("{text}");

@@ -24,6 +24,7 @@ mod generate;
 mod guest;
 mod judge;
 mod lengths;
+mod meter;
 mod minimise;
 mod progress;
 pub mod record;

@@ -140,7 +140,21 @@ async fn new_target(
     Ok((node, name))
 }
 
-/// `None` when the chain isn't long enough any more.
+/// Whether the guest has been moved to another image while a target was made for `device`. Then `device` may be closed by
+/// now, and a copy of it is a copy of nobody's disk: whoever asked for it has to look again. The target is given up.
+async fn has_moved(world: &World, device: &Node, target: &Arc<Node>) -> Result<bool> {
+    if world.guest()?.node().id() == device.id() {
+        return Ok(false);
+    }
+    world
+        .setup
+        .recorder
+        .count("jobs-whose-disk-was-replaced", 1);
+    let _ = world.lab.graph.release(target).await;
+    Ok(true)
+}
+
+/// `None` when the chain isn't long enough any more, or the disk isn't the guest's any more.
 async fn start(world: &Arc<World>, number: usize, plan: &JobPlan) -> Result<Option<Started>> {
     let manager = &world.manager;
     let device = world.guest()?.node();
@@ -195,6 +209,9 @@ async fn start(world: &Arc<World>, number: usize, plan: &JobPlan) -> Result<Opti
                 Sync::None => top.filename(),
             };
             let target = new_target(world, number, device.length(), backing.as_deref()).await?;
+            if has_moved(world, &device, &target.0).await? {
+                return Ok(None);
+            }
             let options = MirrorOptions {
                 job,
                 sync: sync_mode(sync),
@@ -227,6 +244,9 @@ async fn start(world: &Arc<World>, number: usize, plan: &JobPlan) -> Result<Opti
         } => {
             let length = device.length();
             let target = new_target(world, number, length, None).await?;
+            if has_moved(world, &device, &target.0).await? {
+                return Ok(None);
+            }
             let options = BackupOptions {
                 job,
                 sync: sync_mode(sync),
@@ -338,14 +358,6 @@ fn is_in_use(world: &World, name: &str) -> bool {
     world.names().iter().any(|used| used == name)
 }
 
-/// Two jobs that change which images the disk is made of: what one of them needs at its end, the other may hold then. It fails with
-/// nothing changed.
-fn are_in_each_others_way(world: &World, plan: &JobPlan) -> bool {
-    let changes = |kind: &JobWork| matches!(kind, JobWork::Stream { .. } | JobWork::Commit { .. });
-    let many = world.phase.jobs.iter().filter(|job| changes(&job.kind));
-    changes(&plan.kind) && many.count() > 1
-}
-
 async fn judge(
     world: &Arc<World>,
     number: usize,
@@ -359,10 +371,6 @@ async fn judge(
         let excused = match error.kind() {
             ErrorKind::Cancelled => started.cancelled,
             ErrorKind::Corrupt => !world.setup.gate,
-            ErrorKind::NotPermitted if are_in_each_others_way(world, plan) => {
-                world.setup.recorder.count("jobs-in-each-others-way", 1);
-                true
-            }
             _ => world.may_fail(),
         };
         if !excused {

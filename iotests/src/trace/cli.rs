@@ -13,7 +13,7 @@ use super::{
     format::{Event, Trace, is_trace as has_magic},
     replay::{Replay, replay},
 };
-use crate::{cli::parse_seeds, external};
+use crate::{cli::parse_seeds, external, say::say};
 
 /// What can be asked about a trace.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -87,22 +87,25 @@ impl Options {
             } else {
                 "FAILED"
             };
-            println!(
+            say!(
                 "schedule {seed}: {verdict}: {} requests of {} producers, {} waits at the gate, {} failed that had not",
-                done.requests, done.producers, done.gate_waits, done.failed
+                done.requests,
+                done.producers,
+                done.gate_waits,
+                done.failed
             );
             if let Some(first) = &done.first_failure {
-                println!("  the first that failed: {first}");
+                say!("  the first that failed: {first}");
             }
             for wrong in done.wrong.iter().take(8) {
-                println!("  {wrong}");
+                say!("  {wrong}");
             }
             if !done.wrong.is_empty() {
                 worst = 1;
             }
         }
         if trace.cut_off > 0 {
-            println!(
+            say!(
                 "the trace ends in the middle of a record ({} bytes)",
                 trace.cut_off
             );
