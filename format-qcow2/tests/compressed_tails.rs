@@ -76,9 +76,9 @@ fn overlapped(lab: &Lab, zstd: bool) -> (Image, u64, usize) {
     let place = image.get64(l2) & OFFSET;
     assert_eq!(place % 512, 0);
     let second = if zstd {
-        zstd::bulk::compress(&[0x55; C], 1).unwrap()
+        zstd::bulk::compress(&vec![0x55; C], 1).unwrap()
     } else {
-        deflate(&[0x55; C], FlushCompress::Finish)
+        deflate(&vec![0x55; C], FlushCompress::Finish)
     };
     let mut literal: Vec<u8> = (0..LITERAL - second.len()).map(|n| n as u8).collect();
     literal.extend(&second);
