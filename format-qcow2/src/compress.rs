@@ -33,6 +33,33 @@ pub enum Codec {
     Zstd,
 }
 
+/// Whether some bytes are all that a compressed cluster takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Filled {
+    /// They fill the cluster; bytes behind them don't matter.
+    Whole,
+    /// The stream goes on behind them.
+    InPart,
+    /// They don't make sense.
+    Damaged,
+}
+
+/// Why a cluster can't be filled.
+enum Unfit {
+    /// The bytes come to an end.
+    Short,
+    Damaged(Error),
+}
+
+impl From<Unfit> for Error {
+    fn from(unfit: Unfit) -> Self {
+        match unfit {
+            Unfit::Short => damaged("the stream ends before the cluster is full"),
+            Unfit::Damaged(error) => error,
+        }
+    }
+}
+
 impl Codec {
     /// The codec of a header's `compression_type`; `None` for a number that none has.
     pub const fn from_type(compression_type: u8) -> Option<Self> {
@@ -94,11 +121,28 @@ impl Codec {
     /// EIO when the stream is damaged or ends before the cluster is full, or when a zstd frame holds more.
     pub fn decompress(self, run: &[u8], cluster_size: usize) -> Result<Buffer> {
         let mut out = Buffer::try_new(cluster_size)?;
-        match self {
-            Self::Zlib => inflate(run, &mut out)?,
-            Self::Zstd => unzstd(run, &mut out)?,
-        }
+        self.fill(run, &mut out)?;
         Ok(out)
+    }
+
+    fn fill(self, run: &[u8], out: &mut [u8]) -> std::result::Result<(), Unfit> {
+        match self {
+            Self::Zlib => inflate(run, out),
+            Self::Zstd => unzstd(run, out),
+        }
+    }
+
+    /// Whether the bytes of `run` are all that a cluster takes.
+    ///
+    /// # Errors
+    /// ENOMEM.
+    pub fn fills(self, run: &[u8], cluster_size: usize) -> Result<Filled> {
+        let mut out = Buffer::try_new(cluster_size)?;
+        Ok(match self.fill(run, &mut out) {
+            Ok(()) => Filled::Whole,
+            Err(Unfit::Short) => Filled::InPart,
+            Err(Unfit::Damaged(_)) => Filled::Damaged,
+        })
     }
 }
 
@@ -125,7 +169,7 @@ fn deflate(cluster: &[u8], out: &mut [u8]) -> Option<usize> {
 }
 
 /// Fills `out`; what the stream holds beyond that isn't looked at.
-fn inflate(run: &[u8], out: &mut [u8]) -> Result<()> {
+fn inflate(run: &[u8], out: &mut [u8]) -> std::result::Result<(), Unfit> {
     let mut inflate = Decompress::new_with_window_bits(false, READ_WINDOW_BITS);
     loop {
         let (read, written) = (inflate.total_in() as usize, inflate.total_out() as usize);
@@ -133,39 +177,47 @@ fn inflate(run: &[u8], out: &mut [u8]) -> Result<()> {
             return Ok(());
         }
         let (Some(input), Some(output)) = (run.get(read..), out.get_mut(written..)) else {
-            return Err(damaged("the stream has no end"));
+            return Err(Unfit::Short);
         };
         let status = inflate
             .decompress(input, output, FlushDecompress::None)
-            .map_err(|error| damaged("the stream is damaged").with_source(error))?;
+            .map_err(|error| Unfit::Damaged(damaged("the stream is damaged").with_source(error)))?;
         let (now_read, now_written) = (inflate.total_in() as usize, inflate.total_out() as usize);
-        if now_written < out.len()
-            && (status == Status::StreamEnd || (now_read, now_written) == (read, written))
-        {
-            return Err(damaged("the stream ends before the cluster is full"));
+        if now_written < out.len() && status == Status::StreamEnd {
+            let what = "the stream ends before the cluster is full";
+            return Err(Unfit::Damaged(damaged(what)));
+        }
+        if now_written < out.len() && (now_read, now_written) == (read, written) {
+            return Err(Unfit::Short);
         }
     }
 }
 
+/// What zstd calls a frame whose end isn't there.
+const CUT_OFF: &str = "Src size is incorrect";
+
 /// Fills `out` from as many frames as that takes. Each frame goes straight to its place, so that no window has to be kept,
 /// however large a one the frame asks for.
-fn unzstd(run: &[u8], out: &mut [u8]) -> Result<()> {
-    let failed = |code| {
-        let name = zstd_safe::get_error_name(code);
-        damaged(&format!("a zstd frame is damaged or cut off: {name}"))
+fn unzstd(run: &[u8], out: &mut [u8]) -> std::result::Result<(), Unfit> {
+    let failed = |code| match zstd_safe::get_error_name(code) {
+        CUT_OFF => Unfit::Short,
+        name => Unfit::Damaged(damaged(&format!("a zstd frame is damaged: {name}"))),
+    };
+    let torn = |error: std::io::Error| {
+        Unfit::Damaged(damaged("a zstd frame is damaged or too long").with_source(error))
     };
     let (mut read, mut written) = (0, 0);
     while written < out.len() {
         let rest = run.get(read..).unwrap_or_default();
         if rest.is_empty() {
-            return Err(damaged("the frames end before the cluster is full"));
+            return Err(Unfit::Short);
         }
         // At least the bytes of a frame's header, so that it goes on.
         let len = zstd_safe::find_frame_compressed_size(rest).map_err(failed)?;
         let frame = rest
             .get(..len)
             .filter(|frame| !frame.is_empty())
-            .ok_or_else(|| damaged("a zstd frame is cut off"))?;
+            .ok_or(Unfit::Short)?;
         let room = out.get_mut(written..).unwrap_or_default();
         written += DECOMPRESSOR
             .with_borrow_mut(|slot| {
@@ -175,7 +227,7 @@ fn unzstd(run: &[u8], out: &mut [u8]) -> Result<()> {
                 slot.as_mut()
                     .map_or(Ok(0), |decoder| decoder.decompress_to_buffer(frame, room))
             })
-            .map_err(|error| damaged("a zstd frame is damaged or too long").with_source(error))?;
+            .map_err(torn)?;
         read += len;
     }
     Ok(())
@@ -294,6 +346,26 @@ mod tests {
                 if let Ok(out) = codec.decompress(&broken, 65536) {
                     assert_eq!(out.len(), 65536);
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn bytes_that_a_cluster_needs_are_told_from_those_behind_it() {
+        for codec in BOTH {
+            for len in [512, 4096, 65536] {
+                let packed = codec.compress(&sample(len)).unwrap();
+                let mut more = packed.clone();
+                more.extend(noise(500));
+                assert_eq!(codec.fills(&packed, len).unwrap(), Filled::Whole);
+                assert_eq!(codec.fills(&more, len).unwrap(), Filled::Whole);
+                // The last bytes of a deflate stream may be nothing but the end's mark.
+                for missing in [5, packed.len() / 2, packed.len() - 1, packed.len()] {
+                    let part = &packed[..packed.len() - missing];
+                    let filled = codec.fills(part, len).unwrap();
+                    assert_eq!(filled, Filled::InPart, "{codec} {len} {missing}");
+                }
+                assert_eq!(codec.fills(&[0xff; 512], len).unwrap(), Filled::Damaged);
             }
         }
     }

@@ -69,7 +69,11 @@ impl Qcow2 {
         let _turn = self.hold_batches().await;
         let mut meta = self.meta.lock().await;
         let mut header = header_update::read_header(file).await?;
-        let report = check::run(file, &mut header, mode, progress).await;
+        let report = if self.settings.check_compressed() {
+            check::run_thoroughly(file, &mut header, mode, progress).await
+        } else {
+            check::run(file, &mut header, mode, progress).await
+        };
         if mode != CheckMode::ReadOnly {
             self.reload(&mut meta, request).await?;
             if !meta.header.is_corrupt() {

@@ -53,7 +53,9 @@ use crate::{
 /// - `cache-clean-interval`: seconds after which what wasn't used leaves the caches, 0 for never (by default 600, where the
 ///   environment [allows upkeep](block_core::Environment::allows_upkeep));
 /// - `overlap-check`: `none`, `constant`, `cached` (the default) or `all`, also as `overlap-check.template`, and switches for
-///   single kinds of metadata, such as `overlap-check.active-l2`.
+///   single kinds of metadata, such as `overlap-check.active-l2`;
+/// - `check-compressed` (off): a check decompresses clusters that meet another in their last sector, to see whether they overlap; a
+///   repair of everything does so anyway.
 ///
 /// And, not to be changed: `snapshot` (an identifier, or a name), `snapshot-id`, `snapshot-name`: the disk is what it was when
 /// that internal snapshot was taken, read-only.

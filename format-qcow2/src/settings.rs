@@ -28,7 +28,7 @@ const UNSAID: u64 = u64::MAX;
 const MIN_CACHED: u64 = 4;
 
 /// The names of the options, as [`Qcow2Options`] takes them.
-const NAMES: [&str; 11] = [
+const NAMES: [&str; 12] = [
     "lazy-refcounts",
     "pass-discard-request",
     "pass-discard-snapshot",
@@ -40,6 +40,7 @@ const NAMES: [&str; 11] = [
     "l2-cache-entry-size",
     "refcount-cache-size",
     "cache-clean-interval",
+    "check-compressed",
 ];
 
 /// The options as they are written.
@@ -57,6 +58,7 @@ struct Qcow2Options {
     l2_cache_entry_size: Option<Size>,
     refcount_cache_size: Option<Size>,
     cache_clean_interval: Option<Number>,
+    check_compressed: Option<Switch>,
 }
 
 /// What the options say.
@@ -72,6 +74,7 @@ struct Values {
     lazy_refcounts: bool,
     overlap_check: Kinds,
     clean_interval: u64,
+    check_compressed: bool,
 }
 
 /// What the options of an open image say, now.
@@ -86,6 +89,7 @@ pub(crate) struct Settings {
     discard_no_unref: AtomicBool,
     lazy_refcounts: AtomicBool,
     clean_interval: AtomicU64,
+    check_compressed: AtomicBool,
     /// As they were given, last.
     given: Mutex<Map<String, Value>>,
     /// The node's discard mode when it was opened, which decides where options don't.
@@ -140,6 +144,7 @@ impl Settings {
             discard_no_unref: AtomicBool::new(values.discard_no_unref),
             lazy_refcounts: AtomicBool::new(values.lazy_refcounts),
             clean_interval: AtomicU64::new(values.clean_interval),
+            check_compressed: AtomicBool::new(values.check_compressed),
             given: Mutex::new(given),
             discard,
             safeguards,
@@ -189,7 +194,14 @@ impl Settings {
             .store(values.lazy_refcounts, Ordering::Relaxed);
         self.clean_interval
             .store(values.clean_interval, Ordering::Relaxed);
+        self.check_compressed
+            .store(values.check_compressed, Ordering::Relaxed);
         *self.given.lock() = given;
+    }
+
+    /// A check decompresses clusters where their entries don't tell whether they overlap.
+    pub fn check_compressed(&self) -> bool {
+        self.check_compressed.load(Ordering::Relaxed)
     }
 
     /// L2 slices kept in memory.
@@ -292,6 +304,7 @@ fn parse(given: &Map<String, Value>, header: &Header, discard: DiscardMode) -> R
         lazy_refcounts: lazy.unwrap_or(header.lazy_refcounts()) && header.version >= 3,
         overlap_check: overlap_check(options.overlap_check)?,
         clean_interval,
+        check_compressed: options.check_compressed.is_some_and(|on| on.0),
     })
 }
 

@@ -24,6 +24,7 @@ mod snapshots;
 mod stored;
 mod table;
 mod tables;
+mod tails;
 mod walk;
 
 use std::collections::BTreeMap;
@@ -35,6 +36,7 @@ use block_core::{
 };
 
 use crate::{
+    compress::Codec,
     header_update,
     layout::{Header, Incompatible},
 };
@@ -66,7 +68,24 @@ pub async fn run(
     mode: CheckMode,
     progress: &Progress,
 ) -> Result<CheckReport> {
-    run_as(file, header, mode, false, progress).await
+    run_as(file, header, mode, Depth::of(mode), progress).await
+}
+
+/// As [`run`], and compressed clusters are decompressed where their entries don't tell whether they overlap: as in every repair with
+/// [`CheckMode::RepairAll`].
+///
+/// # Errors
+/// Those of [`run`].
+///
+/// # Cancellation
+/// As with [`run`].
+pub async fn run_thoroughly(
+    file: &Child,
+    header: &mut Header,
+    mode: CheckMode,
+    progress: &Progress,
+) -> Result<CheckReport> {
+    run_as(file, header, mode, Depth::Data, progress).await
 }
 
 /// Repairs an image of which [`is_merely_stale`] is true. Nobody has asked for it, so what can't be read is no reason to make anything
@@ -82,14 +101,34 @@ pub async fn repair_stale(
     header: &mut Header,
     progress: &Progress,
 ) -> Result<CheckReport> {
-    run_as(file, header, CheckMode::RepairAll, true, progress).await
+    run_as(file, header, CheckMode::RepairAll, Depth::Stale, progress).await
+}
+
+/// How far a check goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Depth {
+    /// Metadata; what can't be read ends it, with nothing written.
+    Stale,
+    /// Metadata.
+    Metadata,
+    /// Compressed data as well, where metadata doesn't tell enough.
+    Data,
+}
+
+impl Depth {
+    fn of(mode: CheckMode) -> Self {
+        match mode {
+            CheckMode::RepairAll => Self::Data,
+            CheckMode::ReadOnly | CheckMode::RepairLeaks => Self::Metadata,
+        }
+    }
 }
 
 async fn run_as(
     file: &Child,
     header: &mut Header,
     mode: CheckMode,
-    refuse_unread: bool,
+    depth: Depth,
     progress: &Progress,
 ) -> Result<CheckReport> {
     refuse(header)?;
@@ -97,7 +136,7 @@ async fn run_as(
     let mut how = How {
         copies: u64::MAX,
         keep_leaks: false,
-        refuse_unread,
+        depth,
     };
     let mut round = 0;
     let first = loop {
@@ -180,8 +219,16 @@ struct How {
     copies: u64,
     /// Free nothing: what looks leaked may belong to what was given up before.
     keep_leaks: bool,
-    /// What can't be read ends it, with nothing written.
-    refuse_unread: bool,
+    depth: Depth,
+}
+
+impl How {
+    /// What compressed data is to be looked at with, if it is.
+    fn codec(self, header: &Header) -> Option<Codec> {
+        (self.depth == Depth::Data)
+            .then(|| Codec::from_type(header.compression_type))
+            .flatten()
+    }
 }
 
 /// What a pass did.
@@ -281,14 +328,14 @@ async fn pass(
         progress,
     );
     let mut outcome = compared.await?;
-    if how.refuse_unread {
+    if how.depth == Depth::Stale {
         refuse_unread(&[&report, &refcounts])?;
         refuse_unread_refcounts(outcome.unread.as_deref())?;
     }
     let mut rebuild = mode != CheckMode::ReadOnly && (walk.rebuild || outcome.rebuild);
     let suspicious = std::mem::take(&mut outcome.suspicious);
     let claims = owners::find_claims(&walk, header, &stored, suspicious, progress).await?;
-    let packed = packed::find(&walk, &mut report, progress).await?;
+    let packed = packed::find(&walk, how.codec(header), &mut report, progress).await?;
     if mode == CheckMode::RepairAll {
         rebuild |= walk.overlaid;
         let none = BTreeMap::new();

@@ -4,10 +4,10 @@
 //! Pieces are packed tightly, and an entry says only in which sector a piece ends: two that meet in a sector are neighbours. What is
 //! certain is that a piece begins where its entry says, and that it has at least a byte in its last sector. Another piece that
 //! begins before that is a finding, and so is one piece for two guest clusters. (Where a piece ends within its last sector only its
-//! decompression would say.) The pieces are looked at in windows of the file, so that memory is bounded; an image whose pieces lie
+//! decompression says: `tails` does that where it is asked for.) The pieces are looked at in windows of the file, so that memory is bounded; an image whose pieces lie
 //! in order takes one more pass over its L2 tables, and an image without compressed clusters none.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::BTreeMap;
 
 use block_core::{
     error::{Error, Result},
@@ -20,9 +20,13 @@ use super::{
     owners::{Claim, Owner, Position, Spot, name_snapshots},
     table::{Shape, Table, compressed_run},
     tables::scan_tables,
+    tails::{self, Doubt},
     walk::{Walk, stop_if_cancelled},
 };
-use crate::layout::entry::{COMPRESSED, COPIED};
+use crate::{
+    compress::Codec,
+    layout::entry::{COMPRESSED, COPIED},
+};
 
 /// Pieces that are held against each other at once.
 const WINDOW: usize = 1 << 18;
@@ -152,9 +156,11 @@ impl Window {
     }
 }
 
-/// The pieces that overlap, in groups, with the cluster that each group begins in; not more than are dealt with at once.
+/// The pieces that overlap, in groups, with the cluster that each group begins in; not more than are dealt with at once. With a codec,
+/// pieces that meet another in their last sector are decompressed to see whether they end before it.
 pub(super) async fn find(
     walk: &Walk<'_>,
+    codec: Option<Codec>,
     report: &mut CheckReport,
     progress: &Progress,
 ) -> Result<Vec<(u64, Claim)>> {
@@ -162,23 +168,24 @@ pub(super) async fn find(
     if !walk.compressed {
         return Ok(groups);
     }
-    let overlapping = overlapping(walk, report, progress).await?;
+    let overlapping = overlapping(walk, codec, report, progress).await?;
     if overlapping.is_empty() {
         return Ok(groups);
     }
-    let starts: HashSet<u64> = overlapping.iter().copied().collect();
-    let bounds =
-        overlapping.first().copied().unwrap_or(0)..overlapping.last().map_or(0, |last| last + 1);
+    let first = overlapping.first_key_value().map_or(0, |(start, _)| *start);
+    let behind = overlapping
+        .last_key_value()
+        .map_or(0, |(start, _)| start + 1);
     let mut owners: Vec<(u64, u64, Owner)> = Vec::new();
     let shape = walk.shape;
     visit(
         walk,
-        (bounds.start, bounds.end),
+        (first, behind),
         report,
         progress,
         |guest, raw, table, index| {
             if let Some((start, end)) = certain(raw, shape)
-                && starts.contains(&start)
+                && let Some(reach) = overlapping.get(&start)
                 && owners.len() < MAX_SPOTS
             {
                 let spot = Spot {
@@ -190,7 +197,7 @@ pub(super) async fn find(
                 let position = Position::Compressed(guest);
                 owners.push((
                     start,
-                    end,
+                    end.max(*reach),
                     Owner {
                         position,
                         spots: vec![spot],
@@ -231,15 +238,17 @@ pub(super) async fn find(
     Ok(groups)
 }
 
-/// Where pieces begin that overlap another one.
+/// Where pieces begin that overlap another one, and the end of what they are known to have.
 async fn overlapping(
     walk: &Walk<'_>,
+    codec: Option<Codec>,
     report: &mut CheckReport,
     progress: &Progress,
-) -> Result<BTreeSet<u64>> {
+) -> Result<BTreeMap<u64, u64>> {
     let shape = walk.shape;
-    let mut overlapping = BTreeSet::new();
+    let mut overlapping: BTreeMap<u64, u64> = BTreeMap::new();
     let mut reach: Option<Piece> = None;
+    let mut previous: Option<Piece> = None;
     let mut from = 0;
     loop {
         let mut window = Window {
@@ -260,18 +269,40 @@ async fn overlapping(
         )
         .await?;
         window.settle();
+        let mut doubts = Vec::new();
         for piece in &window.pieces {
+            if codec.is_some()
+                && let Some(before) = previous
+                && (before.end..before.end.next_multiple_of(512)).contains(&piece.start)
+            {
+                doubts.push(Doubt {
+                    start: before.start,
+                    until: piece.start,
+                });
+            }
+            previous = Some(*piece);
             if let Some(before) = reach
                 && piece.start < before.end
                 && (piece.start, piece.guest) != (before.start, before.guest)
             {
-                overlapping.extend([before.start, piece.start]);
+                overlapping.extend([(before.start, before.end), (piece.start, piece.end)]);
                 if overlapping.len() >= MAX_PIECES {
                     return Ok(overlapping);
                 }
             }
             if reach.is_none_or(|before| piece.end >= before.end) {
                 reach = Some(*piece);
+            }
+        }
+        if let Some(codec) = codec {
+            let size = shape.cluster_size() as usize;
+            let found = tails::settle(walk.file, codec, size, &doubts, report, progress).await?;
+            for doubt in found {
+                overlapping.insert(doubt.start, doubt.until + 1);
+                overlapping.entry(doubt.until).or_insert(doubt.until + 1);
+                if overlapping.len() >= MAX_PIECES {
+                    return Ok(overlapping);
+                }
             }
         }
         if window.until == u64::MAX {

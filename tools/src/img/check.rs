@@ -31,7 +31,7 @@ pub const COMMAND: Command = Command {
     name: "check",
     about: "Check whether an image is consistent. Exit status: 0 consistent, 1 not completed, \
             2 corrupted, 3 leaked clusters only, 63 the format has no check.",
-    usage: "[-q] [-p] [-f FMT | --image-opts] [-r leaks|all] [-T CACHE] [-U] [--output human|json] FILE",
+    usage: "[-q] [-p] [-f FMT | --image-opts] [-r leaks|all] [--compressed] [-T CACHE] [-U] [--output human|json] FILE",
     options: &[
         QUIET,
         PROGRESS,
@@ -42,6 +42,11 @@ pub const COMMAND: Command = Command {
             "repair",
             "leaks|all",
             "repair leaks only, or all that can be repaired",
+        ),
+        Opt::flag(
+            ' ',
+            "compressed",
+            "also decompress clusters that meet in a sector, as -r all does",
         ),
         Opt::value('T', "cache", "CACHE", "cache mode (default: writeback)"),
         FORCE_SHARE,
@@ -120,7 +125,14 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
         metadata_only: false,
         cache,
     };
-    let handle = open::open(session, image, access).await?;
+    let more: &[(&str, &str)] = if parsed.has("compressed") {
+        &[("check-compressed", "on")]
+    } else {
+        &[]
+    };
+    let handle = open::open_with(session, image, access, more)
+        .await
+        .map_err(|error| Failure::open(image.name, &error))?;
     let node = handle.node();
     let can_check = node
         .driver()
