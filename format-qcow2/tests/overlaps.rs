@@ -6,7 +6,10 @@ mod common;
 use std::sync::Arc;
 
 use block_core::{
-    BlockHandle, ErrorKind, Options, SnapshotKey, driver::Reopen, image::Progress, secret::Secret,
+    BlockHandle, ErrorKind, Options, RequestFlags, SnapshotKey,
+    driver::{Reopen, Truncate},
+    image::Progress,
+    secret::Secret,
 };
 use common::{storage::Storage, *};
 
@@ -457,5 +460,171 @@ fn a_luks_header_is_not_written_over() {
             let after = storage.state.lock().data[area as usize..][..2 * C as usize].to_vec();
             assert!(after == before, "the header has changed");
         }
+    }
+}
+
+/// The kinds of metadata that a new table must not land on, wherever their cluster is wrongly called free.
+fn kinds(places: &Places) -> Vec<(&'static str, u64)> {
+    let [table, l1, l2] = places.snapshots.unwrap();
+    let [directory, bitmap_table, bitmap_data] = places.bitmaps.unwrap();
+    vec![
+        ("active L1 table", places.active_l1),
+        ("active L2 table", places.active_l2),
+        ("refcount table", places.refcount_table),
+        ("refcount block", places.refcount_block),
+        ("snapshot table", table),
+        ("inactive L1 table", l1),
+        ("inactive L2 table", l2),
+        ("bitmap directory", directory),
+        ("bitmap table", bitmap_table),
+        ("bitmap data", bitmap_data),
+    ]
+}
+
+/// Makes the refcounts say that all of the file is in use.
+fn leak_free_space(data: &mut [u8]) {
+    let block = get(data, get(data, 48));
+    for cluster in 0..(data.len() as u64).div_ceil(C) {
+        let at = (block + cluster * 2) as usize;
+        if data[at..at + 2] == [0, 0] {
+            data[at + 1] = 1;
+        }
+    }
+}
+
+/// Does something that needs a new table to an image in which the cluster at each of `kinds` is wrongly called free: it is refused, the
+/// image is marked corrupt, and the cluster keeps its bytes.
+fn endanger(
+    image: &[u8],
+    mut kinds: Vec<(&'static str, u64)>,
+    operation: impl AsyncFn(&BlockHandle) -> block_core::Result<()>,
+) {
+    // Without damage nothing is refused.
+    kinds.push(("", 0));
+    for (name, offset) in kinds {
+        let mut data = image.to_vec();
+        if offset > 0 {
+            leak_free_space(&mut data);
+            free(&mut data, offset);
+        }
+        let rig = Rig::new();
+        let storage = Storage::new(data.clone());
+        let reason = rig.block_on(async {
+            let options = "overlap-check=all";
+            let handle = match rig.open_storage(&storage, options).await {
+                Ok(handle) => handle,
+                Err(error) => return refusal(Err(error)),
+            };
+            let reason = refusal(operation(&handle).await);
+            let _ = rig.close(handle).await;
+            reason
+        });
+        if offset == 0 {
+            assert_eq!(reason, None);
+            continue;
+        }
+        assert_eq!(reason, refused(name));
+        let after = storage.state.lock().data.clone();
+        assert_eq!(get(&after, 72) & 2, 2, "{name}: not marked corrupt");
+        let place = offset as usize..(offset + C) as usize;
+        // Bitmaps are marked as in use when the image is opened, which is a change of a few bits of the directory.
+        if name != "bitmap directory" {
+            let len = place.end.min(data.len()) - place.start;
+            let place = place.start..place.start + len;
+            assert!(after[place.clone()] == data[place], "{name} was changed");
+        }
+    }
+}
+
+#[test]
+fn a_larger_l1_table_is_not_put_over_other_metadata() {
+    let scratch = tempfile::tempdir().unwrap();
+    let image = image(scratch.path());
+    let kinds = kinds(&Places::of(&image));
+    endanger(&image, kinds, async |handle| {
+        handle.truncate(1 << 40, Truncate::default()).await?;
+        handle.flush().await
+    });
+}
+
+#[test]
+fn a_new_l2_table_is_not_put_over_other_metadata() {
+    let scratch = tempfile::tempdir().unwrap();
+    let path = scratch.path().join("made.qcow2");
+    // Room behind the first L2 table, whose L1 entry is there already.
+    let mut image = image(scratch.path());
+    std::fs::write(&path, &image).unwrap();
+    let name = path.to_str().unwrap();
+    qemu_img(&["resize", "-q", "-f", "qcow2", name, "2G"]);
+    image = std::fs::read(&path).unwrap();
+    let kinds = kinds(&Places::of(&image));
+    // Zeroes need an L2 table and nothing else.
+    endanger(&image, kinds, async |handle| {
+        let none = RequestFlags::empty();
+        handle.write_zeroes(1 << 30, 4 * C, none).await?;
+        handle.flush().await
+    });
+}
+
+#[test]
+fn a_key_slot_is_not_written_where_other_metadata_lies() {
+    let scratch = tempfile::tempdir().unwrap();
+    let path = scratch.path().join("luks.qcow2");
+    let name = path.to_str().unwrap();
+    let options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10";
+    let secret = "secret,id=s,data=letmein";
+    qemu_img(&[
+        "create", "-q", "-f", "qcow2", "--object", secret, "-o", options, name, "64M",
+    ]);
+    let data = std::fs::read(&path).unwrap();
+    let area = get(&data, extension(&data, 0x0537_be77).unwrap());
+    let amend = |data: &[u8], options: &str| {
+        let storage = Storage::new(data.to_vec());
+        let rig = Rig::new();
+        let reason = rig.block_on(async {
+            for (id, password) in [("s", "letmein"), ("new", "another")] {
+                rig.graph.secrets().add(id, Secret::new(password)).unwrap();
+            }
+            let options = format!("encrypt.key-secret=s,{options}");
+            let handle = match rig.open_storage(&storage, &options).await {
+                Ok(handle) => handle,
+                Err(error) => return refusal(Err(error)),
+            };
+            let change = "encrypt.state=active,encrypt.new-secret=new,encrypt.keyslot=1,encrypt.iter-time=10";
+            let change = Options::from_dotted(change).unwrap();
+            let reason = refusal(handle.amend(change, false, Progress::new()).await);
+            let _ = rig.close(handle).await;
+            reason
+        });
+        let after = storage.state.lock().data.clone();
+        (reason, after)
+    };
+    // Key slot 1 is 256 KiB behind the area's beginning: an L1 table, a refcount table or a snapshot table in the middle of it.
+    let slot = area + 256 * 1024;
+    assert!(slot.is_multiple_of(C));
+    let place = slot as usize..(slot + C) as usize;
+    let (refused_for, after) = amend(&data, "");
+    assert_eq!(refused_for, None);
+    assert!(
+        after[place.clone()] != data[place.clone()],
+        "slot 1 isn't there"
+    );
+    let moved = |field: u64| {
+        let mut moved = data.clone();
+        let old = get(&data, field) as usize;
+        let table = moved[old..(old + 4096).min(data.len())].to_vec();
+        moved[place.clone()].fill(0);
+        moved[slot as usize..][..table.len()].copy_from_slice(&table);
+        put(&mut moved, field, slot);
+        moved
+    };
+    for (field, name) in [(40, "active L1 table"), (48, "refcount table")] {
+        let damaged = moved(field);
+        let (refused_for, after) = amend(&damaged, "");
+        assert_eq!(refused_for, refused("LUKS header"), "{name}");
+        assert!(
+            after[place.clone()] == damaged[place.clone()],
+            "{name} was written over"
+        );
     }
 }

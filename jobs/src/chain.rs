@@ -12,7 +12,7 @@ use block_core::{
     node::Node,
 };
 
-use crate::job::JobKind;
+use crate::{job::JobKind, manager::Turns};
 
 /// What jobs hold at the node that they read.
 pub(crate) const READER: PermissionSet = PermissionSet::new(
@@ -189,7 +189,8 @@ pub(crate) fn layers(top: &Arc<Node>, base: &Arc<Node>) -> Option<Vec<Arc<Node>>
     None
 }
 
-/// Makes `node` writable; true if it wasn't.
+/// Makes `node` writable; true if it wasn't. Whoever calls it has the turn to reopen images, and keeps it until the
+/// permission to write is there.
 pub(crate) async fn make_writable(graph: &Arc<Graph>, node: &Arc<Node>) -> Result<bool> {
     if !node.driver().is_read_only() {
         return Ok(false);
@@ -198,7 +199,13 @@ pub(crate) async fn make_writable(graph: &Arc<Graph>, node: &Arc<Node>) -> Resul
     Ok(true)
 }
 
-/// Makes `node` read-only again. Best effort: it may have got a writer meanwhile.
+/// Makes `node` read-only again, in a turn of its own.
+pub(crate) async fn restore_read_only(graph: &Arc<Graph>, turns: &Turns, node: &Arc<Node>) {
+    let _turn = turns.reopening.lock().await;
+    make_read_only(graph, node).await;
+}
+
+/// Makes `node` read-only again, in the caller's turn. Best effort: it may have got a writer meanwhile.
 pub(crate) async fn make_read_only(graph: &Arc<Graph>, node: &Arc<Node>) {
     if let Err(error) = reopen(graph, node, true).await {
         tracing::warn!(%error, node = node.name(), "a node stays writable after a job");
@@ -216,11 +223,13 @@ async fn reopen(graph: &Arc<Graph>, node: &Arc<Node>, read_only: bool) -> Result
 /// Has the header of `overlay` name another backing file: `name`, or that of `base`.
 pub(crate) async fn rewrite_backing(
     graph: &Arc<Graph>,
+    turns: &Turns,
     overlay: &Arc<Node>,
     base: Option<&Arc<Node>>,
     name: Option<&str>,
 ) -> Result<()> {
     let overlay = overlay.skip_filters();
+    let _turn = turns.reopening.lock().await;
     let reopened = make_writable(graph, &overlay).await?;
     let result = match base {
         None => graph.change_backing_file(&overlay, None, None).await,

@@ -23,7 +23,7 @@ use crate::{
     counters::Counters,
     error_policy::OnError,
     job::{Job, JobDriver, JobKind, JobOptions},
-    manager::{JobManager, check_root},
+    manager::{JobManager, Turns, check_root},
     mirror::{CopyMode, Mirror, MirrorOptions, SyncMode},
     transfer::{Copier, Transfer, Watch, child},
 };
@@ -144,6 +144,7 @@ pub(crate) async fn set_up(
         }
         let (claims, frozen) = chain::hold(graph, &top, Some(&base), claimed, JobKind::Commit)?;
         check_root(graph, &top)?;
+        let turn = manager.turns().reopening.lock().await;
         let was_read_only = chain::make_writable(graph, &base).await?;
         let mirror = MirrorOptions {
             sync: SyncMode::Full,
@@ -157,15 +158,11 @@ pub(crate) async fn set_up(
         let mirror = Mirror::set_up_commit(manager, mirror, claims, counters, was_read_only).await;
         // From the filter down it is frozen by the mirror now.
         drop(frozen);
-        return match mirror {
-            Ok(mirror) => Ok(Box::new(mirror)),
-            Err(error) => {
-                if was_read_only {
-                    chain::make_read_only(graph, &base).await;
-                }
-                Err(error)
-            }
-        };
+        if mirror.is_err() && was_read_only {
+            chain::make_read_only(graph, &base).await;
+        }
+        drop(turn);
+        return Ok(Box::new(mirror?));
     }
     let (claims, frozen) = chain::hold(graph, &top, Some(&base), claimed, JobKind::Commit)?;
     let commit = Commit::set_up(manager, options, top, base, layers, claims).await?;
@@ -189,7 +186,7 @@ struct Commit {
     freeze: Option<FreezeGuard>,
     inconsistent: Vec<BlockHandle>,
     claims: Vec<JobClaim>,
-    finalising: Arc<futures::lock::Mutex<()>>,
+    turns: Arc<Turns>,
     merged: bool,
     withdrawn: bool,
 }
@@ -204,6 +201,7 @@ impl Commit {
         mut claims: Vec<JobClaim>,
     ) -> Result<Self> {
         let graph = manager.graph();
+        let turn = manager.turns().reopening.lock().await;
         let base_was_read_only = chain::make_writable(graph, &base).await?;
         let driver = CommitTop::new(base.length() < top.length());
         let name = options.filter_node_name.as_deref();
@@ -234,11 +232,13 @@ impl Commit {
             transfer: None,
             inconsistent: Vec::new(),
             claims,
-            finalising: manager.finalising().clone(),
+            turns: manager.turns().clone(),
             merged: false,
             withdrawn: false,
         };
-        match commit.connect(&layers) {
+        let connected = commit.connect(&layers);
+        drop(turn);
+        match connected {
             Ok(()) => Ok(commit),
             Err(error) => {
                 commit.withdraw().await;
@@ -331,8 +331,8 @@ impl Commit {
     /// Overlays read from the base from here on.
     async fn drop_layers(&mut self) -> Result<()> {
         // The end of another job may give the filter one more overlay, whose header has to be rewritten, too.
-        let finalising = self.finalising.clone();
-        let _turn = finalising.lock().await;
+        let turns = self.turns.clone();
+        let _turn = turns.finalising.lock().await;
         self.driver.stop();
         self.transfer = None;
         self.inconsistent.clear();
@@ -344,7 +344,8 @@ impl Commit {
             });
             if names_backing && !mutant::is_active("commit-header-not-rewritten") {
                 let name = self.backing_file.as_deref();
-                chain::rewrite_backing(&self.graph, &overlay, Some(&self.base), name).await?;
+                chain::rewrite_backing(&self.graph, &turns, &overlay, Some(&self.base), name)
+                    .await?;
             }
         }
         self.graph.replace_node(&self.filter, &self.base).await?;
@@ -369,7 +370,7 @@ impl Commit {
             chain::withdraw(&self.graph, &self.filter).await;
         }
         if self.base_was_read_only {
-            chain::make_read_only(&self.graph, &self.base).await;
+            chain::restore_read_only(&self.graph, &self.turns, &self.base).await;
         }
         // The guest may have moved to another disk meanwhile, and have left nothing above.
         let highest = if self.merged { &self.base } else { &self.top };

@@ -54,8 +54,17 @@ pub struct JobManager {
     jobs: Mutex<BTreeMap<String, Arc<Job>>>,
     reserved: Mutex<BTreeSet<String>>,
     next: AtomicU64,
-    /// One job at a time does its last I/O inside a drained section: two would wait for each other.
-    finalising: Arc<futures::lock::Mutex<()>>,
+    turns: Arc<Turns>,
+}
+
+/// What jobs do one at a time.
+#[derive(Default)]
+pub(crate) struct Turns {
+    /// Their ends: the last I/O inside a drained section (two would wait for each other), and the changes of the graph.
+    pub finalising: futures::lock::Mutex<()>,
+    /// Making a read-only image writable for a while, and read-only again: between finding it writable and having the permission to
+    /// write nobody else may take it back. Taken after `finalising`, if both are.
+    pub reopening: futures::lock::Mutex<()>,
 }
 
 /// An id that nobody else can take until this is dropped.
@@ -86,7 +95,7 @@ impl JobManager {
             jobs: Mutex::default(),
             reserved: Mutex::default(),
             next: AtomicU64::new(0),
-            finalising: Arc::default(),
+            turns: Arc::default(),
         })
     }
 
@@ -95,8 +104,8 @@ impl JobManager {
         &self.graph
     }
 
-    pub(crate) fn finalising(&self) -> &Arc<futures::lock::Mutex<()>> {
-        &self.finalising
+    pub(crate) fn turns(&self) -> &Arc<Turns> {
+        &self.turns
     }
 
     /// A stream of all events from now on.

@@ -27,7 +27,7 @@ use crate::{
     counters::{Copied, Counters},
     error_policy::OnError,
     job::{Job, JobDriver, JobKind, JobOptions},
-    manager::{JobManager, check_root},
+    manager::{JobManager, Turns, check_root},
     mirror_top::{MirrorState, MirrorTop},
     state::Ending,
     transfer::{Copier, Transfer, Watch, advance, child},
@@ -144,7 +144,7 @@ pub(crate) struct Mirror {
     claims: Vec<JobClaim>,
     policies: Policies,
     buffer_size: u64,
-    finalising: Arc<futures::lock::Mutex<()>>,
+    turns: Arc<Turns>,
     pivoted: bool,
     withdrawn: bool,
 }
@@ -270,7 +270,8 @@ impl Mirror {
             replaces: options.replaces,
             sync: options.sync,
             target_backing: options.target_backing,
-            target_was_read_only,
+            // As long as it isn't set up, that is its caller's business.
+            target_was_read_only: false,
             state,
             filter,
             transfer: None,
@@ -281,12 +282,15 @@ impl Mirror {
                 write: options.on_target_error,
             },
             buffer_size: options.buffer_size,
-            finalising: manager.finalising().clone(),
+            turns: manager.turns().clone(),
             pivoted: false,
             withdrawn: false,
         };
         match mirror.connect(base, &between) {
-            Ok(()) => Ok(mirror),
+            Ok(()) => {
+                mirror.target_was_read_only = target_was_read_only;
+                Ok(mirror)
+            }
             Err(error) => {
                 mirror.withdraw().await;
                 Err(error)
@@ -432,8 +436,8 @@ impl Mirror {
 
     /// Brings the target to one point in time and, if that was asked for, switches over.
     async fn last_step(&mut self, job: &Arc<Job>, engine: &mut Engine) -> Result<()> {
-        let finalising = self.finalising.clone();
-        let _turn = finalising.lock().await;
+        let turns = self.turns.clone();
+        let _turn = turns.finalising.lock().await;
         let mut plan = self.plan()?;
         let bitmap = self.state.bitmap.clone();
         for _ in 0..CATCH_UP {
@@ -477,7 +481,8 @@ impl Mirror {
             };
             let image = self.target.skip_filters();
             self.graph.set_backing(&image, backing.as_ref()).await?;
-            chain::rewrite_backing(&self.graph, &image, backing.as_ref(), None).await?;
+            chain::rewrite_backing(&self.graph, &self.turns, &image, backing.as_ref(), None)
+                .await?;
         }
         match &self.replaces {
             Some(replaced) if replaced.id() != self.source.id() => {
@@ -508,7 +513,7 @@ impl Mirror {
         } else {
             chain::withdraw(&self.graph, &self.filter).await;
             if self.target_was_read_only {
-                chain::make_read_only(&self.graph, &self.target).await;
+                chain::restore_read_only(&self.graph, &self.turns, &self.target).await;
             }
         }
         self.source.remove_bitmap(&self.state.bitmap);

@@ -24,7 +24,7 @@ use crate::{
     error_policy::OnError,
     event::IoSide,
     job::{Job, JobDriver, JobKind, JobOptions},
-    manager::JobManager,
+    manager::{JobManager, Turns},
     transfer::{Watch, advance},
 };
 
@@ -89,7 +89,7 @@ pub(crate) struct Stream {
     keeper: Option<BlockHandle>,
     /// It is a layer of a disk, not the disk itself.
     is_layer: bool,
-    finalising: Arc<futures::lock::Mutex<()>>,
+    turns: Arc<Turns>,
     freeze: Option<FreezeGuard>,
     claims: Vec<JobClaim>,
 }
@@ -138,6 +138,7 @@ impl Stream {
         }
         let device = [options.device.clone()];
         let (claims, freeze) = chain::hold(graph, &top, base.as_ref(), device, JobKind::Stream)?;
+        let turn = manager.turns().reopening.lock().await;
         let top_was_read_only = chain::make_writable(graph, &top).await?;
         let is_layer = !graph.parents(&top).is_empty();
         let attached = graph
@@ -152,6 +153,7 @@ impl Stream {
                 return Err(error);
             }
         };
+        drop(turn);
         Ok(Self {
             graph: graph.clone(),
             top,
@@ -162,7 +164,7 @@ impl Stream {
             handle: Some(Arc::new(handle)),
             keeper: Some(keeper),
             is_layer,
-            finalising: manager.finalising().clone(),
+            turns: manager.turns().clone(),
             freeze: Some(freeze),
             claims,
         })
@@ -210,8 +212,8 @@ impl JobDriver for Stream {
     }
 
     async fn prepare(&mut self, _job: &Arc<Job>) -> Result<()> {
-        let finalising = self.finalising.clone();
-        let _turn = finalising.lock().await;
+        let turns = self.turns.clone();
+        let _turn = turns.finalising.lock().await;
         let Some(below) = self.top.backing() else {
             return Ok(());
         };
@@ -219,7 +221,7 @@ impl JobDriver for Stream {
         let (graph, base) = (&self.graph, self.base.as_ref());
         // Both ways show the same content: the header may go first, and a crash in between does no harm.
         let name = self.backing_file.as_deref();
-        chain::rewrite_backing(graph, &self.top, base, name).await?;
+        chain::rewrite_backing(graph, &turns, &self.top, base, name).await?;
         // Frozen until that very change: a job that put a filter over the base meanwhile would be bypassed.
         graph
             .set_frozen_backing(&self.top, base, self.freeze.take())
@@ -236,7 +238,7 @@ impl JobDriver for Stream {
         self.handle = None;
         self.freeze = None;
         if self.top_was_read_only {
-            chain::make_read_only(&self.graph, &self.top).await;
+            chain::restore_read_only(&self.graph, &self.turns, &self.top).await;
         }
         self.keeper = None;
         if self.is_layer {

@@ -5,7 +5,7 @@ mod common;
 
 use std::sync::Arc;
 
-use block_core::{Node, Result};
+use block_core::{BlockDriver, Node, Result};
 use common::{Bench, LENGTH, Layer, assert_same, guest::Guest, run};
 use jobs::{BackupOptions, CommitOptions, Job, JobKind, JobOptions, MirrorOptions, StreamOptions};
 
@@ -273,5 +273,31 @@ fn jobs_over_parts_of_a_chain_with_nothing_in_common_both_run_to_their_end() {
                 run(|bench| async move { both(bench, jobs, slow, &nodes).await });
             }
         }
+    }
+}
+
+#[test]
+fn a_read_only_layer_that_two_commits_write_to_is_read_only_again_when_both_have_ended() {
+    // The upper commit writes to C, the lower one to its header.
+    for turn in 0..60 {
+        run(|bench| async move {
+            let (chain, content) = bench.chain(&CHAIN).await;
+            let middle = chain[2].mem.clone().read_only();
+            let handle = bench.guest_handle(&chain[5].node);
+            let lower = Commit("B", "A").start(&bench, true, false).await;
+            let lower = lower.expect("the lower one");
+            // The upper one starts while the lower one rewrites the header.
+            while middle.is_read_only() && !lower.status().is_over() {
+                std::thread::yield_now();
+            }
+            let upper = Commit("E", "C").start(&bench, false, false).await;
+            let upper = upper.expect("the upper one");
+            upper.wait().await.expect("success");
+            lower.wait().await.expect("success");
+            assert_eq!(bench.names(), ["A", "C", "F"], "{turn}");
+            assert!(middle.is_read_only(), "{turn}");
+            let found = handle.read(0, LENGTH as usize).await.expect("readable");
+            assert_same(&found, &content, "the guest's disk");
+        });
     }
 }

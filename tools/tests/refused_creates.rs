@@ -86,3 +86,32 @@ fn an_image_that_comes_to_be_only_in_part_is_removed_unless_its_file_was_there()
     assert_eq!(status, 1, "{said}");
     assert!(alone.path("a").exists(), "a file that isn't ours to remove");
 }
+
+#[test]
+fn a_compressed_conversion_into_an_encrypted_image_says_why_it_cant_be_and_changes_nothing() {
+    let alone = Alone::new();
+    fs::write(alone.path("source"), vec![1; 1 << 20]).unwrap();
+    let secret = ["--object", "secret,id=s,data=letmein"];
+    let options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10";
+    let made = [
+        &["create"],
+        &secret[..],
+        &["-f", "qcow2", "-o", options, "a", "1M"],
+    ]
+    .concat();
+    let (status, _, said) = alone.blk(&made);
+    assert_eq!(status, 0, "{said}");
+    let before = fs::read(alone.path("a")).unwrap();
+    const REASON: &str = "Compression and encryption not supported at the same time";
+    let target = "driver=qcow2,file.filename=a,encrypt.key-secret=s";
+    for rest in [
+        &["-n", "--target-image-opts", "source", target][..],
+        &["-O", "qcow2", "-o", options, "source", "a"],
+    ] {
+        let args = [&["convert", "-c", "-f", "raw"], &secret[..], rest].concat();
+        let (status, _, said) = alone.blk(&args);
+        assert_eq!(status, 1, "{said}");
+        assert!(said.contains(REASON), "{said}");
+        assert!(fs::read(alone.path("a")).unwrap() == before, "{rest:?}");
+    }
+}

@@ -98,6 +98,10 @@ impl Target {
         if request.compress && !capabilities.contains(Capabilities::COMPRESSED) {
             return Err(no_compression());
         }
+        let info = handle.info().await?;
+        if request.compress && info.encrypted {
+            return Err(no_compressed_encryption());
+        }
         if handle.length() < length {
             return Err(Failure::new("output file is smaller than input file"));
         }
@@ -116,7 +120,7 @@ impl Target {
             )));
         }
         let limits = handle.limits();
-        let cluster = handle.info().await?.cluster_size.unwrap_or(65536);
+        let cluster = info.cluster_size.unwrap_or(65536);
         drop(node);
         Ok(Self {
             has_backing,
@@ -138,6 +142,10 @@ impl Target {
 
 fn no_compression() -> Failure {
     Failure::new("Compression not supported for this file format")
+}
+
+fn no_compressed_encryption() -> Failure {
+    Failure::new("Compression and encryption not supported at the same time")
 }
 
 /// Makes the target; gives the id of the secret that it is encrypted with.
@@ -166,9 +174,7 @@ async fn create(
     let encrypts =
         options.get("encrypt.format").is_some() || options.get("encryption") == Some("on");
     if request.compress && encrypts {
-        return Err(Failure::new(
-            "Compression and encryption not supported at the same time",
-        ));
+        return Err(no_compressed_encryption());
     }
     options.set(
         "size",
