@@ -204,9 +204,9 @@ pub const MUTANTS: &[Mutant] = &[
         "qcow2-cow-ignores-backing-file",
         "copy-on-write doesn't read the backing file",
     ),
-    blind(
-        "qcow2-mapping-not-checked-before-link",
-        "a write links although the mapping changed since it was planned",
+    asked(
+        "qcow2-link-frees-what-was-planned",
+        "a write frees what its clusters held when it was planned, whatever they hold by then",
     ),
     blind(
         "qcow2-overwritten-cluster-not-unreferenced",
@@ -229,8 +229,8 @@ pub const MUTANTS: &[Mutant] = &[
         "what try_map gives out isn't pinned",
     ),
     asked(
-        "qcow2-overwrite-beside-claim",
-        "a write in place goes on while its cluster is being copied on write",
+        "qcow2-overwrite-of-shared-cluster",
+        "a write goes on in place although a snapshot shares the cluster",
     ),
     blind(
         "qcow2-unmap-reveals-backing",

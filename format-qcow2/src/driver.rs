@@ -37,8 +37,11 @@ impl Qcow2 {
         }
     }
 
-    /// Says on disk that refcounts are right again.
+    /// Says on disk that refcounts are right again, unless nobody has repaired what the bit announces.
     pub(crate) async fn clear_dirty(&self, request: &Request) -> Result<()> {
+        if self.stale.load(Ordering::Acquire) {
+            return Ok(());
+        }
         let file = request.file()?;
         let mut meta = self.lock_meta(file).await?;
         if meta.header.is_dirty() {
@@ -76,6 +79,10 @@ impl Qcow2 {
         };
         if mode != CheckMode::ReadOnly {
             self.reload(&mut meta, request).await?;
+            let whole = |report: &CheckReport| report.corruptions + report.check_errors == 0;
+            if report.as_ref().is_ok_and(whole) {
+                self.stale.store(false, Ordering::Release);
+            }
             if !meta.header.is_corrupt() {
                 self.shut.store(false, Ordering::Release);
             }

@@ -80,6 +80,8 @@ pub(crate) struct Qcow2 {
     pub size_in_doubt: AtomicBool,
     /// Found corrupt while it was writable: no request is served any more.
     pub shut: AtomicBool,
+    /// Opened for a check with the dirty bit set, and not repaired since: the bit stays.
+    pub stale: AtomicBool,
     /// Amended to something that this can't go on with: it has to be opened again.
     pub retired: AtomicBool,
     /// Found corrupt while it was read-only, and said so.

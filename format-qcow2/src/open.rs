@@ -240,6 +240,8 @@ async fn open_image(
         read_only: AtomicBool::new(read_only),
         names_backing: AtomicBool::new(header.backing_file.is_some()),
         shut: AtomicBool::new(false),
+        // Without a check in mind it has been repaired by now.
+        stale: AtomicBool::new(!read_only && context.how.for_check && header.is_dirty()),
         retired: AtomicBool::new(false),
         warned_corrupt: AtomicBool::new(false),
         l1: ArcSwap::from_pointee(l1),

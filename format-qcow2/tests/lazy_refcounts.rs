@@ -4,8 +4,9 @@
 mod common;
 
 use block_core::{
-    RequestFlags,
+    OpenOptions, RequestFlags,
     driver::{Reopen, Truncate},
+    image::{CheckMode, Progress},
 };
 use common::{
     cuts::{Look, look_at, prepared, record},
@@ -228,6 +229,60 @@ fn a_dirty_image_that_is_refused_in_the_end_stays_as_it_was() {
         let refused = refused.unwrap_or_else(|| panic!("{what}: opened"));
         assert!(refused.contains(what), "{refused}");
         assert!(written.is_empty(), "{what}: {written:?}");
+    }
+}
+
+/// Where refcounts are too low and nothing says so, the next writer gets clusters that are in use.
+#[test]
+fn a_check_that_leaves_corruptions_leaves_the_dirty_bit_and_a_repair_takes_it_back() {
+    let rig = Rig::new();
+    let mut crashed = Vec::new();
+    let storage = storage::Storage::new(image_bytes("lazy_refcounts=on", SIZE));
+    rig.block_on(async {
+        let handle = rig.open_storage(&storage, "").await.unwrap();
+        write(&handle, 0, 300_000, 1).await.unwrap();
+        handle.flush().await.unwrap();
+        crashed.clone_from(&storage.state.lock().data);
+        rig.close(handle).await.unwrap();
+    });
+    assert!(is_dirty(&crashed));
+    for (mode, clean) in [
+        (None, false),
+        (Some(CheckMode::ReadOnly), false),
+        (Some(CheckMode::RepairLeaks), false),
+        (Some(CheckMode::RepairAll), true),
+    ] {
+        let rig = Rig::new();
+        let storage = storage::Storage::new(crashed.clone());
+        rig.block_on(async {
+            let how = OpenOptions {
+                for_check: true,
+                ..OpenOptions::default()
+            };
+            let handle = rig.open_storage_how(&storage, "", how).await.unwrap();
+            if let Some(mode) = mode {
+                // A repair of leaks may say that it can't help.
+                let report = handle.check(mode, Progress::new()).await;
+                assert!(!clean || report.unwrap().corruptions == 0);
+            }
+            rig.close(handle).await.unwrap();
+        });
+        let left = storage.state.lock().data.clone();
+        assert_eq!(is_dirty(&left), !clean, "{mode:?}");
+        if clean {
+            assert_eq!(check_bytes(&storage), (0, 0));
+        } else {
+            // The next open that may write repairs it.
+            let rig = Rig::new();
+            rig.block_on(async {
+                let handle = rig.open_storage(&storage, "").await.unwrap();
+                write(&handle, 700_000, 100_000, 2).await.unwrap();
+                let read = handle.read(0, 300_000).await.unwrap();
+                assert!(read.iter().all(|byte| *byte == 1), "{mode:?}");
+                rig.close(handle).await.unwrap();
+            });
+            assert_eq!(check_bytes(&storage), (0, 0), "{mode:?}");
+        }
     }
 }
 

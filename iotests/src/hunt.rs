@@ -47,6 +47,9 @@ pub struct Hunt {
     /// Only every n-th bug: a sample for a machine that has little time
     #[arg(long, value_name = "N", default_value_t = 1)]
     every: usize,
+    /// Don't run everything without a bug first: something else has shown that it passes
+    #[arg(long)]
+    skip_good: bool,
     /// Lists the bugs
     #[arg(long)]
     list: bool,
@@ -125,7 +128,9 @@ impl Hunt {
             return Ok(0);
         }
         // What fails without a bug finds every bug.
-        if let Some(found) = self.elsewhere(NO_BUG) {
+        if !self.skip_good
+            && let Some(found) = self.elsewhere(NO_BUG)
+        {
             return Err(format!(
                 "without any seeded bug, {} fails on {}: {}",
                 found.by, found.format, found.saw

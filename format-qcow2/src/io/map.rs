@@ -194,9 +194,9 @@ impl Qcow2 {
                     // What the file doesn't have yet isn't overwritten. (A read there, whose rest is zeroes, is found
                     // by the core.)
                     let end = edges.get(edge).map_or(0, |edge| edge.child.length());
-                    if !copied
+                    if !copied && !mutant::is_active("qcow2-overwrite-of-shared-cluster")
                         || len < here
-                        || self.claims.any() && !mutant::is_active("qcow2-overwrite-beside-claim")
+                        || self.claims.any()
                         || end < host.0 + len
                     {
                         return Mapping::NotCached;

@@ -64,15 +64,21 @@ impl Rig {
         storage: &Arc<storage::Storage>,
         options: &str,
     ) -> Result<BlockHandle> {
+        self.open_storage_how(storage, options, OpenOptions::default())
+            .await
+    }
+
+    pub async fn open_storage_how(
+        &self,
+        storage: &Arc<storage::Storage>,
+        options: &str,
+        how: OpenOptions,
+    ) -> Result<BlockHandle> {
         self.storages.add("a", storage);
         let text = format!("driver=qcow2,file.driver=memory,file.name=a,{options}");
         let node = self
             .registry
-            .open(
-                &self.graph,
-                Options::from_dotted(&text)?,
-                OpenOptions::default(),
-            )
+            .open(&self.graph, Options::from_dotted(&text)?, how)
             .await?;
         let mut used = Permissions::CONSISTENT_READ;
         if !node.driver().is_read_only() {

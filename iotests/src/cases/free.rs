@@ -43,6 +43,22 @@ pub(super) fn cases() -> Vec<Case> {
         .duty(Duty::Pin),
         Case::new(
             Group::Race,
+            "race-write-behind-claim-spares-recycled-cluster-without-gate",
+            "a write that found its cluster allocated by the one that it had waited for never lands in a cluster that was \
+             freed and recycled",
+            write_behind_claim,
+        )
+        .without_gate()
+        .duty(Duty::Pin),
+        Case::new(
+            Group::Race,
+            "race-write-over-discarded-compressed-cluster-frees-it-once-without-gate",
+            "a write over compressed data that is discarded meanwhile is linked, and what was discarded isn't freed again",
+            freed_meanwhile,
+        )
+        .without_gate(),
+        Case::new(
+            Group::Race,
             "race-read-never-sees-recycled-cluster-without-gate",
             read,
             old_read,
@@ -198,6 +214,93 @@ async fn old_write(scene: Arc<Scene>) -> CaseResult {
         return Ok(Verdict::Inconclusive(format!(
             "{parked} writes were parked, {deferred} frees deferred by pins"
         )));
+    }
+    Ok(Verdict::Passed)
+}
+
+/// Of two writes to a new cluster the second waits until the first has its place. Its own data is on the way to that place
+/// when the cluster is discarded and others allocate.
+async fn write_behind_claim(scene: Arc<Scene>) -> CaseResult {
+    if let Some(verdict) = without_safeguards(&scene) {
+        return Ok(verdict);
+    }
+    let Some(image) = Image::new(&scene, Setup::default()).await? else {
+        return Ok(Verdict::NotCovered("the driver can't write".into()));
+    };
+    if let Err(verdict) = image.needs(Capabilities::DISCARD) {
+        return Ok(verdict);
+    }
+    let (target, cluster) = (image.target(), image.cluster);
+    let before = image.counter("frees-deferred-by-pins");
+    let hold_of = |owner| {
+        let writes = Choose::writes().containing(&Stamp::needle(owner));
+        image.disk.hold(writes, Stage::Before)
+    };
+    let (first, second) = (hold_of(owner::PARKED), hold_of(owner::LATER));
+    let guest = image.guest.signing(owner::PARKED);
+    let allocating =
+        scene.start(async move { guest.write(target, 512, RequestFlags::empty()).await });
+    scene.rest().await;
+    let guest = image.job.signing(owner::LATER);
+    let behind = scene.start(async move { guest.write(target, 512, RequestFlags::empty()).await });
+    scene.rest().await;
+    let waited = second.arrivals() == 0;
+    first.release();
+    scene.rest().await;
+    let parked = second.waiting().len();
+    let fresh = free_and_recycle(&scene, &image).await?;
+    drop((first, second));
+    // Without a gate the fate of both is open.
+    let _ = (allocating.await, behind.await);
+    for at in fresh {
+        image.guest.oracle().protect(at, cluster);
+    }
+    let after = image.counter("frees-deferred-by-pins");
+    image.finish().await?;
+    let (Some(before), Some(after)) = (before, after) else {
+        return Ok(Verdict::NotCovered("the driver defers no frees".into()));
+    };
+    if scene.strict() && (!waited || parked == 0 || after == before) {
+        return Ok(Verdict::Inconclusive(format!(
+            "the second write waited: {waited}; {parked} were parked, {} frees deferred by pins",
+            after - before
+        )));
+    }
+    Ok(Verdict::Passed)
+}
+
+async fn freed_meanwhile(scene: Arc<Scene>) -> CaseResult {
+    if let Some(verdict) = without_safeguards(&scene) {
+        return Ok(verdict);
+    }
+    let Some(image) = Image::new(&scene, Setup::default()).await? else {
+        return Ok(Verdict::NotCovered("the driver can't write".into()));
+    };
+    if let Err(verdict) = image.needs(Capabilities::DISCARD) {
+        return Ok(verdict);
+    }
+    let (target, cluster) = (image.target(), image.cluster);
+    if let Err(verdict) = image.prepare(ClusterKind::Compressed, target).await? {
+        return Ok(verdict);
+    }
+    let needle = Stamp::needle(owner::PARKED);
+    let hold = image
+        .disk
+        .hold(Choose::writes().containing(&needle), Stage::Before);
+    let guest = image.guest.signing(owner::PARKED);
+    let write =
+        scene.start(async move { guest.write(target, cluster, RequestFlags::empty()).await });
+    scene.rest().await;
+    let parked = hold.waiting().len();
+    free_and_recycle(&scene, &image).await?;
+    drop(hold);
+    let wrote = ended(write).await?;
+    if wrote && !image.holds(target, owner::PARKED).await? {
+        return Err("the write succeeded, and isn't there".into());
+    }
+    image.finish().await?;
+    if scene.strict() && parked == 0 {
+        return Ok(Verdict::Inconclusive("no write was parked".into()));
     }
     Ok(Verdict::Passed)
 }

@@ -4,6 +4,7 @@
 mod kinds;
 mod ranges;
 mod reuse;
+mod snapshots;
 
 use crate::case::Case;
 
@@ -12,5 +13,6 @@ pub fn all() -> Vec<Case> {
     let mut cases = kinds::cases();
     cases.extend(ranges::cases());
     cases.extend(reuse::cases());
+    cases.extend(snapshots::cases());
     cases
 }

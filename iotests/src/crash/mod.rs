@@ -3,6 +3,7 @@
 //! again: nothing is corrupt, everything that was flushed is there, everything else is old or new, and the image can be
 //! written on without harm to what is in it.
 
+mod grown;
 mod history;
 mod workload;
 
@@ -94,7 +95,9 @@ pub fn cases() -> Vec<Case> {
         let run = move |scene| as_case(scene, workload);
         Case::new(Group::Crash, name, proves, run).slow()
     };
-    Workload::ALL.into_iter().map(case).collect()
+    let mut cases: Vec<Case> = Workload::ALL.into_iter().map(case).collect();
+    cases.extend(grown::cases());
+    cases
 }
 
 async fn as_case(scene: Arc<Scene>, workload: Workload) -> CaseResult {
@@ -318,10 +321,7 @@ impl Image {
             .open(&format.name, FILE, self.backing(), &Options::new())
             .await?;
         let handle = lab.attach(&node, "after-cut")?;
-        let checks = node.driver().capabilities().contains(Capabilities::CHECK);
-        if checks {
-            check(&handle, "after the cut").await?;
-        }
+        check(&handle, "after the cut").await?;
         let length = handle.length();
         if length < history.length(time).max(self.size) {
             return Err(format!("the disk has {length} bytes, less than was flushed").into());
@@ -355,9 +355,7 @@ impl Image {
                 );
             }
         }
-        if checks {
-            check(&handle, "after writing on").await?;
-        }
+        check(&handle, "after writing on").await?;
         drop(handle);
         lab.graph.release(&node).await?;
         Ok(())
@@ -384,6 +382,10 @@ impl Image {
 }
 
 async fn check(handle: &block_core::BlockHandle, when: &str) -> Result<(), Failure> {
+    let capabilities = handle.node().driver().capabilities();
+    if !capabilities.contains(Capabilities::CHECK) {
+        return Ok(());
+    }
     let report = handle.check(CheckMode::ReadOnly, Progress::new()).await?;
     // Leaks are what a power cut may leave behind.
     if report.corruptions + report.check_errors > 0 {

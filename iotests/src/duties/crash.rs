@@ -268,25 +268,32 @@ async fn judge(
     let format = scene.format.name.as_str();
     lab.disks.insert(Disk::new(FILE, content));
     let broken = |error: Error| (Duty::OwnerBeforeLink, error.to_string());
-    let how = OpenOptions {
-        implicit: ImplicitOpens::Permit,
-        for_check: true,
-        ..OpenOptions::default()
+    let open = async |for_check| {
+        let how = OpenOptions {
+            implicit: ImplicitOpens::Permit,
+            for_check,
+            ..OpenOptions::default()
+        };
+        let backing = backing.then_some(("base", format));
+        let options = lab.open_options(format, backing, &Options::new());
+        let node = lab
+            .registry
+            .open_file(&lab.graph, FILE, Some(format), options, how)
+            .await?;
+        let everything = PermissionSet::new(
+            Permissions::CONSISTENT_READ | Permissions::WRITE,
+            Permissions::all(),
+        );
+        let handle = lab.graph.attach(&node, everything, "judge")?;
+        Ok((node, handle))
     };
-    let options = lab.open_options(format, backing.then_some(("base", format)), &Options::new());
-    let node = lab
-        .registry
-        .open_file(&lab.graph, FILE, Some(format), options, how)
-        .await
-        .map_err(broken)?;
-    let everything = PermissionSet::new(
-        Permissions::CONSISTENT_READ | Permissions::WRITE,
-        Permissions::all(),
-    );
-    let handle = lab
-        .graph
-        .attach(&node, everything, "judge")
-        .map_err(broken)?;
+    let (mut node, mut handle) = open(true).await.map_err(broken)?;
+    if handle.info().await.map_err(broken)?.dirty {
+        // It says itself that it has to be repaired first, as every open does that may write.
+        drop(handle);
+        lab.graph.release(&node).await.map_err(broken)?;
+        (node, handle) = open(false).await.map_err(broken)?;
+    }
     let mut result = Ok(());
     for start in expect.given_up.iter().chain(&expect.fresh) {
         let fresh = expect.fresh.contains(start);

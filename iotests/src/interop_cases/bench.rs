@@ -120,6 +120,24 @@ impl Bench {
         }
     }
 
+    /// Whether an image says that it wasn't closed, and that its refcounts may be stale.
+    pub fn is_dirty(&self, name: &str) -> Result<bool, Failure> {
+        let path = self.path(name);
+        let text = self.img_ok(&["info", "-f", self.format(), "--output=json", &path])?;
+        let json: serde_json::Value =
+            serde_json::from_str(&text).map_err(|error| Failure(format!("{error}: {text}")))?;
+        Ok(json["dirty-flag"].as_bool().unwrap_or(false))
+    }
+
+    /// qemu-img's check of an image that nobody has closed: after its repair, if it says that it needs one.
+    pub fn check_unclosed(&self, name: &str) -> Result<(), Failure> {
+        if self.is_dirty(name)? {
+            let path = self.path(name);
+            self.img_ok(&["check", "-r", "all", "-f", self.format(), &path])?;
+        }
+        self.check(name)
+    }
+
     /// Opens a disk here.
     pub async fn open(&self, name: &str) -> Result<(Arc<Node>, Arc<BlockHandle>), Failure> {
         let lab = &self.scene.lab;

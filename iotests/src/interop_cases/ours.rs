@@ -194,7 +194,9 @@ async fn cut(scene: Arc<Scene>) -> CaseResult {
             let json: Option<serde_json::Value> = serde_json::from_str(&said.text[..end]).ok();
             json.and_then(|json| json[key].as_u64()).unwrap_or(0)
         };
-        if number("corruptions") > 0 || number("check-errors") > 0 {
+        // An image that says that its refcounts are stale is only whole after its repair. Both count the same leaks before.
+        let dirty = bench.is_dirty("cut")?;
+        if number("corruptions") > 0 && !dirty || number("check-errors") > 0 {
             return Err(format!("qemu-img check: {}", said.text).into());
         }
         let lab = &scene.lab;
@@ -211,7 +213,7 @@ async fn cut(scene: Arc<Scene>) -> CaseResult {
         let report = handle.check(CheckMode::ReadOnly, Progress::new()).await?;
         drop(handle);
         lab.graph.release(&node).await?;
-        if report.leaks != number("leaks") || report.corruptions > 0 {
+        if report.leaks != number("leaks") || report.corruptions > 0 && !dirty {
             let theirs = number("leaks");
             return Err(format!("{} leaks here, {theirs} for qemu-img", report.leaks).into());
         }
@@ -302,7 +304,7 @@ async fn resized(scene: Arc<Scene>) -> CaseResult {
         handle.write(at, data, NONE).await?;
         handle.flush().await?;
         bench.export(&name)?;
-        bench.check(&name)?;
+        bench.check_unclosed(&name)?;
         let seen = bench.seen_by_qemu(&name)?;
         // raw's tools round up to whole sectors, which these lengths are.
         same(&seen, &expected, &format!("resized to {length}"))?;

@@ -3,6 +3,7 @@
 //! everything else.
 
 mod control;
+mod durable;
 mod errors;
 mod live;
 mod points;
@@ -16,6 +17,7 @@ use crate::case::Case;
 pub fn all() -> Vec<Case> {
     let mut cases = live::cases();
     cases.extend(control::cases());
+    cases.extend(durable::cases());
     cases.extend(errors::cases());
     cases.extend(points::cases());
     cases.extend(refused::cases());
