@@ -160,3 +160,36 @@ fn key_slots_are_added_and_erased_as_by_qemu_img() {
     both.compare_all(&commands.join("\n"));
     both.finish();
 }
+
+/// Options that decide what is read are in the name that `info` shows; others aren't.
+#[test]
+fn info_calls_images_that_no_plain_name_opens_by_their_options() {
+    if !qemu_is_installed() {
+        return;
+    }
+    let mut both = SideBySide::new(
+        r#"
+qemu-img create -q --object secret,id=s,data=letmein -f qcow2 \
+    -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10 l.qcow2 1M
+qemu-img create -q -f qcow2 a.qcow2 4M
+qemu-img create -q -f qcow2 -o data_file=d.raw e.qcow2 4M
+cp d.raw d2.raw
+qemu-img create -q -f raw r.raw 4M
+qemu-img create -q -f qcow2 -F raw -b 'json:{"driver":"raw","file.filename":"r.raw","size":1048576}' o.qcow2
+"#,
+    );
+    both.compare_all(
+        "info --object secret,id=s,data=letmein --image-opts driver=qcow2,file.filename=l.qcow2,encrypt.key-secret=s
+        info --object secret,id=s,data=letmein --output=json --image-opts encrypt.format=luks,driver=qcow2,file.filename=l.qcow2,lazy-refcounts=on,encrypt.key-secret=s
+        info --object secret,id=s,data=letmein --output=json json:{\"driver\":\"qcow2\",\"file.filename\":\"l.qcow2\",\"encrypt\":{\"format\":\"luks\",\"key-secret\":\"s\"}}
+        info --output=json --image-opts driver=raw,offset=1M,size=1M,file.filename=r.raw
+        info --output=json --image-opts driver=raw,offset=0,file.driver=file,file.filename=r.raw
+        info --output=json json:{\"driver\":\"raw\",\"size\":512,\"file\":{\"driver\":\"file\",\"filename\":\"r.raw\"}}
+        info --output=json --image-opts driver=qcow2,file.filename=a.qcow2
+        info --output=json --image-opts driver=qcow2,node-name=x,discard=unmap,lazy-refcounts=on,l2-cache-size=1M,file.filename=a.qcow2,file.locking=on
+        info --output=json --image-opts file.driver=file,file.filename=./a.qcow2
+        info --output=json --image-opts driver=qcow2,file.filename=e.qcow2,data-file.driver=file,data-file.filename=d2.raw
+        info --output=json --backing-chain o.qcow2",
+    );
+    both.finish();
+}

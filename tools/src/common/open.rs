@@ -175,7 +175,7 @@ async fn attempt(
 }
 
 /// `driver=qcow2,file.filename=x`; a first word without a key names a node, as in qemu.
-fn parse_image_opts(text: &str) -> block_core::Result<Options> {
+pub fn parse_image_opts(text: &str) -> block_core::Result<Options> {
     let first = text.split(',').next().unwrap_or_default();
     if !text.trim_start().starts_with('{') && !first.contains('=') {
         let rest = text.get(first.len() + 1..).unwrap_or_default();

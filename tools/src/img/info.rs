@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use block_core::{BlockHandle, ChildRole, Node, PermissionSet, image::ImageInfo, resolve_name};
+use block_core::{
+    BlockHandle, ChildRole, Node, Options, PermissionSet, image::ImageInfo, resolve_name,
+};
 use serde_json::{Map, Value, json};
 
 use super::{
@@ -10,6 +12,7 @@ use super::{
     args::{
         FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, OUTPUT, OutputFormat, one_image, output_format,
     },
+    shown_name::{below, shown_name},
 };
 use crate::common::{
     failure::{Failure, Outcome},
@@ -70,7 +73,14 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
             image_opts: image.image_opts && seen.is_empty(),
         };
         let handle = open::open(session, spec, access).await?;
-        let layer = Layer::read(session, &handle).await?;
+        let options = if spec.image_opts {
+            open::parse_image_opts(&name)?.0
+        } else if let Some(json) = name.strip_prefix("json:") {
+            Options::from_json(json)?.0
+        } else {
+            Map::new()
+        };
+        let layer = Layer::read(session, &handle, &options).await?;
         handle.close().await?;
         if follow && let Some(backing) = layer.full_backing.clone() {
             next = Some((backing, layer.info.backing_format.clone()));
@@ -112,15 +122,20 @@ struct Layer {
 }
 
 impl Layer {
-    async fn read(session: &Session, handle: &BlockHandle) -> Result<Self, Failure> {
+    async fn read(
+        session: &Session,
+        handle: &BlockHandle,
+        options: &Map<String, Value>,
+    ) -> Result<Self, Failure> {
         let info = handle.info().await?;
-        Self::of_node(session, &handle.node(), info).await
+        Self::of_node(session, &handle.node(), info, options).await
     }
 
     async fn of_node(
         session: &Session,
         node: &Arc<Node>,
         mut info: ImageInfo,
+        options: &Map<String, Value>,
     ) -> Result<Self, Failure> {
         let mut children = Vec::new();
         let mut sum: Option<u64> = None;
@@ -133,7 +148,7 @@ impl Layer {
         {
             let child = edge.child.node();
             let handle = session.graph.attach(child, PermissionSet::NONE, "info")?;
-            let layer = Box::pin(Self::read(session, &handle)).await?;
+            let layer = Box::pin(Self::read(session, &handle, &below(options, &edge.name))).await?;
             drop(handle);
             if let Some(size) = layer.actual_size {
                 sum = Some(sum.unwrap_or(0).saturating_add(size));
@@ -154,7 +169,7 @@ impl Layer {
                 .as_deref()
                 .map(|name| resolve_name(&filename, name)),
             actual_size: info.actual_size.or(sum),
-            filename,
+            filename: shown_name(node, options),
             driver: node.driver().name(),
             length: if session.program.is_qemu() {
                 // qemu counts in sectors.

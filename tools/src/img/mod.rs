@@ -15,6 +15,7 @@ mod map;
 mod measure;
 mod rebase;
 mod resize;
+mod shown_name;
 mod snapshot;
 
 use crate::common::{
