@@ -34,6 +34,10 @@ fn convert_copies_what_qemu_img_copies() {
         convert -c -O qcow2 -o cluster_size=4k r3.raw t4.qcow2
         convert -O qcow2 -o cluster_size=512,compat=0.10 a.qcow2 t5.qcow2
         convert -O qcow2 -o cluster_size=2M,preallocation=metadata a.qcow2 t6.qcow2
+        convert -O qcow2 -o size=80M a.qcow2 larger.qcow2
+        info --output=json larger.qcow2
+        convert -O qcow2 -o size=1M a.qcow2 smaller.qcow2
+        info --output=json smaller.qcow2
         convert -O raw -S 0 a.qcow2 t2.raw
         convert -O qcow2 -S 0 a.qcow2 t7.qcow2
         convert -O raw a.qcow2 r3.raw t3.raw

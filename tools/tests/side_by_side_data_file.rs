@@ -71,6 +71,8 @@ fn images_with_a_data_file_or_zstd_are_handled_as_qemu_img_does() {
         check d3.qcow2
         convert -O qcow2 -o data_file=t1.raw a.qcow2 t1.qcow2
         convert -O qcow2 -o data_file=t2.raw,data_file_raw=on a.qcow2 t2.qcow2
+        amend -o data_file_raw=on t2.qcow2
+        info --output=json t2.qcow2
         convert -O qcow2 -o data_file=t3.raw,extended_l2=on d1.qcow2 t3.qcow2
         convert -O qcow2 -c -o data_file=t4.raw a.qcow2 t4.qcow2
         convert -O qcow2 -c -o compression_type=zstd a.qcow2 t5.qcow2

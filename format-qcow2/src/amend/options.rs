@@ -251,12 +251,12 @@ fn data_file(options: &mut Options, header: &Header) -> Result<(Option<String>, 
             "data-file can only be set for images that use an external data file",
         ));
     }
-    if raw == Some(true) {
+    let is_raw = header.autoclear.contains(Autoclear::RAW_DATA_FILE);
+    if raw == Some(true) && !is_raw {
         return Err(Error::invalid(
             "data-file-raw cannot be set on existing images",
         ));
     }
-    let is_raw = header.autoclear.contains(Autoclear::RAW_DATA_FILE);
     Ok((name, raw == Some(false) && is_raw))
 }
 

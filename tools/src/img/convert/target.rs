@@ -176,10 +176,8 @@ async fn create(
     if request.compress && encrypts {
         return Err(no_compressed_encryption());
     }
-    options.set(
-        "size",
-        &options.get_size("size").unwrap_or(length).to_string(),
-    )?;
+    // Whatever `-o` says: the copy is as large as what is copied.
+    options.set("size", &length.to_string())?;
     image::make(session, format, name, options.for_format()?)
         .await
         .map_err(|error| {
