@@ -112,8 +112,9 @@ fn nothing_that_was_written_is_lost_between_clears_merges_and_stores() {
             let ((), rounds) = futures::join!(guests, taker);
             assert!(rounds > 5, "{rounds} rounds while guests wrote");
             let node = handle.node();
-            bitmaps.merge("taken", &[(node, "fine".into())]).unwrap();
+            // It waits for what was dropped and goes on: that is recorded when it ends.
             handle.flush().await.unwrap();
+            bitmaps.merge("taken", &[(node, "fine".into())]).unwrap();
             let disk = handle.read(0, DISK as usize).await.unwrap();
             let mut done = done.lock().clone();
             // The disk was empty.
