@@ -13,6 +13,7 @@ use parking_lot::Mutex;
 use crate::{
     case::{Case, FormatUnderTest, Verdict},
     runner::run_case,
+    say::say,
     suite::all_cases,
 };
 
@@ -235,7 +236,7 @@ pub fn main(subject: Subject) -> ExitCode {
     let listing = arguments.list;
     let conclusion = libtest_mimic::run(&arguments, trials);
     if !listing {
-        println!("{}", coverage.lock().text(&subject.name));
+        say!("{}", coverage.lock().text(&subject.name));
     }
     conclusion.exit_code()
 }

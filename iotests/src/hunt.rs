@@ -25,6 +25,7 @@ use crate::{
     cancel,
     case::{Case, FormatUnderTest, Group, Verdict, run},
     race::{StormConfig, storm},
+    say::say,
     simulate::campaign::{Campaign, profile},
     suite::Suite,
 };
@@ -123,7 +124,7 @@ impl Hunt {
         if self.list {
             for mutant in wanted {
                 let blind = if mutant.blind { "blind" } else { "" };
-                println!("{:<46} {blind:<6} {}", mutant.name, mutant.what);
+                say!("{:<46} {blind:<6} {}", mutant.name, mutant.what);
             }
             return Ok(0);
         }
@@ -140,10 +141,10 @@ impl Hunt {
         let missed = rows.iter().filter(|row| row.found.is_none()).count();
         if self.json {
             let text = serde_json::to_string_pretty(&rows).map_err(|error| error.to_string())?;
-            println!("{text}");
+            say!("{text}");
         } else {
             let blind = rows.iter().filter(|row| row.blind).count();
-            println!(
+            say!(
                 "\n{} seeded bugs ({blind} chosen blind), {} found, {missed} missed",
                 rows.len(),
                 rows.len() - missed
@@ -267,11 +268,14 @@ fn begins(what: &str, format: &FormatUnderTest) {
 
 fn print_row(row: &Row) {
     match &row.found {
-        Some(found) => println!(
+        Some(found) => say!(
             "{:<46} {:>7.2} s  {} [{}]",
-            row.mutant, found.after, found.by, found.format
+            row.mutant,
+            found.after,
+            found.by,
+            found.format
         ),
-        None => println!("{:<46}  MISSED    {}", row.mutant, row.what),
+        None => say!("{:<46}  MISSED    {}", row.mutant, row.what),
     }
 }
 
@@ -281,7 +285,7 @@ fn one(suite: &Suite, name: &str) -> Result<u8, String> {
     }
     let found = hunt(suite)?;
     let text = serde_json::to_string(&found).map_err(|error| error.to_string())?;
-    println!("{ENDS}{text}");
+    say!("{ENDS}{text}");
     Ok(0)
 }
 

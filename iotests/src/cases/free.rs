@@ -84,8 +84,8 @@ fn without_safeguards(scene: &Scene) -> Option<Verdict> {
     ))
 }
 
-/// An image whose target cluster has data; or why not.
-async fn with_data(scene: &Arc<Scene>) -> Result<Result<Image, Verdict>, Failure> {
+/// An image that can be written and discarded, with a target cluster of some kind; or why not.
+async fn with(scene: &Arc<Scene>, kind: ClusterKind) -> Result<Result<Image, Verdict>, Failure> {
     if let Some(verdict) = without_safeguards(scene) {
         return Ok(Err(verdict));
     }
@@ -95,14 +95,14 @@ async fn with_data(scene: &Arc<Scene>) -> Result<Result<Image, Verdict>, Failure
     if let Err(verdict) = image.needs(Capabilities::DISCARD) {
         return Ok(Err(verdict));
     }
-    if let Err(verdict) = image.prepare(ClusterKind::Data, image.target()).await? {
+    if let Err(verdict) = image.prepare(kind, image.target()).await? {
         return Ok(Err(verdict));
     }
     Ok(Ok(image))
 }
 
 async fn late_punch(scene: Arc<Scene>) -> CaseResult {
-    let image = match with_data(&scene).await? {
+    let image = match with(&scene, ClusterKind::Data).await? {
         Ok(image) => image,
         Err(verdict) => return Ok(verdict),
     };
@@ -182,7 +182,7 @@ async fn free_and_recycle(scene: &Arc<Scene>, image: &Image) -> Result<Vec<u64>,
 }
 
 async fn old_write(scene: Arc<Scene>) -> CaseResult {
-    let image = match with_data(&scene).await? {
+    let image = match with(&scene, ClusterKind::Data).await? {
         Ok(image) => image,
         Err(verdict) => return Ok(verdict),
     };
@@ -221,15 +221,10 @@ async fn old_write(scene: Arc<Scene>) -> CaseResult {
 /// Of two writes to a new cluster the second waits until the first has its place. Its own data is on the way to that place
 /// when the cluster is discarded and others allocate.
 async fn write_behind_claim(scene: Arc<Scene>) -> CaseResult {
-    if let Some(verdict) = without_safeguards(&scene) {
-        return Ok(verdict);
-    }
-    let Some(image) = Image::new(&scene, Setup::default()).await? else {
-        return Ok(Verdict::NotCovered("the driver can't write".into()));
+    let image = match with(&scene, ClusterKind::Unallocated).await? {
+        Ok(image) => image,
+        Err(verdict) => return Ok(verdict),
     };
-    if let Err(verdict) = image.needs(Capabilities::DISCARD) {
-        return Ok(verdict);
-    }
     let (target, cluster) = (image.target(), image.cluster);
     let before = image.counter("frees-deferred-by-pins");
     let hold_of = |owner| {
@@ -270,19 +265,11 @@ async fn write_behind_claim(scene: Arc<Scene>) -> CaseResult {
 }
 
 async fn freed_meanwhile(scene: Arc<Scene>) -> CaseResult {
-    if let Some(verdict) = without_safeguards(&scene) {
-        return Ok(verdict);
-    }
-    let Some(image) = Image::new(&scene, Setup::default()).await? else {
-        return Ok(Verdict::NotCovered("the driver can't write".into()));
+    let image = match with(&scene, ClusterKind::Compressed).await? {
+        Ok(image) => image,
+        Err(verdict) => return Ok(verdict),
     };
-    if let Err(verdict) = image.needs(Capabilities::DISCARD) {
-        return Ok(verdict);
-    }
     let (target, cluster) = (image.target(), image.cluster);
-    if let Err(verdict) = image.prepare(ClusterKind::Compressed, target).await? {
-        return Ok(verdict);
-    }
     let needle = Stamp::needle(owner::PARKED);
     let hold = image
         .disk
@@ -306,7 +293,7 @@ async fn freed_meanwhile(scene: Arc<Scene>) -> CaseResult {
 }
 
 async fn old_read(scene: Arc<Scene>) -> CaseResult {
-    let image = match with_data(&scene).await? {
+    let image = match with(&scene, ClusterKind::Data).await? {
         Ok(image) => image,
         Err(verdict) => return Ok(verdict),
     };
@@ -340,7 +327,7 @@ async fn old_read(scene: Arc<Scene>) -> CaseResult {
 }
 
 async fn discard_waits_for_read(scene: Arc<Scene>) -> CaseResult {
-    let image = match with_data(&scene).await? {
+    let image = match with(&scene, ClusterKind::Data).await? {
         Ok(image) => image,
         Err(verdict) => return Ok(verdict),
     };
