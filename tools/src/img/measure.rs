@@ -56,6 +56,12 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
         None => None,
     };
     let list = option_list(parsed, "options")?;
+    let format = parsed.get("target-format").unwrap_or("raw");
+    // To qemu-img `help` is an option like others here.
+    if asks_for_help(list.as_deref()) && !session.program.is_qemu() {
+        CreateOptions::print_help(&session.registry, format, None)?;
+        return Ok(0);
+    }
     let file = match parsed.free.as_slice() {
         [] => None,
         [file] => Some(file),
@@ -79,7 +85,6 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
         ));
     }
     let snapshot = parsed.get("snapshot").map(snapshots::parse).transpose()?;
-    let format = parsed.get("target-format").unwrap_or("raw");
     let mut data = Vec::new();
     let mut length = size.unwrap_or(0);
     // Bitmaps; `None` where there can't be any.
@@ -121,11 +126,12 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
         .registry
         .get(format)
         .map_err(|_| Failure::new(format!("Unknown file format '{format}'")))?;
-    let mut options = CreateOptions::new(&**factory, None);
-    if asks_for_help(list.as_deref()) {
-        options.print_help(false);
-        return Ok(0);
+    if factory.create_options().is_empty() {
+        return Err(Failure::new(format!(
+            "Format driver '{format}' does not support image creation"
+        )));
     }
+    let mut options = CreateOptions::new(&**factory, None);
     if let Some(list) = &list {
         options.read(list).map_err(|failure| {
             failure.and(format!("Invalid options for file format '{format}'"))

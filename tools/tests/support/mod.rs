@@ -63,6 +63,19 @@ impl SideBySide {
         }
     }
 
+    /// Runs the shell script `setup` with qemu's programs once for each side. A copy of a file that is preallocated isn't: where that
+    /// matters, images are made twice.
+    pub fn made_twice(setup: &str) -> Self {
+        let both = Self::new(setup);
+        let made = Command::new("bash")
+            .args(["-ec", &format!("rm -rf ./*; {setup}")])
+            .current_dir(both.ours.path())
+            .output()
+            .unwrap();
+        assert!(made.status.success());
+        both
+    }
+
     fn run(program: &Path, dir: &Path, args: &[&str]) -> Output {
         Command::new(program)
             .arg0("qemu-img")
