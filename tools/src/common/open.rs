@@ -52,7 +52,7 @@ pub struct Access {
 }
 
 /// The warning that qemu prints when a raw image is opened for writing without having been called raw.
-fn warn_of_probed_raw(name: &str) {
+pub fn warn_of_probed_raw(name: &str) {
     complain!(
         "WARNING: Image format was not specified for '{name}' and probing guessed raw.\n         \
          Automatically detecting the format is dangerous for raw images, write operations on block 0 will be \

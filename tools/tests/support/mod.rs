@@ -10,7 +10,7 @@ use std::{
     fs,
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
-    process::{Command, Output},
+    process::{Command, Output, Stdio},
 };
 
 use serde_json::Value;
@@ -102,6 +102,36 @@ impl SideBySide {
         if a != b {
             self.differences
                 .push(format!("qemu-img {line}\n  theirs: {a:?}\n  ours:   {b:?}"));
+        }
+    }
+
+    /// Runs `qemu-io` with these arguments, and `input` to read, on both sides and notes differences.
+    pub fn io(&mut self, args: &[&str], input: &str) {
+        let run = |program: &str, dir: &Path| {
+            use std::io::Write as _;
+            let mut child = Command::new(program)
+                .arg0("qemu-io")
+                .args(args)
+                .current_dir(dir)
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped())
+                .spawn()
+                .unwrap();
+            // A program that has failed already doesn't read it.
+            let _ = child.stdin.take().unwrap().write_all(input.as_bytes());
+            let mut output = child.wait_with_output().unwrap();
+            output.stdout = forget_times(&output.stdout);
+            output
+        };
+        let theirs = run("qemu-io", self.theirs.path());
+        let ours = run(env!("CARGO_BIN_EXE_blk"), self.ours.path());
+        self.commands += 1;
+        let (a, b) = (Said::of(&theirs), Said::of(&ours));
+        if a != b {
+            self.differences.push(format!(
+                "qemu-io {args:?} {input:?}\n  theirs: {a:?}\n  ours:   {b:?}"
+            ));
         }
     }
 
@@ -265,6 +295,21 @@ fn forget_sizes(text: &str) -> String {
         }
     }
     lines.join("\n")
+}
+
+/// How long requests took, for people and for machines.
+fn forget_times(out: &[u8]) -> Vec<u8> {
+    let out = String::from_utf8_lossy(out);
+    let lines = out.lines().map(|line| {
+        if let Some((ops, _)) = line.split_once(" ops; ") {
+            return format!("{ops} ops");
+        }
+        match line.split_once(",1,0:00:") {
+            Some((bytes, _)) => format!("{bytes},1"),
+            None => line.to_owned(),
+        }
+    });
+    lines.collect::<Vec<_>>().join("\n").into_bytes()
 }
 
 fn forget_places(value: &mut Value) {
