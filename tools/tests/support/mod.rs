@@ -33,21 +33,26 @@ pub fn qemu_is_installed() -> bool {
     found
 }
 
+/// Runs a shell script in `dir`.
+fn make(setup: &str, dir: &Path) {
+    let made = Command::new("bash")
+        .args(["-ec", setup])
+        .current_dir(dir)
+        .output()
+        .unwrap();
+    assert!(
+        made.status.success(),
+        "{}",
+        String::from_utf8_lossy(&made.stderr)
+    );
+}
+
 impl SideBySide {
     /// Runs the shell script `setup` with qemu's programs, and gives both sides its result.
     pub fn new(setup: &str) -> Self {
         let theirs = tempfile::tempdir().unwrap();
         let ours = tempfile::tempdir().unwrap();
-        let made = Command::new("bash")
-            .args(["-ec", setup])
-            .current_dir(theirs.path())
-            .output()
-            .unwrap();
-        assert!(
-            made.status.success(),
-            "{}",
-            String::from_utf8_lossy(&made.stderr)
-        );
+        make(setup, theirs.path());
         let copied = Command::new("cp")
             .arg("-a")
             .arg(theirs.path().join("."))
@@ -66,14 +71,16 @@ impl SideBySide {
     /// Runs the shell script `setup` with qemu's programs once for each side. A copy of a file that is preallocated isn't: where that
     /// matters, images are made twice.
     pub fn made_twice(setup: &str) -> Self {
-        let both = Self::new(setup);
-        let made = Command::new("bash")
-            .args(["-ec", &format!("rm -rf ./*; {setup}")])
-            .current_dir(both.ours.path())
-            .output()
-            .unwrap();
-        assert!(made.status.success());
-        both
+        let (theirs, ours) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        for side in [&theirs, &ours] {
+            make(setup, side.path());
+        }
+        Self {
+            theirs,
+            ours,
+            differences: Vec::new(),
+            commands: 0,
+        }
     }
 
     fn run(program: &Path, dir: &Path, args: &[&str]) -> Output {
@@ -102,6 +109,20 @@ impl SideBySide {
         if a != b {
             self.differences
                 .push(format!("qemu-img {line}\n  theirs: {a:?}\n  ours:   {b:?}"));
+        }
+    }
+
+    /// Runs one command line on both sides; what is printed on standard output has to be the same to the letter, places in files included.
+    pub fn places(&mut self, line: &str) {
+        let args: Vec<&str> = line.split_whitespace().collect();
+        let theirs = Self::run(Path::new("qemu-img"), self.theirs.path(), &args);
+        let blk = Path::new(env!("CARGO_BIN_EXE_blk"));
+        let ours = Self::run(blk, self.ours.path(), &args);
+        self.commands += 1;
+        if theirs != ours {
+            self.differences.push(format!(
+                "qemu-img {line}\n  theirs: {theirs:?}\n  ours:   {ours:?}"
+            ));
         }
     }
 
