@@ -13,6 +13,7 @@ mod create_options;
 mod info;
 mod map;
 mod measure;
+mod measure_luks;
 mod rebase;
 mod resize;
 mod shown_name;

@@ -178,7 +178,7 @@ async fn create(
     }
     // Whatever `-o` says: the copy is as large as what is copied.
     options.set("size", &length.to_string())?;
-    image::make(session, format, name, options.for_format()?)
+    image::make(session, format, name, options.values())
         .await
         .map_err(|error| {
             let reason = match error.kind() {
