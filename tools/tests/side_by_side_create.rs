@@ -131,6 +131,12 @@ fn help_for_options_lists_what_qemu_img_lists() {
     }
     both.compare_all(
         "create -o help
+        create -f qcow2 -o help x
+        create -f raw -o help x
+        create -f vmdk -o help file:x
+        create -f file -o help
+        convert -O qcow2 -o cluster_size=4k,help a.qcow2 b
+        convert -o ? a.qcow2 b
         create -f qcow2 -o help nope:x
         create -f qcow2 -o help host_device:/dev/null
         convert -o help

@@ -3,7 +3,8 @@
 use std::{collections::BTreeMap, num::IntErrorKind};
 
 use block_core::{
-    DriverFactory, DriverKind, Options, Registry, options::parse_size, registry::CreateOption,
+    DriverFactory, DriverKind, ErrorKind, Options, Registry, options::parse_size,
+    registry::CreateOption,
 };
 use serde_json::Value;
 
@@ -83,6 +84,7 @@ fn display_order(format: &str) -> &'static [(&'static str, Option<&'static str>)
             ("data_file_raw", None),
             ("lazy_refcounts", Some("off")),
             ("refcount_bits", Some("16")),
+            ("nocow", None),
         ],
         "vmdk" => &[
             ("size", None),
@@ -94,6 +96,7 @@ fn display_order(format: &str) -> &'static [(&'static str, Option<&'static str>)
             ("toolsversion", None),
             ("subformat", None),
             ("zeroed_grain", None),
+            ("nocow", None),
         ],
         _ => &[("size", None), ("nocow", None), ("preallocation", None)],
     }
@@ -103,8 +106,6 @@ fn display_order(format: &str) -> &'static [(&'static str, Option<&'static str>)
 pub struct CreateOptions {
     format: String,
     known: Vec<CreateOption>,
-    /// The storage's own options, which the format doesn't know.
-    storage: Vec<&'static str>,
     /// Options of creation, where an image is amended.
     creation_only: &'static [CreateOption],
     values: Options,
@@ -115,22 +116,28 @@ pub struct CreateOptions {
 impl CreateOptions {
     /// For an image in `format`, stored with the driver `protocol`.
     pub fn new(format: &dyn DriverFactory, protocol: Option<&dyn DriverFactory>) -> Self {
-        let mut known = format.create_options().to_vec();
-        let mut storage = Vec::new();
-        if format.kind() != DriverKind::Protocol
-            && let Some(protocol) = protocol
+        let protocol = protocol.filter(|_| format.kind() != DriverKind::Protocol);
+        Self::of_list(format.name(), format.create_options(), protocol)
+    }
+
+    /// For an image of the format called `format`, which has the options `known`, stored with the driver `protocol`.
+    pub fn of_list(
+        format: &str,
+        known: &[CreateOption],
+        protocol: Option<&dyn DriverFactory>,
+    ) -> Self {
+        let mut known = known.to_vec();
+        for option in protocol
+            .into_iter()
+            .flat_map(|protocol| protocol.create_options())
         {
-            for option in protocol.create_options() {
-                if !known.iter().any(|other| other.name == option.name) {
-                    known.push(*option);
-                    storage.push(option.name);
-                }
+            if !known.iter().any(|other| other.name == option.name) {
+                known.push(*option);
             }
         }
         Self {
-            format: format.name().to_owned(),
+            format: format.to_owned(),
             known,
-            storage,
             creation_only: &[],
             values: Options::new(),
             spelled: BTreeMap::new(),
@@ -143,7 +150,6 @@ impl CreateOptions {
         (!known.is_empty()).then(|| Self {
             format: format.name().to_owned(),
             known,
-            storage: Vec::new(),
             creation_only: format.create_options(),
             values: Options::new(),
             spelled: BTreeMap::new(),
@@ -220,7 +226,13 @@ impl CreateOptions {
             }
         } else if option.kind == "size" {
             parse_size(text)
-                .map_err(|_| {
+                .map_err(|error| {
+                    let negative = text.trim().strip_prefix('-').map(str::parse::<u64>);
+                    if error.kind() == ErrorKind::TooBig || matches!(negative, Some(Ok(_))) {
+                        return Failure::new(format!(
+                            "Value '{text}' is out of range for parameter '{key}'"
+                        ));
+                    }
                     Failure::new(format!(
                         "Parameter '{key}' expects a non-negative number below 2^64\n{SIZE_HINT}"
                     ))
@@ -264,7 +276,7 @@ impl CreateOptions {
         self.get(key).and_then(|text| text.parse().ok())
     }
 
-    /// What goes to the format's `create`, after a look at what qemu-img refuses by its value alone.
+    /// What goes to `create`, after a look at what qemu-img refuses by its value alone.
     pub fn for_creation(&self) -> Result<Options, Failure> {
         let refused = |name: &str, value: &str| {
             Err(Failure::new(format!(
@@ -283,24 +295,21 @@ impl CreateOptions {
                 return refused("backing-fmt", format);
             }
         }
-        self.for_format()
+        Ok(self.values())
     }
 
-    /// What goes to the format's `measure` or `amend`.
-    pub fn for_format(&self) -> Result<Options, Failure> {
-        let mut options = self.values.clone();
-        for key in &self.storage {
-            match options.take_str(key)?.as_deref() {
-                None | Some("off" | "0") => {}
-                Some(value) => {
-                    return Err(Failure::new(format!(
-                        "{key}={value} is not supported for images of format '{}'",
-                        self.format
-                    )));
-                }
-            }
-        }
-        Ok(options)
+    /// All that was given; what is only the storage's is for the storage.
+    pub fn values(&self) -> Options {
+        self.values.clone()
+    }
+
+    /// What was given of the options in `known`.
+    pub fn known_to(&self, known: &[CreateOption]) -> Options {
+        let mut values = self.values.clone();
+        values
+            .0
+            .retain(|key, _| known.iter().any(|option| option.name == key));
+        values
     }
 
     fn shown(&self, key: &str) -> Option<&str> {
@@ -337,6 +346,11 @@ impl CreateOptions {
         print_list(self.known.iter().collect());
     }
 
+    /// Prints the options `known` of `format`, without its storage's.
+    pub fn print_own(format: &str, known: &[CreateOption]) {
+        print_without_storage(format, known.iter().collect());
+    }
+
     /// Prints what `-o help` asks for when an image in `format` is to be created, in `file` if that is known already.
     pub fn print_help(
         registry: &Registry,
@@ -359,12 +373,7 @@ impl CreateOptions {
             // All formats but qcow2 leave it to their storage.
             let leaves = factory.kind() == DriverKind::Format && format != "qcow2";
             known.retain(|option| !leaves || option.name != "preallocation");
-            say!("Supported {format} options:");
-            print_list(known);
-            say!(
-                "\nThe protocol level may support further options.\n\
-                 Specify the target filename to include those options."
-            );
+            print_without_storage(format, known);
             return Ok(());
         };
         let protocol = registry.get(&protocol_of(registry, file)?)?;
@@ -376,6 +385,15 @@ impl CreateOptions {
         print_list(options.known.iter().collect());
         Ok(())
     }
+}
+
+fn print_without_storage(format: &str, known: Vec<&CreateOption>) {
+    say!("Supported {format} options:");
+    print_list(known);
+    say!(
+        "\nThe protocol level may support further options.\n\
+         Specify the target filename to include those options."
+    );
 }
 
 /// A number as C's programs read them: decimal, octal or hexadecimal, and a negative one wraps around.

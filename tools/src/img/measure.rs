@@ -1,5 +1,6 @@
 //! `blk measure`: how large a new image would get.
 
+use block_core::DriverFactory;
 use serde_json::{Value, json};
 
 use super::{
@@ -9,6 +10,7 @@ use super::{
         option_list, output_format,
     },
     create_options::CreateOptions,
+    measure_luks,
 };
 use crate::common::{
     failure::{Failure, Outcome},
@@ -49,6 +51,14 @@ pub const COMMAND: Command = Command {
     run: |session, parsed| session.run(execute(session, parsed)),
 };
 
+/// What is measured.
+#[derive(Clone, Copy)]
+enum Target<'a> {
+    Format(&'a dyn DriverFactory),
+    /// A LUKS container of its own.
+    Luks,
+}
+
 async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     let output = output_format(parsed, "measure")?;
     let size = match parsed.get("size") {
@@ -59,7 +69,10 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     let format = parsed.get("target-format").unwrap_or("raw");
     // To qemu-img `help` is an option like others here.
     if asks_for_help(list.as_deref()) && !session.program.is_qemu() {
-        CreateOptions::print_help(&session.registry, format, None)?;
+        match format {
+            "luks" => CreateOptions::print_own(format, &measure_luks::OPTIONS),
+            _ => CreateOptions::print_help(&session.registry, format, None)?,
+        }
         return Ok(0);
     }
     let file = match parsed.free.as_slice() {
@@ -122,22 +135,42 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
         };
         handle.close().await?;
     }
-    let factory = session
-        .registry
-        .get(format)
-        .map_err(|_| Failure::new(format!("Unknown file format '{format}'")))?;
-    if factory.create_options().is_empty() {
+    let known = |name: &str| {
+        let factory = session.registry.get(name).map(|factory| &**factory);
+        factory.map_err(|_| Failure::new(format!("Unknown file format '{name}'")))
+    };
+    let storage = known("file")?;
+    let target = match format {
+        "luks" => Target::Luks,
+        _ => Target::Format(known(format)?),
+    };
+    if let Target::Format(factory) = target
+        && factory.create_options().is_empty()
+    {
         return Err(Failure::new(format!(
             "Format driver '{format}' does not support image creation"
         )));
     }
-    let mut options = CreateOptions::new(&**factory, None);
+    let mut options = match target {
+        Target::Luks => CreateOptions::of_list(format, &measure_luks::OPTIONS, Some(storage)),
+        Target::Format(factory) => CreateOptions::new(factory, Some(storage)),
+    };
     if let Some(list) = &list {
         options.read(list).map_err(|failure| {
             failure.and(format!("Invalid options for file format '{format}'"))
         })?;
     }
-    let measure = factory.measure(length, &data, options.for_format()?)?;
+    // What is stored where doesn't change the size.
+    let values = |known| options.known_to(known);
+    let measure = match target {
+        Target::Luks => {
+            let secrets = session.graph.secrets();
+            measure_luks::measure(secrets, length, values(&measure_luks::OPTIONS))?
+        }
+        Target::Format(factory) => {
+            factory.measure(length, &data, values(factory.create_options()))?
+        }
+    };
     // Neither does an image of version 2 take them.
     let takes = format == "qcow2" && !matches!(options.get("compat"), Some("0.10" | "v2"));
     let cluster = options.get_size("cluster_size").unwrap_or(1 << 16);

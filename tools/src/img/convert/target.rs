@@ -25,6 +25,8 @@ pub struct Request<'a> {
     /// Bitmaps are going to be copied into it.
     pub bitmaps: bool,
     pub cache: CacheMode,
+    /// What stands before the reason when the target can't be made.
+    pub failure: &'a str,
 }
 
 impl Request<'_> {
@@ -190,8 +192,7 @@ async fn create(
                 }
                 _ => error.reason(),
             };
-            Failure::new(format!("{name}: error while converting {format}: {reason}"))
-                .with_details(&error)
+            Failure::new(format!("{name}: {}: {reason}", request.failure)).with_details(&error)
         })?;
     Ok(options.get("encrypt.key-secret").map(str::to_owned))
 }
