@@ -268,7 +268,7 @@ impl<'a> Draft<'a> {
             date_sec: new.date_sec,
             date_nsec: new.date_nsec,
             vm_clock_nsec: new.vm_clock_nsec,
-            vm_state_size: 0,
+            vm_state_size: new.vm_state_size,
             disk_size: Some(self.header.size),
             icount: new.icount,
             extra_size: 24,
