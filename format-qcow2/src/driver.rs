@@ -463,8 +463,11 @@ impl BlockDriver for Qcow2 {
                 .collect(),
             ..info::image_info(&meta.header)
         };
-        if let (Some(encryption), Some((_, data))) = (&self.encryption, &mut info.format_specific) {
-            info::add_encryption(data, encryption.info().await);
+        if let Some(encryption) = &self.encryption {
+            info.compressed_plaintext = encryption.allows_compressed_plaintext();
+            if let Some((_, data)) = &mut info.format_specific {
+                info::add_encryption(data, encryption.info().await);
+            }
         }
         self.bitmaps.add_to(&mut info);
         Ok(info)
