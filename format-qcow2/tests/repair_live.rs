@@ -55,8 +55,7 @@ fn good() -> Vec<u8> {
         }
         rig.close(handle).await.unwrap();
     });
-    let data = storage.state.lock().data.clone();
-    data
+    storage.state.lock().data.clone()
 }
 
 /// The second cluster is where the first is; the third is zeroes with a reservation that isn't aligned, which is an error
