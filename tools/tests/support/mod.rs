@@ -282,7 +282,7 @@ impl Said {
                 forget_places(&mut value);
                 Text::Json(value)
             }
-            Err(_) => Text::Plain(forget_sizes(&out)),
+            Err(_) => Text::Plain(forget_dates(&forget_sizes(&out))),
         };
         Self {
             status: output.status.code(),
@@ -342,6 +342,26 @@ fn forget_times(out: &[u8]) -> Vec<u8> {
         }
     });
     lines.collect::<Vec<_>>().join("\n").into_bytes()
+}
+
+/// When snapshots were taken: `2026-01-31 12:34:56` in a list of them.
+fn forget_dates(text: &str) -> String {
+    const DATE: &str = "0000-00-00 00:00:00";
+    let is_date = |part: &[u8]| {
+        let digit = |(byte, form): (&u8, u8)| match form {
+            b'0' => byte.is_ascii_digit(),
+            other => *byte == other,
+        };
+        part.iter().zip(DATE.bytes()).all(digit)
+    };
+    let lines = text.lines().map(|line| {
+        let windows = line.as_bytes().windows(DATE.len());
+        match windows.into_iter().position(is_date) {
+            Some(at) => format!("{}{DATE}{}", &line[..at], &line[at + DATE.len()..]),
+            None => line.to_owned(),
+        }
+    });
+    lines.collect::<Vec<_>>().join("\n")
 }
 
 fn forget_places(value: &mut Value) {
