@@ -4,14 +4,14 @@ mod support;
 
 use support::{SideBySide, qemu_is_installed};
 
-const IMAGES: &str = r#"
+const IMAGES: &str = r"
 qemu-img create -q -f qcow2 a.qcow2 64M
 qemu-io -f qcow2 -c 'write -P 1 0 1M' a.qcow2
 qemu-img create -q -f qcow2 -b a.qcow2 -F qcow2 o.qcow2
 qemu-img create -q r.raw 1M
 qemu-img create -q -f qcow2 -u -b nope -F qcow2 nb.qcow2 1M
 mkdir sub; cp a.qcow2 sub/a.qcow2; (cd sub; qemu-img create -q -f qcow2 -b a.qcow2 -F qcow2 o.qcow2)
-"#;
+";
 
 #[test]
 fn an_images_file_is_below_it_and_a_file_name_belongs_to_storage() {
