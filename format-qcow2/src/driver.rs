@@ -452,6 +452,27 @@ impl BlockDriver for Qcow2 {
         self.judged(&request, deleted).await
     }
 
+    async fn read_vm_state(
+        self: Arc<Self>,
+        request: Request,
+        position: u64,
+        buf: IoBufMut,
+    ) -> Result<()> {
+        self.check_usable()?;
+        let read = self.load_vm_state(&request, position, buf).await;
+        self.judged(&request, read).await
+    }
+
+    async fn write_vm_state(
+        self: Arc<Self>,
+        request: Request,
+        position: u64,
+        buf: IoBuf,
+    ) -> Result<()> {
+        let written = self.save_vm_state(&request, position, buf).await;
+        self.judged(&request, written).await
+    }
+
     async fn info(self: Arc<Self>, request: Request) -> Result<ImageInfo> {
         let meta = self.lock_meta(request.file()?).await?;
         let size = meta.header.disk_size();

@@ -83,17 +83,25 @@ impl Qcow2 {
         let entries = self.geometry.l1_entries_for(new);
         self.reclaiming(request, || self.grow_l1(request, entries))
             .await?;
+        // What the disk is about to reach mustn't show there, not even after a power cut.
+        let mut flush_first = self.drop_vm_state(request, old).await?;
+        let edge = old.next_multiple_of(self.geometry.cluster_size()).min(new);
         let mut preallocation = how.preallocation;
         if self.geometry.has_data_file() {
-            let edge = old.next_multiple_of(self.geometry.cluster_size());
             self.grow_data(request, old, new, preallocation).await?;
             if self.encryption.is_some() {
                 // What the file was extended with are zeroes until somebody decrypts them.
-                self.zero_mapped(request, old, edge.min(new)).await?;
+                self.zero_mapped(request, old, edge).await?;
             }
             if self.has_raw_data() && preallocation == Preallocation::Off {
                 preallocation = Preallocation::Metadata;
             }
+        }
+        if !self.geometry.has_data_file() && old < edge {
+            // Other programs leave what was there before a shrink, or what a backing file had.
+            self.zero_mapped(request, old, edge).await?;
+            flush_first = true;
+            self.writeback.failure.flush(request.file()?).await?;
         }
         if how.zero
             && self.has_backing(request)
@@ -104,7 +112,7 @@ impl Qcow2 {
         if preallocation != Preallocation::Off {
             self.preallocate(request, old, new, preallocation).await?;
         }
-        if how.zero || preallocation != Preallocation::Off {
+        if flush_first || how.zero || preallocation != Preallocation::Off {
             self.write_back(request).await?;
         }
         if self.geometry.has_data_file() {
@@ -145,7 +153,7 @@ impl Qcow2 {
     }
 
     /// Moves the L1 table to where it has room for `needed` entries, if it has too few.
-    async fn grow_l1(self: &Arc<Self>, request: &Request, needed: u64) -> Result<()> {
+    pub(crate) async fn grow_l1(self: &Arc<Self>, request: &Request, needed: u64) -> Result<()> {
         let file = request.file()?;
         // No batch may be writing entries to the old place.
         let _turn = self.hold_batches().await;
@@ -279,6 +287,7 @@ impl Qcow2 {
         let end = ClusterIndex(old.div_ceil(size));
         self.change_clusters(request, first, end, Change::Full)
             .await?;
+        self.drop_vm_state(request, old).await?;
         self.write_back(request).await?;
         self.set_size(request, new).await?;
         if self.geometry.has_data_file() {

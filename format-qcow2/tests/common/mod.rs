@@ -369,6 +369,7 @@ pub fn named(name: &str) -> block_core::NewSnapshot {
         date_nsec: 5000,
         vm_clock_nsec: 3_723_004_000_000,
         icount: None,
+        vm_state_size: 0,
     }
 }
 
