@@ -73,6 +73,13 @@ pub trait DriverFactory: Send + Sync + 'static {
         None
     }
 
+    /// Whether images of this format can have a backing file; for others, options of one are refused before
+    /// [`Self::open`] sees them. Unless it says otherwise, those that can be created with one.
+    fn has_backing(&self) -> bool {
+        let mut options = self.create_options().iter();
+        options.any(|option| option.name == "backing_file")
+    }
+
     /// The options that `create` takes.
     fn create_options(&self) -> &'static [CreateOption] {
         &[]
@@ -329,7 +336,7 @@ impl Registry {
             .map_or("raw", |(_, name)| name)
     }
 
-    /// Opens a tree of nodes. `options` as on `--blockdev`; without `driver` the format is probed.
+    /// Opens a tree of nodes. `options` as on `--blockdev`; without `driver` the format of `file` is probed.
     pub async fn open(
         self: &Arc<Self>,
         graph: &Arc<Graph>,

@@ -118,7 +118,7 @@ async fn list(handle: &BlockHandle) -> Result<(), Failure> {
         Err(error) => Err(error.into()),
         Ok(listed) => {
             if !listed.is_empty() {
-                snapshots::print(&listed);
+                snapshots::print("", &listed);
             }
             Ok(())
         }
