@@ -482,6 +482,37 @@ pub(crate) async fn child(
     }
 }
 
+/// What is to be opened as the backing file, as the options have it.
+enum Backing {
+    /// This, whatever the image says.
+    Given(ChildOptions),
+    /// What the image names, with these options beside its name.
+    Named(Options),
+}
+
+impl Backing {
+    /// Options that say neither what file nor which node are for the file that the image names. A protocol may need none.
+    fn new(registry: &Registry, options: Option<ChildOptions>, named: bool) -> Self {
+        let is_protocol = |options: &Options| {
+            let driver = options.get_str("driver");
+            let factory = driver.and_then(|driver| registry.get(driver).ok());
+            factory.is_some_and(|factory| factory.kind() == DriverKind::Protocol)
+        };
+        match options {
+            None => Self::Named(Options::new()),
+            Some(ChildOptions::Inline(options))
+                if named
+                    && options.get("file").is_none()
+                    && options.get("filename").is_none()
+                    && !is_protocol(&options) =>
+            {
+                Self::Named(options)
+            }
+            Some(given) => Self::Given(given),
+        }
+    }
+}
+
 /// Opens the backing file that the options or the image name.
 pub(crate) async fn backing(
     context: &OpenContext,
@@ -493,11 +524,15 @@ pub(crate) async fn backing(
     let overlay_file = overlay.filename().unwrap_or_default();
     let mut below = context.clone();
     below.chain.push(canonical(&overlay_file));
-    if let Some(options) = options {
-        within_depth(&below)?;
-        return child(&below, Some(options), "backing").await;
-    }
-    let Some(name) = name.filter(|name| !name.is_empty()) else {
+    let name = name.filter(|name| !name.is_empty());
+    let mut options = match Backing::new(&context.registry, options, name.is_some()) {
+        Backing::Given(options) => {
+            within_depth(&below)?;
+            return child(&below, Some(options), "backing").await;
+        }
+        Backing::Named(options) => options,
+    };
+    let Some(name) = name else {
         return Ok(None);
     };
     if context.how.no_backing {
@@ -522,9 +557,10 @@ pub(crate) async fn backing(
         ));
     }
     let storage = path_options(&resolved);
-    let format = format.map(str::to_owned);
-    let opening =
-        async move { open_storage(&below, storage, format.as_deref(), Options::new()).await };
+    let format = options
+        .take_str("driver")?
+        .or_else(|| format.map(str::to_owned));
+    let opening = async move { open_storage(&below, storage, format.as_deref(), options).await };
     match context.nest.open(&context.graph, opening).await {
         Ok(node) => {
             context.opened.lock().push(node.clone());

@@ -192,7 +192,8 @@ impl OpenContext {
             .ok_or_else(|| Error::invalid("A block device must be specified for \"file\""))
     }
 
-    /// Opens the backing file: what the options say under `backing` wins over what the image names. `name` is as it
+    /// Opens the backing file: what the options say under `backing` wins over what the image names; options there that name
+    /// no file (`backing.encrypt.key-secret=…`) are for the file that the image names. `name` is as it
     /// stands in the image `overlay`; a relative one is resolved against the overlay's directory. It is always a path:
     /// what looks like JSON or a protocol is refused.
     pub async fn open_backing(

@@ -1,21 +1,28 @@
 //! A laboratory: one deterministic world with simulated disks, a registry whose `file` protocol is that storage, and a
 //! graph with or without the gate. It sets things up and looks at them; it decides nothing about right and wrong.
 
-use std::sync::{Arc, Weak};
+use std::{
+    collections::HashSet,
+    path::Path,
+    sync::{Arc, Weak},
+};
 
 use block_core::{
     BlockHandle, Graph, Node, Options, Registry, RequestFlags, Result,
     driver::Capabilities,
     flags::{PermissionSet, Permissions},
     registry::{ImplicitOpens, OpenOptions},
+    secret::Secret,
 };
 use parking_lot::Mutex;
+use serde_json::{Value, json};
 
 use crate::{
     oracle::{AfterDiscard, Ended, Mismatch, Oracle},
+    parts::{self, ToolImage},
     pattern::stamped,
     sim::{Order, SimEnv},
-    storage::{Disk, Disks, TestStorageFactory},
+    storage::{Content, Disk, Disks, TestStorageFactory},
 };
 
 /// How a laboratory is set up.
@@ -53,6 +60,18 @@ pub struct Lab {
     /// The graph.
     pub graph: Arc<Graph>,
     opened: Mutex<Vec<(String, Weak<Node>)>>,
+    parts: Mutex<Parts>,
+}
+
+/// What the images of a world have beside their own files.
+#[derive(Default)]
+struct Parts {
+    /// The ending of their data files' names.
+    ending: Option<String>,
+    /// The images that were made here, and name their data files themselves. Others are copies of theirs.
+    made: HashSet<String>,
+    /// The format whose images need the key.
+    encrypted: Option<String>,
 }
 
 /// What a producer uses and shares in tests: everything.
@@ -87,6 +106,9 @@ impl Lab {
         } else {
             Graph::new_without_gate_for_tests(env.clone())
         };
+        let key = Secret::new(parts::PASSPHRASE.as_bytes().to_vec());
+        // There is nothing else in a new graph.
+        let _ = graph.secrets().add(parts::SECRET, key);
         let (seen, watched) = (disks.clone(), Arc::downgrade(&graph));
         env.add_witness(move || {
             let mut lines = seen.describe();
@@ -111,6 +133,7 @@ impl Lab {
             registry,
             graph,
             opened: Mutex::default(),
+            parts: Mutex::default(),
         }
     }
 
@@ -126,7 +149,30 @@ impl Lab {
         })
     }
 
-    /// Creates an image. A backing file is recorded in it if the format can.
+    /// The options to create the image `name` with: its own data file and the key, where `options` ask for that.
+    pub fn create_options(&self, format: &str, name: &str, options: &Options) -> Options {
+        let mut parts = self.parts.lock();
+        if let Some(ending) = parts::ending(options) {
+            self.disks.keep_beside(ending);
+            parts.ending = Some(ending.to_owned());
+            parts.made.insert(name.to_owned());
+        }
+        if parts::is_encrypted(options) {
+            self.disks.hide_data();
+            parts.encrypted = Some(format.to_owned());
+        }
+        parts::of_image(options, name)
+    }
+
+    /// What the file with that name holds now: an image's, or its data file's.
+    pub fn file(&self, name: &str) -> Result<Content> {
+        self.disks.file(name).ok_or_else(|| {
+            block_core::Error::new(block_core::ErrorKind::NotFound, format!("no file '{name}'"))
+        })
+    }
+
+    /// Creates an image. A backing file is recorded in it if the format can. Where the options ask for a data file, each
+    /// image gets its own, which is the second file of its disk; where they ask for encryption, the key is the suite's.
     pub async fn create(
         &self,
         format: &str,
@@ -135,7 +181,9 @@ impl Lab {
         options: &Options,
         backing: Option<(&str, &str)>,
     ) -> Result<()> {
-        let mut options = options.clone().with("size", size);
+        let mut options = self
+            .create_options(format, name, options)
+            .with("size", size);
         if let Some((file, backing_format)) = backing
             && self.records_backing(format)
         {
@@ -171,13 +219,103 @@ impl Lab {
             let file = Options::new().with("driver", "file").with("filename", file);
             let backing = Options::new()
                 .with("driver", backing_format)
-                .with("file", serde_json::Value::Object(file.0));
-            options.set("backing", serde_json::Value::Object(backing.0));
+                .with("file", Value::Object(file.0));
+            options.set("backing", Value::Object(backing.0));
         }
         options
     }
 
-    /// Opens an image. `backing` is given explicitly to formats that don't record it.
+    /// The options to open the image `name` with: those of [`Self::open_options`], its data file if it doesn't name that
+    /// itself, and the key for it and all below it.
+    pub fn options_for(
+        &self,
+        format: &str,
+        name: &str,
+        backing: Option<(&str, &str)>,
+        extra: &Options,
+    ) -> Options {
+        let mut options = self.open_options(format, backing, extra);
+        self.add_parts(format, name, false, &mut options);
+        options
+    }
+
+    /// Copies don't name their own data file. The tools look for what an image names in their own directory, not in the
+    /// image's: they are told of all (`for_tools`).
+    fn add_parts(&self, format: &str, name: &str, for_tools: bool, options: &mut Options) {
+        let (data, copies, encrypted) = {
+            let parts = self.parts.lock();
+            let is_copy = |disk: &Arc<Disk>| {
+                (for_tools || !parts.made.contains(disk.name()))
+                    && disk.content().beside_len().is_some()
+            };
+            let disk = self.disks.get(name).filter(is_copy);
+            let data = disk.and_then(|_| Some(parts::data_file(name, parts.ending.as_deref()?)));
+            let copies = parts.ending.is_some() && self.disks.all().iter().any(is_copy);
+            let encrypted = parts.encrypted.as_deref() == Some(format);
+            (data, copies, encrypted)
+        };
+        if let Some(data) = data {
+            options.set_default("data-file", json!({ "driver": "file", "filename": data }));
+        }
+        if encrypted {
+            options.set_default("encrypt", parts::key());
+        }
+        if (copies || encrypted)
+            && options.get("backing").is_none()
+            && let Some(below) = self.named_below(format, name, for_tools)
+        {
+            options.set("backing", below);
+        }
+    }
+
+    /// The option `backing` for what the file needs that an image itself names as its backing file.
+    fn named_below(&self, format: &str, name: &str, for_tools: bool) -> Option<Value> {
+        let (file, of) = self.backing_of(format, name)?;
+        let mut below = Options::new();
+        self.add_parts(&of, &file, for_tools, &mut below);
+        (!below.0.is_empty()).then_some(Value::Object(below.0))
+    }
+
+    /// The backing file that an image names, and its format. The image is looked at in a world of its own, so that nothing
+    /// of this one is touched.
+    pub(crate) fn backing_of(&self, format: &str, name: &str) -> Option<(String, String)> {
+        if !self.records_backing(format) {
+            return None;
+        }
+        let disks = Disks::new();
+        disks.insert(Disk::new(name, self.disks.get(name)?.content()));
+        let other = Self::with_world(
+            &self.registry,
+            LabOptions::default(),
+            SimEnv::fifo(0),
+            disks,
+        );
+        let how = OpenOptions {
+            no_backing: true,
+            no_data_file: true,
+            for_check: true,
+            metadata_only: true,
+            ..OpenOptions::default()
+        };
+        let look = async {
+            let options = Options::new().with("read-only", true);
+            let opening =
+                other
+                    .registry
+                    .open_file(&other.graph, name, Some(format), options, how);
+            let node = opening.await.ok()?;
+            let handle = other
+                .graph
+                .attach(&node, PermissionSet::NONE, "look")
+                .ok()?;
+            let info = handle.info().await.ok()?;
+            Some((info.backing_filename?, info.backing_format?))
+        };
+        other.env.try_run(look).ok()?
+    }
+
+    /// Opens an image. `backing` is given explicitly to formats that don't record it. An image with a data file is opened
+    /// with its own, an encrypted one with the suite's key.
     pub async fn open(
         &self,
         format: &str,
@@ -185,7 +323,7 @@ impl Lab {
         backing: Option<(&str, &str)>,
         extra: &Options,
     ) -> Result<Arc<Node>> {
-        let options = self.open_options(format, backing, extra);
+        let options = self.options_for(format, name, backing, extra);
         let how = OpenOptions {
             implicit: ImplicitOpens::Permit,
             ..OpenOptions::default()
@@ -199,11 +337,55 @@ impl Lab {
         Ok(node)
     }
 
+    /// The name of an image's data file, where images have them.
+    pub(crate) fn data_file(&self, name: &str) -> Option<String> {
+        let parts = self.parts.lock();
+        Some(parts::data_file(name, parts.ending.as_deref()?))
+    }
+
+    /// The files of an image: its own, and its data file if it has one.
+    pub(crate) fn files_of(&self, name: &str, content: &Content) -> Vec<(String, Content)> {
+        let mut files = vec![(name.to_owned(), content.clone())];
+        if let Some(beside) = content.beside()
+            && let Some(data) = self.data_file(name)
+        {
+            files.push((data, beside));
+        }
+        files
+    }
+
+    /// The image `name`, whose files are in `dir` under their own names, for programs of qemu's.
+    pub(crate) fn tool_image(&self, format: &str, name: &str, dir: &Path) -> ToolImage {
+        let mut options = Options::new();
+        self.add_parts(format, name, true, &mut options);
+        if options.0.is_empty() {
+            return ToolImage::plain(format, &dir.join(name));
+        }
+        options.set("driver", format);
+        options.set("file", json!({ "driver": "file", "filename": name }));
+        let mut options = Value::Object(options.0);
+        settle(&mut options, dir);
+        ToolImage::with_options(&options)
+    }
+
     /// A producer's handle.
     pub fn attach(&self, node: &Arc<Node>, name: &str) -> Result<Arc<BlockHandle>> {
         self.graph
             .attach(node, all_permissions(), name)
             .map(Arc::new)
+    }
+}
+
+/// Makes the file names in options of a node those of files in `dir`.
+fn settle(options: &mut Value, dir: &Path) {
+    let Value::Object(map) = options else { return };
+    for (key, value) in map {
+        match value {
+            Value::String(name) if key == "filename" => {
+                *name = dir.join(&*name).to_string_lossy().into_owned();
+            }
+            other => settle(other, dir),
+        }
     }
 }
 

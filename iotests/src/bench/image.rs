@@ -7,7 +7,7 @@ use block_core::{
     driver::Truncate,
     flags::{PermissionSet, Permissions},
     options::NodeOptions,
-    registry::OpenOptions,
+    registry::{ImplicitOpens, OpenOptions},
 };
 
 use super::{Outcome, Probe, Stop, Topped, is_zero, must, not_covered, pattern, same, wrong};
@@ -25,7 +25,7 @@ use serde_json::Value;
 /// A backing file, as it has to stay.
 pub(super) struct Layer {
     pub name: String,
-    pub content: Vec<u8>,
+    pub content: Content,
 }
 
 /// An image in the middle of a case.
@@ -147,7 +147,7 @@ impl Bench {
         let mut layers = self.close().await?;
         layers.push(Layer {
             name,
-            content: disk.content().to_bytes(),
+            content: disk.content(),
         });
         Self::make(&scene, cluster, size, layers, model).await
     }
@@ -254,13 +254,18 @@ impl Bench {
         let storage = Options::new()
             .with("driver", "file")
             .with("filename", disk.name());
-        let how = OpenOptions::default();
+        let how = OpenOptions {
+            implicit: ImplicitOpens::Permit,
+            ..OpenOptions::default()
+        };
         let file = lab.registry.open(&lab.graph, storage, how.clone()).await?;
         let spec = NodeSpec::new(probe.clone()).named("below");
         lab.graph
             .add_node(spec.with_child(ChildRole::Filtered, "file", &file))?;
-        let image = Options::new()
-            .with("driver", scene.format.name.as_str())
+        let format = scene.format.name.as_str();
+        let image = lab
+            .options_for(format, disk.name(), None, &Options::new())
+            .with("driver", format)
             .with("file", "below");
         let node = lab.registry.open(&lab.graph, image, how).await?;
         Ok(Self {

@@ -326,7 +326,7 @@ async fn inside_clusters(scene: Arc<Scene>) -> Outcome {
         };
         let name = node.filename().unwrap_or_default();
         let mut there = vec![0; status.len as usize];
-        scene.lab.disk(&name)?.content().read(*at, &mut there);
+        scene.lab.file(&name)?.read(*at, &mut there);
         let expected = &bench.model[offset as usize..(offset + status.len) as usize];
         crate::bench::same(
             &there,

@@ -170,7 +170,7 @@ async fn one(
         disk.restore(content.clone());
         disk.track_durability();
     }
-    let before = disk.content().to_bytes();
+    let before = disk.content().all_bytes();
     let model = left_over.map_or_else(|| Model::of(&start.shown), |(_, model)| model.clone());
     let position = disk.log_position();
     let injected = ErrorKind::Io;
@@ -186,7 +186,7 @@ async fn one(
             let result = match opened {
                 Ok(node) => start.graph().release(&node).await,
                 Err(error) => {
-                    if act == Act::Open && disk.content().to_bytes() != before {
+                    if act == Act::Open && disk.content().all_bytes() != before {
                         return Err("an open that failed changed the image".into());
                     }
                     Err(error)

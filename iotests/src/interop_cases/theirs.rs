@@ -313,8 +313,7 @@ async fn resized(scene: Arc<Scene>) -> CaseResult {
         .await?;
     bench.close(node, handle).await?;
     bench.export("grown")?;
-    let path = bench.path("grown");
-    let said = bench.img(&["resize", "-f", bench.format(), &path, "40M"])?;
+    let said = bench.resize("grown", "40M")?;
     if said.status != Some(0) {
         return Ok(Verdict::NotCovered(
             "qemu-img doesn't resize the format".into(),
