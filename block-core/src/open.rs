@@ -697,24 +697,28 @@ fn canonical(name: &str) -> String {
     clean.to_string_lossy().into_owned()
 }
 
-/// Creates storage and a format in it.
+/// Creates storage and a format in it. Options that the format doesn't know and the storage does are the storage's.
 pub(crate) async fn create(
     registry: &Arc<Registry>,
     graph: &Arc<Graph>,
     format: &str,
     filename: &str,
-    options: Options,
+    mut options: Options,
 ) -> Result<()> {
     let factory = registry.get(format)?.clone();
-    let context = CreateContext {
+    let mut context = CreateContext {
         graph: graph.clone(),
         registry: registry.clone(),
         filename: filename.to_owned(),
         file: None,
+        storage: Options::new(),
     };
     if factory.kind() == DriverKind::Protocol {
         return factory.create(context, options).await;
     }
+    let place = filename_options(registry, filename)?;
+    let protocol = registry.get(place.get_str("driver").unwrap_or("file"))?;
+    context.storage = take_storage_options(&mut options, &*factory, &**protocol);
     factory.may_create(&context, options.clone())?;
     let storage = create_storage(&context, filename, Options::new().with("size", 0)).await?;
     let fresh = Fresh::new(graph, storage.clone());
@@ -737,11 +741,35 @@ pub(crate) async fn create(
     created.and(released)
 }
 
+/// The options of an image that only its storage knows. Size and preallocation are always the format's.
+fn take_storage_options(
+    options: &mut Options,
+    format: &dyn DriverFactory,
+    protocol: &dyn DriverFactory,
+) -> Options {
+    let mut storage = Options::new();
+    let known = format.create_options();
+    for option in protocol.create_options() {
+        let name = option.name;
+        let of_format = ["size", "preallocation"].contains(&name)
+            || known.iter().any(|other| other.name == name);
+        if !of_format && let Some(value) = options.0.remove(name) {
+            storage.set(name, value);
+        }
+    }
+    storage
+}
+
 async fn create_storage(
     context: &CreateContext,
     filename: &str,
-    options: Options,
+    mut options: Options,
 ) -> Result<Arc<Node>> {
+    for (name, value) in &context.storage.0 {
+        if !options.0.contains_key(name) {
+            options.set(name, value.clone());
+        }
+    }
     let mut place = filename_options(&context.registry, filename)?;
     let driver = place
         .take_str("driver")?
@@ -753,6 +781,7 @@ async fn create_storage(
         registry: context.registry.clone(),
         filename: name.clone(),
         file: None,
+        storage: Options::new(),
     };
     protocol.create(create, options).await?;
     let options = Options::new().with("driver", driver).with("filename", name);

@@ -242,6 +242,8 @@ pub struct CreateContext {
     pub filename: String,
     /// Fresh, empty storage; protocols get none.
     pub file: Option<Child>,
+    /// What the user asked of the storage, for every file that the image is made of.
+    pub(crate) storage: Options,
 }
 
 impl CreateContext {
@@ -263,7 +265,7 @@ impl CreateContext {
     }
 
     /// Makes another file of `length` bytes beside this one (`name` is a path, relative to the image's directory) and
-    /// opens it for writing. The caller flushes it and gives it to [`Graph::release`] when it is done.
+    /// opens it for writing, with what the user asked of the image's storage where `options` says nothing. The caller flushes it and gives it to [`Graph::release`] when it is done.
     pub async fn create_sibling(&self, name: &str, options: Options) -> Result<Arc<Node>> {
         open::create_sibling(self, name, options).await
     }

@@ -48,6 +48,7 @@ pub(crate) fn create(path: &str, options: &FileCreateOptions) -> Result<()> {
             .with_operation(Operation::Create, 0, 0)
     };
     check_preallocation(options.preallocation, 0, options.size.0)?;
+    let extent_size = options.extent_size_hint.bytes()?;
     // Not truncated by opening: first it has to be known that nobody uses it.
     let file = OpenOptions::new()
         .read(true)
@@ -69,7 +70,7 @@ pub(crate) fn create(path: &str, options: &FileCreateOptions) -> Result<()> {
     let lock = ImageLock::new(Locking::Auto, path, false);
     lock.prepare(&file, PERMISSIONS)?;
     lock.commit(&file);
-    let made = fill(&file, options).map_err(|error| {
+    let made = fill(&file, options, extent_size).map_err(|error| {
         Error::from(error)
             .context(space::resize_failure(options.preallocation))
             .with_file(path)
@@ -79,11 +80,15 @@ pub(crate) fn create(path: &str, options: &FileCreateOptions) -> Result<()> {
     made
 }
 
-fn fill(file: &OpenFile, options: &FileCreateOptions) -> io::Result<()> {
+fn fill(file: &OpenFile, options: &FileCreateOptions, extent_size: u32) -> io::Result<()> {
     empty(file)?;
     if options.nocow.0 {
         // A hint that only btrfs takes; elsewhere there is nothing to turn off.
         let _ = sys::set_no_cow(file.as_fd());
+    }
+    if extent_size > 0 {
+        // Another hint, for file systems that know of extent sizes.
+        let _ = sys::set_extent_size(file.as_fd(), extent_size);
     }
     space::resize(file, options.size.0, options.preallocation)
 }

@@ -210,11 +210,16 @@ pub fn is_device(path: &str) -> bool {
     })
 }
 
-const CREATE_OPTIONS: [CreateOption; 3] = [
+const CREATE_OPTIONS: [CreateOption; 4] = [
     CreateOption {
         name: "nocow",
         kind: "bool (on/off)",
         help: "Turn off copy-on-write (valid only on btrfs)",
+    },
+    CreateOption {
+        name: "extent_size_hint",
+        kind: "size",
+        help: "Extent size hint for the image file, 0 to disable",
     },
     CreateOption {
         name: "preallocation",
@@ -283,7 +288,7 @@ impl DriverFactory for HostDeviceFactory {
     }
 
     fn create_options(&self) -> &'static [CreateOption] {
-        &CREATE_OPTIONS[2..]
+        &CREATE_OPTIONS[3..]
     }
 
     /// A device is there already: checks that it is large enough.

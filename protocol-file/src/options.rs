@@ -76,6 +76,38 @@ pub struct FileCreateOptions {
     pub preallocation: Preallocation,
     /// No copy-on-write (btrfs).
     pub nocow: Switch,
+    /// How many bytes the file system reserves at a time, which keeps a file that grows bit by bit in few pieces; 0 leaves that
+    /// to the file system. A hint: file systems without extent sizes don't take it.
+    pub extent_size_hint: ExtentSizeHint,
+}
+
+/// Bytes of `extent_size_hint`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(transparent)]
+pub struct ExtentSizeHint(pub Size);
+
+impl Default for ExtentSizeHint {
+    /// 1 MiB, as qemu's.
+    fn default() -> Self {
+        Self(Size(1 << 20))
+    }
+}
+
+impl ExtentSizeHint {
+    /// The hint as file systems take it.
+    ///
+    /// # Errors
+    /// EINVAL for more than they have bits for.
+    pub(crate) fn bytes(self) -> Result<u32> {
+        let bytes = self.0.0;
+        u32::try_from(bytes).map_err(|_| {
+            Error::invalid("Extent size hint is too large").with_field(
+                "extent_size_hint",
+                bytes,
+                format!("at most {}", u32::MAX),
+            )
+        })
+    }
 }
 
 const OPEN_KEYS: [&str; 4] = ["filename", "aio", "inline", "locking"];
@@ -117,7 +149,9 @@ impl FileOptions {
 impl FileCreateOptions {
     /// Reads the options.
     pub fn from_options(options: Options) -> Result<Self> {
-        options.parse()
+        let options: Self = options.parse()?;
+        options.extent_size_hint.bytes()?;
+        Ok(options)
     }
 }
 
@@ -174,6 +208,17 @@ mod tests {
         let options = FileCreateOptions::from_options(options).unwrap();
         assert_eq!(options.size.0, 1 << 20);
         assert_eq!(options.preallocation, Preallocation::Falloc);
+        assert_eq!(options.extent_size_hint.bytes().unwrap(), 1 << 20);
+        let hint = |text: &str| {
+            FileCreateOptions::from_options(Options::new().with("extent_size_hint", text))
+                .map(|options| options.extent_size_hint.bytes().unwrap())
+        };
+        assert_eq!(hint("0").unwrap(), 0);
+        assert_eq!(hint("4294967295").unwrap(), u32::MAX);
+        assert_eq!(
+            hint("4G").unwrap_err().reason(),
+            "Extent size hint is too large"
+        );
         let bad = Options::from_dotted("preallocation=bogus").unwrap();
         let reason = FileCreateOptions::from_options(bad).unwrap_err().reason();
         assert_eq!(reason, "invalid parameter value: bogus");

@@ -35,14 +35,6 @@ fn help_and_version_are_there() {
 }
 
 #[test]
-fn commands_of_a_later_issue_say_so() {
-    let blk = Alone::new();
-    let (code, out, err) = blk.blk(&["dd", "x"]);
-    assert_eq!((code, out.as_str()), (1, ""));
-    assert_eq!(err.trim(), "blk: The command 'dd' is not supported yet");
-}
-
-#[test]
 fn a_message_names_file_and_field() {
     let blk = Alone::new();
     assert_eq!(

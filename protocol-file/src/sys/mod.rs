@@ -22,7 +22,7 @@ pub(crate) use self::{
     rw::{AccessMode, DSYNC, IoVecs, NOWAIT, access_mode, read_at, set_direct, write_at},
     space::{
         Fallocate, clone_range, copy_file_range, direct_alignment, fallocate, seek_data, seek_hole,
-        set_no_cow,
+        set_extent_size, set_no_cow,
     },
 };
 

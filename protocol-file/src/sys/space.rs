@@ -112,6 +112,33 @@ pub(crate) fn set_no_cow(fd: BorrowedFd<'_>) -> io::Result<()> {
     check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::FS_IOC_SETFLAGS, &raw const flags) }).map(drop)
 }
 
+/// The kernel's `struct fsxattr`.
+#[repr(C)]
+#[derive(Default)]
+struct FsxAttributes {
+    flags: u32,
+    extent_size: u32,
+    extents: u32,
+    project: u32,
+    cow_extent_size: u32,
+    pad: [u8; 8],
+}
+
+/// Asks the file system to reserve space in units of `bytes`. Only for a file without extents.
+pub(crate) fn set_extent_size(fd: BorrowedFd<'_>, bytes: u32) -> io::Result<()> {
+    const FS_IOC_FSGETXATTR: libc::Ioctl = 0x801c_581f;
+    const FS_IOC_FSSETXATTR: libc::Ioctl = 0x401c_5820;
+    const FS_XFLAG_EXTSIZE: u32 = 0x0800;
+    let mut attributes = FsxAttributes::default();
+    // SAFETY: FS_IOC_FSGETXATTR fills a `struct fsxattr`, which is what the local is.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), FS_IOC_FSGETXATTR, &raw mut attributes) })?;
+    attributes.flags |= FS_XFLAG_EXTSIZE;
+    attributes.extent_size = bytes;
+    // SAFETY: FS_IOC_FSSETXATTR reads a `struct fsxattr`.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), FS_IOC_FSSETXATTR, &raw const attributes) })
+        .map(drop)
+}
+
 /// What O_DIRECT asks of offsets, lengths and addresses, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct DirectAlignment {

@@ -88,7 +88,7 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     let progress = Progress::new();
     let done = {
         let force = parsed.has("force");
-        let work = handle.amend(options.for_format()?, force, progress.clone());
+        let work = handle.amend(options.values(), force, progress.clone());
         let mut work = pin!(work);
         let graph = handle.graph()?;
         loop {

@@ -144,7 +144,7 @@ async fn create(session: &Session, request: &Request<'_>, quiet: bool) -> Result
             };
         format!("The image size is too large for file format '{format}'{hint}")
     };
-    let values = options.for_format()?;
+    let values = options.values();
     make(session, format, filename, values)
         .await
         .map_err(|error| match error.kind() {

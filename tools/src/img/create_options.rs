@@ -1,7 +1,8 @@
 //! Create options (`-o`): which a format takes, reading them with qemu's messages, and listing them.
 
 use block_core::{
-    DriverFactory, DriverKind, Options, Registry, options::parse_size, registry::CreateOption,
+    DriverFactory, DriverKind, ErrorKind, Options, Registry, options::parse_size,
+    registry::CreateOption,
 };
 use serde_json::Value;
 
@@ -35,6 +36,7 @@ fn display_order(format: &str) -> &'static [(&'static str, Option<&'static str>)
             ("data_file_raw", None),
             ("lazy_refcounts", Some("off")),
             ("refcount_bits", Some("16")),
+            ("nocow", None),
         ],
         "vmdk" => &[
             ("size", None),
@@ -46,6 +48,7 @@ fn display_order(format: &str) -> &'static [(&'static str, Option<&'static str>)
             ("toolsversion", None),
             ("subformat", None),
             ("zeroed_grain", None),
+            ("nocow", None),
         ],
         _ => &[("size", None), ("nocow", None), ("preallocation", None)],
     }
@@ -55,8 +58,6 @@ fn display_order(format: &str) -> &'static [(&'static str, Option<&'static str>)
 pub struct CreateOptions {
     format: String,
     known: Vec<CreateOption>,
-    /// The storage's own options, which the format doesn't know.
-    storage: Vec<&'static str>,
     /// Options of creation, where an image is amended.
     creation_only: &'static [CreateOption],
     values: Options,
@@ -65,22 +66,28 @@ pub struct CreateOptions {
 impl CreateOptions {
     /// For an image in `format`, stored with the driver `protocol`.
     pub fn new(format: &dyn DriverFactory, protocol: Option<&dyn DriverFactory>) -> Self {
-        let mut known = format.create_options().to_vec();
-        let mut storage = Vec::new();
-        if format.kind() != DriverKind::Protocol
-            && let Some(protocol) = protocol
+        let protocol = protocol.filter(|_| format.kind() != DriverKind::Protocol);
+        Self::of_list(format.name(), format.create_options(), protocol)
+    }
+
+    /// For an image of the format called `format`, which has the options `known`, stored with the driver `protocol`.
+    pub fn of_list(
+        format: &str,
+        known: &[CreateOption],
+        protocol: Option<&dyn DriverFactory>,
+    ) -> Self {
+        let mut known = known.to_vec();
+        for option in protocol
+            .into_iter()
+            .flat_map(|protocol| protocol.create_options())
         {
-            for option in protocol.create_options() {
-                if !known.iter().any(|other| other.name == option.name) {
-                    known.push(*option);
-                    storage.push(option.name);
-                }
+            if !known.iter().any(|other| other.name == option.name) {
+                known.push(*option);
             }
         }
         Self {
-            format: format.name().to_owned(),
+            format: format.to_owned(),
             known,
-            storage,
             creation_only: &[],
             values: Options::new(),
         }
@@ -92,7 +99,6 @@ impl CreateOptions {
         (!known.is_empty()).then(|| Self {
             format: format.name().to_owned(),
             known,
-            storage: Vec::new(),
             creation_only: format.create_options(),
             values: Options::new(),
         })
@@ -168,7 +174,13 @@ impl CreateOptions {
             }
         } else if option.kind == "size" {
             parse_size(text)
-                .map_err(|_| {
+                .map_err(|error| {
+                    let negative = text.trim().strip_prefix('-').map(str::parse::<u64>);
+                    if error.kind() == ErrorKind::TooBig || matches!(negative, Some(Ok(_))) {
+                        return Failure::new(format!(
+                            "Value '{text}' is out of range for parameter '{key}'"
+                        ));
+                    }
                     Failure::new(format!(
                         "Parameter '{key}' expects a non-negative number below 2^64\n{SIZE_HINT}"
                     ))
@@ -200,21 +212,18 @@ impl CreateOptions {
         self.get(key).and_then(|text| text.parse().ok())
     }
 
-    /// What goes to the format's `create`.
-    pub fn for_format(&self) -> Result<Options, Failure> {
-        let mut options = self.values.clone();
-        for key in &self.storage {
-            match options.take_str(key)?.as_deref() {
-                None | Some("off" | "0") => {}
-                Some(value) => {
-                    return Err(Failure::new(format!(
-                        "{key}={value} is not supported for images of format '{}'",
-                        self.format
-                    )));
-                }
-            }
-        }
-        Ok(options)
+    /// What goes to `create`; what is only the storage's goes there.
+    pub fn values(&self) -> Options {
+        self.values.clone()
+    }
+
+    /// What was given of the options in `known`.
+    pub fn known_to(&self, known: &[CreateOption]) -> Options {
+        let mut values = self.values.clone();
+        values
+            .0
+            .retain(|key, _| known.iter().any(|option| option.name == key));
+        values
     }
 
     /// The line that says what is being made.

@@ -1,5 +1,6 @@
 //! `blk measure`: how large a new image would get.
 
+use block_core::DriverFactory;
 use serde_json::{Value, json};
 
 use super::{
@@ -9,6 +10,7 @@ use super::{
         option_list, output_format,
     },
     create_options::CreateOptions,
+    measure_luks,
 };
 use crate::common::{
     failure::{Failure, Outcome},
@@ -48,6 +50,14 @@ pub const COMMAND: Command = Command {
     ],
     run: |session, parsed| session.run(execute(session, parsed)),
 };
+
+/// What is measured.
+#[derive(Clone, Copy)]
+enum Target<'a> {
+    Format(&'a dyn DriverFactory),
+    /// A LUKS container of its own.
+    Luks,
+}
 
 async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     let output = output_format(parsed, "measure")?;
@@ -117,11 +127,19 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
         };
         handle.close().await?;
     }
-    let factory = session
-        .registry
-        .get(format)
-        .map_err(|_| Failure::new(format!("Unknown file format '{format}'")))?;
-    let mut options = CreateOptions::new(&**factory, None);
+    let known = |name: &str| {
+        let factory = session.registry.get(name).map(|factory| &**factory);
+        factory.map_err(|_| Failure::new(format!("Unknown file format '{name}'")))
+    };
+    let storage = known("file")?;
+    let target = match format {
+        "luks" => Target::Luks,
+        _ => Target::Format(known(format)?),
+    };
+    let mut options = match target {
+        Target::Luks => CreateOptions::of_list(format, &measure_luks::OPTIONS, Some(storage)),
+        Target::Format(factory) => CreateOptions::new(factory, Some(storage)),
+    };
     if asks_for_help(list.as_deref()) {
         options.print_help(false);
         return Ok(0);
@@ -131,7 +149,17 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
             failure.and(format!("Invalid options for file format '{format}'"))
         })?;
     }
-    let measure = factory.measure(length, &data, options.for_format()?)?;
+    // What is stored where doesn't change the size.
+    let values = |known| options.known_to(known);
+    let measure = match target {
+        Target::Luks => {
+            let secrets = session.graph.secrets();
+            measure_luks::measure(secrets, length, values(&measure_luks::OPTIONS))?
+        }
+        Target::Format(factory) => {
+            factory.measure(length, &data, values(factory.create_options()))?
+        }
+    };
     // Neither does an image of version 2 take them.
     let takes = format == "qcow2" && !matches!(options.get("compat"), Some("0.10" | "v2"));
     let cluster = options.get_size("cluster_size").unwrap_or(1 << 16);

@@ -10,16 +10,17 @@ mod compare;
 mod convert;
 mod create;
 mod create_options;
+mod dd;
 mod info;
 mod map;
 mod measure;
+mod measure_luks;
 mod rebase;
 mod resize;
 mod shown_name;
 mod snapshot;
 
 use crate::common::{
-    failure::Failure,
     getopt::{self, Opt, Parsed, Stop},
     output::{complain, write_out},
     program::Program,
@@ -50,6 +51,7 @@ pub const COMMANDS: &[Command] = &[
     compare::COMMAND,
     convert::COMMAND,
     create::COMMAND,
+    dd::COMMAND,
     info::COMMAND,
     map::COMMAND,
     measure::COMMAND,
@@ -58,16 +60,8 @@ pub const COMMANDS: &[Command] = &[
     snapshot::COMMAND,
 ];
 
-/// qemu-img's commands that have an issue of their own.
-const LATER: [&str; 1] = ["dd"];
-
 /// Runs the command `name`. `None` when there is none of that name.
 pub fn run(program: Program, name: &str, args: &[String]) -> Option<u8> {
-    if LATER.contains(&name) {
-        let failure = Failure::new(format!("The command '{name}' is not supported yet"));
-        failure.report(program);
-        return Some(1);
-    }
     let command = COMMANDS.iter().find(|command| command.name == name)?;
     // A negative size at the end of the line is no option.
     let (args, last) = match args.split_last() {

@@ -32,6 +32,11 @@ use super::{
 };
 use crate::common::{failure::Failure, output::complain, progress::Meter, session::Session};
 
+/// The least run of zeroes that becomes a hole, in bytes, unless `-S` says otherwise.
+pub const SPARSE: u64 = 4096;
+/// How many requests are in flight, unless `-m` says otherwise.
+pub const WORKERS: usize = 8;
+
 /// How to copy.
 #[derive(Debug, Clone, Copy)]
 pub struct Settings {
@@ -47,6 +52,23 @@ pub struct Settings {
     pub workers: usize,
     /// Bytes per second.
     pub rate: Option<u64>,
+}
+
+impl Settings {
+    /// As `convert` copies when nothing else is asked for.
+    pub fn plain(session: &Session) -> Self {
+        Self {
+            program: session.program.name(),
+            quiet: false,
+            compress: false,
+            copy_range: false,
+            any_order: false,
+            salvage: false,
+            sparse: Some(SPARSE),
+            workers: WORKERS,
+            rate: None,
+        }
+    }
 }
 
 /// A piece whose turn to be written will come.

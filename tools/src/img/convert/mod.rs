@@ -11,11 +11,16 @@ mod target;
 
 use std::sync::Arc;
 
+use block_core::BlockHandle;
+
 use self::{
     bitmaps::ToCopy,
+    copy::{SPARSE, WORKERS},
+};
+pub use self::{
     copy::{Engine, Settings},
     plan::{Plan, Source},
-    target::Target,
+    target::{Request, Target},
 };
 use super::{
     Command,
@@ -135,8 +140,6 @@ pub const COMMAND: Command = Command {
     run: |session, parsed| session.run(execute(session, parsed)),
 };
 
-/// The least run of zeroes that becomes a hole, in bytes, unless `-S` says otherwise.
-const SPARSE: u64 = 4096;
 /// The largest `-S`.
 const MAX_SPARSE: u64 = 16 << 20;
 
@@ -189,7 +192,8 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
             ));
         }
     };
-    let request = target::Request {
+    let failure = format!("error while converting {target_format}");
+    let request = Request {
         name: target,
         format: target_format,
         list: list.as_deref(),
@@ -201,6 +205,7 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
         compress: parsed.has("compress"),
         bitmaps: parsed.has("bitmaps"),
         cache: arguments.target_cache,
+        failure: &failure,
     };
     let length = opened.iter().map(|source| source.length()).sum();
     request.check(session, sources.len())?;
@@ -209,7 +214,6 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     meter.set_total(length);
     session.signals.show(&meter);
     let settings = Settings {
-        program: session.program.name(),
         quiet: parsed.has("quiet"),
         compress: request.compress,
         copy_range: parsed.has("copy-range-offloading"),
@@ -218,6 +222,7 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
         sparse: arguments.sparse,
         workers: arguments.workers,
         rate: arguments.rate,
+        ..Settings::plain(session)
     };
     let sources = opened
         .iter()
@@ -232,7 +237,14 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     if let Some(bitmaps) = bitmaps {
         bitmaps.copy(&target.handle).await?;
     }
-    for source in opened {
+    close(opened, target).await?;
+    meter.finish();
+    Ok(0)
+}
+
+/// Closes both ends, which nobody uses any more. The target is flushed.
+pub async fn close(sources: Vec<Arc<BlockHandle>>, target: Arc<Target>) -> Result<(), Failure> {
+    for source in sources {
         if let Ok(source) = Arc::try_unwrap(source) {
             source.close().await?;
         }
@@ -240,8 +252,7 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     if let Ok(target) = Arc::try_unwrap(target) {
         target.close().await?;
     }
-    meter.finish();
-    Ok(0)
+    Ok(())
 }
 
 /// What stands in the arguments, beyond names and formats.
@@ -289,7 +300,7 @@ impl Arguments {
         };
         let workers = match parsed.get("parallel") {
             Some(text) => parse_number("number of coroutines", text, 1, 16)? as usize,
-            None => 8,
+            None => WORKERS,
         };
         let rate = match parsed.get("rate") {
             Some(text) => Some(parse_number("rate limit", text, 0, MAX_SIZE)?),

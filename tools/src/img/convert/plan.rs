@@ -15,6 +15,9 @@ const LARGE: u64 = 1 << 30;
 /// One image to copy from.
 pub struct Source {
     pub handle: Arc<BlockHandle>,
+    /// Where the part to copy begins, in bytes.
+    offset: u64,
+    /// How long that part is, in bytes.
     length: u64,
     /// The target's backing file has what this image's backing file has, which needn't be copied.
     base: Option<Arc<Node>>,
@@ -29,9 +32,20 @@ impl Source {
             None
         };
         Self {
+            offset: 0,
             length: handle.length(),
             handle,
             base,
+        }
+    }
+
+    /// `length` bytes of an image, from `offset` on.
+    pub fn part(handle: Arc<BlockHandle>, offset: u64, length: u64) -> Self {
+        Self {
+            handle,
+            offset,
+            length,
+            base: None,
         }
     }
 }
@@ -73,7 +87,7 @@ pub struct Plan {
     /// Pieces end at multiples of this in the target, where the sources allow it.
     unit: u64,
     source: usize,
-    /// Where in the source, in bytes.
+    /// Where in the source's part, in bytes.
     at: u64,
     /// Where that source begins in the target, in bytes.
     start: u64,
@@ -152,7 +166,7 @@ impl Plan {
         let piece = Piece {
             index: self.index,
             source: self.source,
-            source_offset: self.at,
+            source_offset: self.sources[self.source].offset + self.at,
             offset,
             len,
             kind,
@@ -167,7 +181,7 @@ impl Plan {
         let len = source.length - self.at;
         let status = source
             .handle
-            .block_status_above(source.base.as_ref(), self.at, len)
+            .block_status_above(source.base.as_ref(), source.offset + self.at, len)
             .await;
         let status = match status {
             Ok(status) if status.len > 0 => status,
@@ -178,7 +192,10 @@ impl Plan {
             }
             Err(error) => {
                 return Err(Failure::io(
-                    format_args!("error while reading block status at offset {}", self.at),
+                    format_args!(
+                        "error while reading block status at offset {}",
+                        source.offset + self.at
+                    ),
                     &error,
                 ));
             }

@@ -25,6 +25,8 @@ pub struct Request<'a> {
     /// Bitmaps are going to be copied into it.
     pub bitmaps: bool,
     pub cache: CacheMode,
+    /// What stands before the reason when the target can't be made.
+    pub failure: &'a str,
 }
 
 impl Request<'_> {
@@ -178,7 +180,7 @@ async fn create(
     }
     // Whatever `-o` says: the copy is as large as what is copied.
     options.set("size", &length.to_string())?;
-    image::make(session, format, name, options.for_format()?)
+    image::make(session, format, name, options.values())
         .await
         .map_err(|error| {
             let reason = match error.kind() {
@@ -187,8 +189,7 @@ async fn create(
                 }
                 _ => error.reason(),
             };
-            Failure::new(format!("{name}: error while converting {format}: {reason}"))
-                .with_details(&error)
+            Failure::new(format!("{name}: {}: {reason}", request.failure)).with_details(&error)
         })?;
     Ok(options.get("encrypt.key-secret").map(str::to_owned))
 }
