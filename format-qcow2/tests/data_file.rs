@@ -825,7 +825,10 @@ fn a_power_cut_while_an_overlay_with_a_data_file_is_emptied_shows_its_data_or_wh
             start
         });
         let held = storages[1].state.lock().data.clone();
-        assert!(held.iter().all(|byte| *byte == 0), "its space is given back");
+        assert!(
+            held.iter().all(|byte| *byte == 0),
+            "its space is given back"
+        );
         let log = std::mem::take(&mut *log.lock());
         let mut rng = SmallRng::seed_from_u64(1);
         let mut seen = [0, 0];

@@ -490,7 +490,10 @@ fn an_encrypted_overlay_copies_on_write_from_an_encrypted_backing_file() {
             assert_same(&handle.read(0, 1 << 20).await.unwrap(), &expected, "named");
             lab.rig.close(handle).await.unwrap();
             let error = lab.open(&lower, &format!("backing.{KEY}")).await.err();
-            assert!(error.is_some(), "options of a backing file that isn't there");
+            assert!(
+                error.is_some(),
+                "options of a backing file that isn't there"
+            );
         });
         for backing in ["", "backing.driver=qcow2,backing.file.filename="] {
             if !has_qemu() {

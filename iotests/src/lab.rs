@@ -11,6 +11,7 @@ use block_core::{
     BlockHandle, Graph, Node, Options, Registry, RequestFlags, Result,
     driver::Capabilities,
     flags::{PermissionSet, Permissions},
+    image::ImageInfo,
     registry::{ImplicitOpens, OpenOptions},
     secret::Secret,
 };
@@ -71,7 +72,15 @@ struct Parts {
     /// The images that were made here, and name their data files themselves. Others are copies of theirs.
     made: HashSet<String>,
     /// The format whose images need the key.
-    encrypted: Option<String>,
+    encrypted: Option<Encrypted>,
+}
+
+#[derive(Default)]
+struct Encrypted {
+    format: String,
+    /// It is known whether compressed data may be stored in its images, unencrypted.
+    asked: bool,
+    consent: bool,
 }
 
 /// What a producer uses and shares in tests: everything.
@@ -159,7 +168,8 @@ impl Lab {
         }
         if parts::is_encrypted(options) {
             self.disks.hide_data();
-            parts.encrypted = Some(format.to_owned());
+            let encrypted = parts.encrypted.get_or_insert_default();
+            format.clone_into(&mut encrypted.format);
         }
         parts::of_image(options, name)
     }
@@ -190,9 +200,13 @@ impl Lab {
             options.set("backing_file", file);
             options.set("backing_fmt", backing_format);
         }
+        let making = self.disks.make(name);
         self.registry
             .create(&self.graph, format, name, options)
-            .await
+            .await?;
+        drop(making);
+        self.learn_consent(format, name);
+        Ok(())
     }
 
     /// Whether images of the format name their backing file themselves.
@@ -239,57 +253,66 @@ impl Lab {
         options
     }
 
-    /// Copies don't name their own data file. The tools look for what an image names in their own directory, not in the
-    /// image's: they are told of all (`for_tools`).
+    /// Adds what the image `name` needs, and what those below it need that it names itself.
     fn add_parts(&self, format: &str, name: &str, for_tools: bool, options: &mut Options) {
-        let (data, copies, encrypted) = {
-            let parts = self.parts.lock();
-            let is_copy = |disk: &Arc<Disk>| {
-                (for_tools || !parts.made.contains(disk.name()))
-                    && disk.content().beside_len().is_some()
-            };
-            let disk = self.disks.get(name).filter(is_copy);
-            let data = disk.and_then(|_| Some(parts::data_file(name, parts.ending.as_deref()?)));
-            let copies = parts.ending.is_some() && self.disks.all().iter().any(is_copy);
-            let encrypted = parts.encrypted.as_deref() == Some(format);
-            (data, copies, encrypted)
+        let (own, matters) = self.own_parts(format, name, for_tools);
+        if matters && options.get("backing").is_none() {
+            let mut chain = Vec::new();
+            let mut next = self.backing_of(format, name);
+            // The files may name one another in a circle.
+            while let Some((file, of)) = next.take()
+                && chain.len() < Registry::MAX_DEPTH + 8
+            {
+                next = self.backing_of(&of, &file);
+                chain.push(self.own_parts(&of, &file, for_tools).0);
+            }
+            let below = chain.into_iter().rev().fold(None, |below, mut own| {
+                if let Some(below) = below {
+                    own.set("backing", below);
+                }
+                (!own.0.is_empty()).then_some(Value::Object(own.0))
+            });
+            if let Some(below) = below {
+                options.set("backing", below);
+            }
+        }
+        for (key, value) in own.0 {
+            options.set_default(&key, value);
+        }
+    }
+
+    /// The options that the image `name` itself needs, and whether images below it may need any. Copies don't name their own
+    /// data file. The tools look for what an image names in their own directory, not in the image's: they are told of all
+    /// (`for_tools`).
+    fn own_parts(&self, format: &str, name: &str, for_tools: bool) -> (Options, bool) {
+        let parts = self.parts.lock();
+        let needs_file = |disk: &Arc<Disk>| {
+            (for_tools || !parts.made.contains(disk.name()))
+                && disk.content().beside_len().is_some()
         };
-        if let Some(data) = data {
-            options.set_default("data-file", json!({ "driver": "file", "filename": data }));
-        }
-        if encrypted {
-            options.set_default("encrypt", parts::key());
-        }
-        if (copies || encrypted)
-            && options.get("backing").is_none()
-            && let Some(below) = self.named_below(format, name, for_tools)
+        let mut own = Options::new();
+        let disk = self.disks.get(name).filter(needs_file);
+        if let Some(ending) = &parts.ending
+            && disk.is_some()
         {
-            options.set("backing", below);
+            let data = parts::data_file(name, ending);
+            own.set("data-file", json!({ "driver": "file", "filename": data }));
         }
+        let encrypted = parts.encrypted.as_ref();
+        let encrypted = encrypted.filter(|encrypted| encrypted.format == format);
+        if let Some(encrypted) = encrypted {
+            own.set("encrypt", parts::key(encrypted.consent && !for_tools));
+        }
+        let copies = parts.ending.is_some() && self.disks.all().iter().any(needs_file);
+        (own, copies || encrypted.is_some())
     }
 
-    /// The option `backing` for what the file needs that an image itself names as its backing file.
-    fn named_below(&self, format: &str, name: &str, for_tools: bool) -> Option<Value> {
-        let (file, of) = self.backing_of(format, name)?;
-        let mut below = Options::new();
-        self.add_parts(&of, &file, for_tools, &mut below);
-        (!below.0.is_empty()).then_some(Value::Object(below.0))
-    }
-
-    /// The backing file that an image names, and its format. The image is looked at in a world of its own, so that nothing
-    /// of this one is touched.
-    pub(crate) fn backing_of(&self, format: &str, name: &str) -> Option<(String, String)> {
-        if !self.records_backing(format) {
-            return None;
-        }
+    /// What an image says of itself. It is looked at in a world of its own, so that nothing of this one is touched.
+    fn look_at(&self, format: &str, name: &str, options: &Options) -> Option<ImageInfo> {
         let disks = Disks::new();
         disks.insert(Disk::new(name, self.disks.get(name)?.content()));
-        let other = Self::with_world(
-            &self.registry,
-            LabOptions::default(),
-            SimEnv::fifo(0),
-            disks,
-        );
+        let (options, env) = (options.clone(), SimEnv::fifo(0));
+        let other = Self::with_world(&self.registry, LabOptions::default(), env, disks);
         let how = OpenOptions {
             no_backing: true,
             no_data_file: true,
@@ -298,20 +321,39 @@ impl Lab {
             ..OpenOptions::default()
         };
         let look = async {
-            let options = Options::new().with("read-only", true);
-            let opening =
-                other
-                    .registry
-                    .open_file(&other.graph, name, Some(format), options, how);
+            let (registry, graph) = (&other.registry, &other.graph);
+            let options = options.with("read-only", true);
+            let opening = registry.open_file(graph, name, Some(format), options, how);
             let node = opening.await.ok()?;
-            let handle = other
-                .graph
-                .attach(&node, PermissionSet::NONE, "look")
-                .ok()?;
-            let info = handle.info().await.ok()?;
-            Some((info.backing_filename?, info.backing_format?))
+            let handle = graph.attach(&node, PermissionSet::NONE, "look").ok()?;
+            handle.info().await.ok()
         };
         other.env.try_run(look).ok()?
+    }
+
+    /// The backing file that an image names, and its format.
+    pub(crate) fn backing_of(&self, format: &str, name: &str) -> Option<(String, String)> {
+        if !self.records_backing(format) {
+            return None;
+        }
+        let info = self.look_at(format, name, &Options::new())?;
+        Some((info.backing_filename?, info.backing_format?))
+    }
+
+    /// Finds out whether a driver stores compressed data in encrypted images when it is asked to, without encrypting it.
+    fn learn_consent(&self, format: &str, name: &str) {
+        let asked = |parts: &Parts| {
+            let encrypted = parts.encrypted.as_ref()?;
+            (encrypted.format == format && !encrypted.asked).then_some(())
+        };
+        if asked(&self.parts.lock()).is_none() {
+            return;
+        }
+        let options = Options::new().with("encrypt", parts::key(true));
+        let consent = self.look_at(format, name, &options).is_some();
+        if let Some(encrypted) = &mut self.parts.lock().encrypted {
+            (encrypted.asked, encrypted.consent) = (true, consent);
+        }
     }
 
     /// Opens an image. `backing` is given explicitly to formats that don't record it. An image with a data file is opened
@@ -354,10 +396,20 @@ impl Lab {
         files
     }
 
-    /// The image `name`, whose files are in `dir` under their own names, for programs of qemu's.
-    pub(crate) fn tool_image(&self, format: &str, name: &str, dir: &Path) -> ToolImage {
+    /// The image `name`, whose files are in `dir` under their own names, for programs of qemu's: with what is below it, or
+    /// alone for those that don't open that.
+    pub(crate) fn tool_image(
+        &self,
+        format: &str,
+        name: &str,
+        dir: &Path,
+        alone: bool,
+    ) -> ToolImage {
         let mut options = Options::new();
         self.add_parts(format, name, true, &mut options);
+        if alone {
+            options.take("backing");
+        }
         if options.0.is_empty() {
             return ToolImage::plain(format, &dir.join(name));
         }

@@ -72,7 +72,8 @@ impl<'a> Laid<'a> {
 
     /// How the tools are told of an image.
     pub fn image(&self, name: &str) -> ToolImage {
-        self.lab.tool_image(self.format, name, self.dir.path())
+        self.lab
+            .tool_image(self.format, name, self.dir.path(), false)
     }
 
     /// Runs qemu-img on an image. `None` when it isn't installed or has no driver for the format.

@@ -72,9 +72,23 @@ pub(crate) fn of_image(options: &Options, name: &str) -> Options {
     own
 }
 
-/// The key, as the option `encrypt` of a node has it.
-pub(crate) fn key() -> Value {
-    json!({ "key-secret": SECRET })
+/// Those of the options of creation that are about data files and keys.
+pub(crate) fn alone(options: &Options) -> Options {
+    let mut some = options.clone();
+    some.0.retain(|key, _| {
+        let top = key.split('.').next().unwrap_or(key);
+        [DATA_FILE, "data_file_raw", "encrypt", "encryption"].contains(&top)
+    });
+    some
+}
+
+/// The key, as the option `encrypt` of a node has it; with the consent to compressed data that isn't encrypted.
+pub(crate) fn key(consent: bool) -> Value {
+    if consent {
+        json!({ "key-secret": SECRET, "compressed-plaintext": "on" })
+    } else {
+        json!({ "key-secret": SECRET })
+    }
 }
 
 /// The options of creation as `-o` has them: `cluster_size=4k,encrypt.format=luks`.
@@ -128,6 +142,15 @@ impl ToolImage {
         all.extend(self.flags.iter().map(String::as_str));
         all.extend(command.iter().skip(1));
         all.push(&self.name);
+        all
+    }
+
+    /// The same for a command that takes no format.
+    pub fn without_format<'a>(&'a self, command: &[&'a str]) -> Vec<&'a str> {
+        let mut all = self.arguments(command);
+        if let Some(at) = all.iter().position(|argument| *argument == "-f") {
+            all.drain(at..at + 2);
+        }
         all
     }
 

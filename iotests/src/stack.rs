@@ -16,8 +16,8 @@ use block_core::{
 use crate::{
     case::{Failure, Scene, Verdict},
     cases::cluster_size,
-    laid::Laid,
     lab::{Guest, after_discard},
+    laid::Laid,
     oracle::{AfterDiscard, Oracle},
     pattern::stamped,
     sim::{Running, SimEnv, yield_now},

@@ -176,7 +176,9 @@ impl Suite {
             .or_else(|| format.create.get("encrypt")?.get("key-secret"))
             .is_some()
         {
-            return Err("the key of encrypted images is the suite's: leave encrypt.key-secret out".into());
+            return Err(
+                "the key of encrypted images is the suite's: leave encrypt.key-secret out".into(),
+            );
         }
         format.crash_safe = name != memdriver::NAME;
         format.safeguards = self.safeguards.iter().any(|known| known == name);

@@ -7,7 +7,7 @@ use std::sync::{
 };
 
 use block_core::{
-    BlockHandle, Node, Options, RequestFlags,
+    BlockHandle, ChildRole, Node, Options, RequestFlags,
     driver::Capabilities,
     image::{CheckMode, Progress},
 };
@@ -36,6 +36,10 @@ pub mod owner {
     /// The one that comes after it.
     pub const LATER: u32 = 101;
 }
+
+/// Why a case about recycled clusters isn't covered ([`Image::keeps_places`]).
+pub(super) const KEEPS_PLACES: &str =
+    "each cluster of a data file has a place of its own, and none is recycled";
 
 /// What the target cluster is before the race.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -298,6 +302,11 @@ impl Image {
     /// How many requests ever waited at the gate of the image's node.
     pub fn gate_waits(&self) -> u64 {
         self.node.tracker().waits()
+    }
+
+    /// Guest data has its own place in a data file, which never goes to anybody else: nothing is recycled.
+    pub fn keeps_places(&self) -> bool {
+        self.node.edges().child(ChildRole::DataFile).is_some()
     }
 
     /// A counter of the driver's, if it has one of that name.

@@ -363,7 +363,13 @@ impl Image {
 
     fn ask_qemu(&self, cut: &Cut) -> Result<(), Failure> {
         for (name, content) in &cut.contents {
-            laid::check(&self.scene.lab, &self.scene.format.name, name, content, true)?;
+            laid::check(
+                &self.scene.lab,
+                &self.scene.format.name,
+                name,
+                content,
+                true,
+            )?;
         }
         Ok(())
     }

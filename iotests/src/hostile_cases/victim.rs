@@ -181,13 +181,7 @@ impl Victim {
         };
         let opened = lab
             .registry
-            .open_file(
-                &lab.graph,
-                IMAGE,
-                Some(format),
-                options,
-                open,
-            )
+            .open_file(&lab.graph, IMAGE, Some(format), options, open)
             .await;
         let node = match opened {
             Ok(node) => node,

@@ -56,9 +56,8 @@ impl Bench {
     }
 
     /// Runs `qemu-img`.
-    #[allow(clippy::unused_self)]
     pub fn img(&self, arguments: &[&str]) -> Result<Said, Failure> {
-        external::run("qemu-img", arguments, "")
+        external::run_in(self.dir.path(), "qemu-img", arguments)
             .map_err(|error| Failure(error.to_string()))?
             .ok_or_else(|| Failure("qemu-img has gone".into()))
     }
@@ -73,10 +72,43 @@ impl Bench {
         Ok(said.text)
     }
 
+    /// Has `qemu-img` make an image with these options of creation, and with the data file and the key that images of the
+    /// format under test have; a disk is made of it as well. `more` are further arguments.
+    pub fn create(
+        &self,
+        name: &str,
+        options: &str,
+        more: &[&str],
+        size: Option<&str>,
+    ) -> Result<Said, Failure> {
+        let wanted = parts::alone(&self.scene.format.create);
+        let own = self.scene.lab.create_options(self.format(), name, &wanted);
+        let secret = parts::secret();
+        let mut all = parts::text(&own);
+        if !all.is_empty() && !options.is_empty() {
+            all.push(',');
+        }
+        all.push_str(options);
+        let path = self.path(name);
+        let mut arguments = vec!["create", "-f", self.format()];
+        arguments.extend(secret.iter().map(String::as_str));
+        if !all.is_empty() {
+            arguments.extend(["-o", &all]);
+        }
+        arguments.extend(more);
+        arguments.push(&path);
+        arguments.extend(size);
+        let said = self.img(&arguments)?;
+        if said.status == Some(0) {
+            self.import(name)?;
+        }
+        Ok(said)
+    }
+
     /// How the tools are told of an image.
     fn image(&self, name: &str) -> ToolImage {
         let lab = &self.scene.lab;
-        lab.tool_image(self.format(), name, self.dir.path())
+        lab.tool_image(self.format(), name, self.dir.path(), false)
     }
 
     /// Runs a command of `qemu-img` on an image.
@@ -89,12 +121,25 @@ impl Bench {
         self.img_ok(&self.image(name).arguments(command))
     }
 
+    /// Has `qemu-img` take an internal snapshot (`-c`) or apply one (`-a`).
+    pub fn snapshot(&self, name: &str, what: &str, snapshot: &str) -> Result<Said, Failure> {
+        let image = self.image(name);
+        self.img(&image.without_format(&["snapshot", what, snapshot]))
+    }
+
     /// Has `qemu-img` give an image another size.
     pub fn resize(&self, name: &str, size: &str) -> Result<Said, Failure> {
         let image = self.image(name);
         let mut arguments = image.arguments(&["resize"]);
         arguments.push(size);
         self.img(&arguments)
+    }
+
+    /// What `qemu-img info` says of an image, as JSON. It doesn't open what is below.
+    pub fn info(&self, name: &str) -> Result<String, Failure> {
+        let lab = &self.scene.lab;
+        let image = lab.tool_image(self.format(), name, self.dir.path(), true);
+        self.img_ok(&image.arguments(&["info", "--output=json"]))
     }
 
     /// Runs commands of `qemu-io` on an image; all have to succeed.
@@ -105,7 +150,7 @@ impl Bench {
             arguments.extend(["-c", command]);
         }
         arguments.extend(image.options());
-        let said = external::run("qemu-io", &arguments, "")
+        let said = external::run_in(self.dir.path(), "qemu-io", &arguments)
             .map_err(|error| Failure(error.to_string()))?
             .ok_or_else(|| Failure("qemu-io has gone".into()))?;
         let failed = said.text.contains("failed") || said.text.contains("error");
@@ -159,7 +204,7 @@ impl Bench {
 
     /// Whether an image says that it wasn't closed, and that its refcounts may be stale.
     pub fn is_dirty(&self, name: &str) -> Result<bool, Failure> {
-        let text = self.img_on_ok(name, &["info", "--output=json"])?;
+        let text = self.info(name)?;
         let json: serde_json::Value =
             serde_json::from_str(&text).map_err(|error| Failure(format!("{error}: {text}")))?;
         Ok(json["dirty-flag"].as_bool().unwrap_or(false))

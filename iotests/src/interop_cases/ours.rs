@@ -261,7 +261,7 @@ async fn jobs_done(scene: Arc<Scene>) -> CaseResult {
     }
     let seen = bench.seen_by_qemu(&top)?;
     same(&seen, &before, "after a stream")?;
-    let text = bench.img_on_ok(&top, &["info", "--output=json"])?;
+    let text = bench.info(&top)?;
     let json: serde_json::Value =
         serde_json::from_str(&text).map_err(|error| crate::case::Failure(error.to_string()))?;
     let named = json["backing-filename"].as_str().unwrap_or_default();
@@ -326,7 +326,7 @@ async fn info(scene: Arc<Scene>) -> CaseResult {
     }
     let top = layer(layers - 1);
     let options = bench.create_options();
-    let text = bench.img_on_ok(&top, &["info", "--output=json"])?;
+    let text = bench.info(&top)?;
     let json: serde_json::Value =
         serde_json::from_str(&text).map_err(|error| crate::case::Failure(error.to_string()))?;
     let ours = stack.guest.handle().info().await?;

@@ -152,7 +152,7 @@ async fn many_times(scene: Arc<Scene>) -> Outcome {
             .await?;
         bench = bench.reopen().await?;
         let nodes = scene.lab.graph.nodes().len();
-        must(nodes == 2, || {
+        must(nodes == bench.own_nodes(), || {
             format!("{nodes} nodes for an image and its storage")
         })?;
         bench.check_all("opened again").await?;

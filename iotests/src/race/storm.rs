@@ -20,8 +20,8 @@ use super::commands::{Command, Layout, generate};
 use crate::{
     case::{Failure, FormatUnderTest},
     cases::cluster_size,
-    laid,
     lab::{Guest, Lab, LabOptions, after_discard},
+    laid,
     oracle::{Mismatch, Oracle},
     sim::{CancelAt, DropWhen, Order},
     storage::{Content, Disk},

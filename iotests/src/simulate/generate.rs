@@ -7,8 +7,8 @@ use rand::{Rng, SeedableRng, rngs::SmallRng};
 use crate::parts::{DATA_FILE, ENCRYPTION};
 
 use super::scenario::{
-    Dropped, Fault, FaultKind, FaultOp, Fill, JobEnd, JobPlan, JobWork,
-    Layer, Phase, Queue, Scenario, Step, StepKind, Sync, Verb, Where,
+    Dropped, Fault, FaultKind, FaultOp, Fill, JobEnd, JobPlan, JobWork, Layer, Phase, Queue,
+    Scenario, Step, StepKind, Sync, Verb, Where,
 };
 
 /// What scenarios for a format may contain.

@@ -216,7 +216,7 @@ impl Setup {
     /// Images that aren't encrypted don't mind.
     fn set_key(&self, options: &mut Options) {
         if self.scenario.is_encrypted() {
-            options.set("encrypt", parts::key());
+            options.set("encrypt", parts::key(false));
         }
     }
 

@@ -103,7 +103,10 @@ impl Content {
 
     /// The bytes of both files, to compare them with others.
     pub fn all_bytes(&self) -> (Vec<u8>, Option<Vec<u8>>) {
-        (self.to_bytes(), self.beside().map(|beside| beside.to_bytes()))
+        (
+            self.to_bytes(),
+            self.beside().map(|beside| beside.to_bytes()),
+        )
     }
 
     /// The file that a change ends in at `end` is at least as long as that.

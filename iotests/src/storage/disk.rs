@@ -85,6 +85,8 @@ pub struct Disk {
     watch: OnceLock<Arc<dyn DiskWatch>>,
     /// Guest data on it is encrypted: rules can't tell whose it is.
     encrypted: AtomicBool,
+    /// The image on it is being made.
+    making: AtomicBool,
 }
 
 impl Disk {
@@ -99,6 +101,7 @@ impl Disk {
             }),
             watch: OnceLock::new(),
             encrypted: AtomicBool::new(false),
+            making: AtomicBool::new(false),
         })
     }
 
@@ -355,7 +358,8 @@ impl Disk {
                 Some(Change::Write(_, data)) => Some(data.as_slice()),
                 _ => None,
             };
-            state.rules.judge(&op, data)
+            let making = self.making.load(Ordering::Relaxed);
+            state.rules.judge(&op, data, making)
         };
         state.in_flight.insert(op.id, (op, change));
         drop(state);
@@ -512,6 +516,22 @@ struct World {
     disks: BTreeMap<String, Arc<Disk>>,
     beside: Option<String>,
     encrypted: bool,
+    /// The image that is being made.
+    making: Option<String>,
+}
+
+/// As long as this lives, an image is being made.
+pub(crate) struct Making(Disks);
+
+impl Drop for Making {
+    fn drop(&mut self) {
+        let mut world = self.0.0.lock();
+        if let Some(name) = world.making.take()
+            && let Some(disk) = world.disks.get(&name)
+        {
+            disk.making.store(false, Ordering::Relaxed);
+        }
+    }
 }
 
 impl Disks {
@@ -529,6 +549,8 @@ impl Disks {
     pub fn insert(&self, disk: Arc<Disk>) {
         let mut world = self.0.lock();
         disk.encrypted.store(world.encrypted, Ordering::Relaxed);
+        let making = world.making.as_deref() == Some(disk.name());
+        disk.making.store(making, Ordering::Relaxed);
         world.disks.insert(disk.name().to_owned(), disk);
     }
 
@@ -555,6 +577,17 @@ impl Disks {
         for disk in world.disks.values() {
             disk.encrypted.store(true, Ordering::Relaxed);
         }
+    }
+
+    /// From now on the image `name` is being made: what is written to it may be keys, but no data.
+    pub(crate) fn make(&self, name: &str) -> Making {
+        let mut world = self.0.lock();
+        world.making = Some(name.to_owned());
+        if let Some(disk) = world.disks.get(name) {
+            disk.making.store(true, Ordering::Relaxed);
+        }
+        drop(world);
+        Making(self.clone())
     }
 
     /// The disk that a file is on, and where in its content ([`BESIDE`]) the file begins. The second file of an image needn't

@@ -49,13 +49,7 @@ impl TestStorage {
         Self::of_file(disk, name, 0, read_only, alignment)
     }
 
-    fn of_file(
-        disk: Arc<Disk>,
-        name: String,
-        base: u64,
-        read_only: bool,
-        alignment: u64,
-    ) -> Self {
+    fn of_file(disk: Arc<Disk>, name: String, base: u64, read_only: bool, alignment: u64) -> Self {
         Self {
             disk,
             name,

@@ -134,7 +134,7 @@ impl Choose {
         self
     }
 
-    fn matches(&self, op: &OpInfo, data: Option<&[u8]>) -> bool {
+    fn matches(&self, op: &OpInfo, data: Option<&[u8]>, making: bool) -> bool {
         if !self.kinds.is_empty() && !self.kinds.contains(&op.kind) {
             return false;
         }
@@ -147,7 +147,8 @@ impl Choose {
         match &self.containing {
             None => true,
             Some(needle) => data.is_some_and(|data| {
-                data.chunks(512).any(|s| s.starts_with(needle)) || self.noise && is_noise(data)
+                data.chunks(512).any(|s| s.starts_with(needle))
+                    || self.noise && !making && is_noise(data)
             }),
         }
     }
@@ -239,11 +240,12 @@ impl Rules {
         self.rules.clear();
     }
 
-    /// What happens to this request: the fates of every rule that chooses it, oldest rule first.
-    pub fn judge(&mut self, op: &OpInfo, data: Option<&[u8]>) -> Vec<Fate> {
+    /// What happens to this request: the fates of every rule that chooses it, oldest rule first. While an image is being made
+    /// (`making`), what looks like noise is a key.
+    pub fn judge(&mut self, op: &OpInfo, data: Option<&[u8]>, making: bool) -> Vec<Fate> {
         let mut fates = Vec::new();
         for (choose, fate) in self.rules.values_mut() {
-            if !choose.matches(op, data) {
+            if !choose.matches(op, data, making) {
                 continue;
             }
             if choose.skip > 0 {

@@ -25,8 +25,8 @@ use parking_lot::Mutex;
 use super::format::{Event, NodeInfo, Trace};
 use crate::{
     case::Failure,
-    laid,
     lab::{Lab, LabOptions, after_discard},
+    laid,
     oracle::{Ended, Mismatch, Oracle},
     pattern::{SECTOR, stamped},
     sim::{Order, Running},
