@@ -9,6 +9,7 @@ use crate::{
     node::Node,
     path,
     status::{BlockStatus, DriverStatus, StatusFlags},
+    tracked::Tracked,
 };
 
 /// What one layer says, with where its bytes are.
@@ -18,8 +19,14 @@ struct Layer {
     mapped: Option<(Arc<Node>, u64)>,
 }
 
-/// Asks the driver of `node` alone. A length of 0 with EOF says that `offset` is beyond the end.
-async fn ask_driver(node: &Arc<Node>, offset: u64, len: u64) -> Result<Option<DriverStatus>> {
+/// Asks the driver of `node` alone. A length of 0 with EOF says that `offset` is beyond the end. `asking` goes with the question,
+/// which may outlive whoever waits for the answer.
+async fn ask_driver(
+    node: &Arc<Node>,
+    asking: &Arc<Tracked>,
+    offset: u64,
+    len: u64,
+) -> Result<Option<DriverStatus>> {
     let length = node.length();
     if offset >= length || len == 0 {
         return Ok(None);
@@ -30,8 +37,12 @@ async fn ask_driver(node: &Arc<Node>, offset: u64, len: u64) -> Result<Option<Dr
     let start = offset - offset % align;
     let end = (offset + len).next_multiple_of(align);
     let driver = node.driver().clone();
+    let asking = asking.clone();
     let mut status = path::unranged(node, None, move |request| {
-        driver.block_status(request, start, end - start)
+        Box::pin(async move {
+            let _asking = asking;
+            driver.block_status(request, start, end - start).await
+        })
     })
     .await?;
     if status.len <= offset - start {
@@ -51,8 +62,11 @@ async fn ask_driver(node: &Arc<Node>, offset: u64, len: u64) -> Result<Option<Dr
 
 /// One layer, with RAW resolved at the child that holds the bytes, and DATA refined by holes in the storage when
 /// `want_zero` is set.
+///
+/// What the driver says of places in the storage holds until it is known what is there: nothing may move meanwhile.
 async fn layer(node: &Arc<Node>, offset: u64, len: u64, want_zero: bool) -> Result<Layer> {
-    let Some(status) = ask_driver(node, offset, len).await? else {
+    let asking = path::ask(node).await;
+    let Some(status) = ask_driver(node, &asking, offset, len).await? else {
         return Ok(Layer {
             flags: StatusFlags::EOF,
             len: 0,
@@ -162,7 +176,8 @@ async fn resolve(node: &Arc<Node>, offset: u64, len: u64) -> Result<Option<(Arc<
         if node.driver().kind() == DriverKind::Protocol {
             return Ok(Some((node, offset)));
         }
-        match ask_driver(&node, offset, len).await? {
+        let asking = path::ask(&node).await;
+        match ask_driver(&node, &asking, offset, len).await? {
             Some(status) if status.flags.contains(StatusFlags::RAW) => {
                 let Some(child) = node.edges().primary().cloned() else {
                     return Ok(None);
@@ -209,7 +224,8 @@ pub(crate) async fn block_status(
         let found = if node.driver().kind() == DriverKind::Filter {
             if crate::debug::listens(&node) {
                 // A fault injector may have an error for this.
-                ask_driver(&node, offset, len).await?;
+                let asking = path::ask(&node).await;
+                ask_driver(&node, &asking, offset, len).await?;
             }
             Layer {
                 flags: StatusFlags::empty(),

@@ -437,6 +437,29 @@ pub trait BlockDriver: Send + Sync + 'static {
         Err(Error::from_kind(ErrorKind::NotSupported))
     }
 
+    /// Reads VM state, which is kept beside the disk and goes into snapshots: fills `buf` from byte `position` of it. What was never
+    /// written reads as zeroes. Runs, like [`Self::write_vm_state`], under a serialising request over the whole node.
+    async fn read_vm_state(
+        self: Arc<Self>,
+        request: Request,
+        position: u64,
+        buf: IoBufMut,
+    ) -> Result<()> {
+        let _ = (request, position, buf);
+        Err(Error::from_kind(ErrorKind::NotSupported))
+    }
+
+    /// Writes VM state at byte `position` of it. The disk's content and size stay as they are.
+    async fn write_vm_state(
+        self: Arc<Self>,
+        request: Request,
+        position: u64,
+        buf: IoBuf,
+    ) -> Result<()> {
+        let _ = (request, position, buf);
+        Err(Error::from_kind(ErrorKind::NotSupported))
+    }
+
     /// The bitmaps that the image stores, in its order: asked for once, when the node has been opened and before anybody can
     /// write to it, but not for a check. The driver marks them on disk as in use, durably, if the image is
     /// writable; from then on nobody trusts what is stored until the driver, in `close` and when it is reopened

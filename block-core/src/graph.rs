@@ -246,11 +246,13 @@ impl Graph {
             })
             .collect();
         let edges = Arc::new(Edges::new(edges));
-        let tracker = Arc::new(if self.gate {
-            Tracker::new()
-        } else {
-            Tracker::new_without_gate_for_tests()
-        });
+        let tracker = || {
+            if self.gate {
+                Tracker::new()
+            } else {
+                Tracker::new_without_gate_for_tests()
+            }
+        };
         let node = Arc::new(Node::new(
             id,
             name,
@@ -258,7 +260,7 @@ impl Graph {
             self.env.clone(),
             self.deferred.clone(),
             Edges::default(),
-            tracker,
+            (tracker(), tracker()),
             options,
         ));
         self.with_topology(|topology| topology.nodes.insert(id, node.clone()));

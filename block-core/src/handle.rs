@@ -581,6 +581,51 @@ impl BlockHandle {
         .await
     }
 
+    /// Reads `len` bytes at byte `position` of the VM state: what is kept beside the disk, and goes into the next snapshot. What was
+    /// never written reads as zeroes. Other requests wait meanwhile. Filters are looked through.
+    ///
+    /// # Errors
+    /// ENOTSUP when the format has none; EIO for what lies beyond all that it can hold.
+    pub async fn read_vm_state(&self, position: u64, len: usize) -> Result<Buffer> {
+        let operation = Operation::Read;
+        check_vm_state(operation, position, len as u64)?;
+        let guard = self.root.enter().await;
+        let node = below_filters(self.root.node.load_full());
+        let driver = node.driver().clone();
+        let (lent, buf) = Buffer::try_new(len)?.lend();
+        path::exclusive(&node, Some(guard), move |request| {
+            driver.read_vm_state(request, position, buf)
+        })
+        .await
+        .map_err(|error| error.with_operation(operation, position, len as u64))?;
+        lent.reclaim()
+            .map_err(|_| Error::io("a driver kept a part of a read buffer"))
+    }
+
+    /// Writes `buf` at byte `position` of the VM state. The disk's content and size stay as they are; a change of its size drops all VM
+    /// state that is in no snapshot. Other requests wait meanwhile. Filters are looked through.
+    ///
+    /// Cancellation: runs to its end, once it has reached the driver.
+    ///
+    /// # Errors
+    /// EPERM without the permission to write; ENOTSUP when the image has no place for it; EFBIG beyond all that it can
+    /// hold; whatever the storage reports.
+    pub async fn write_vm_state(&self, position: u64, buf: impl Into<IoBuf>) -> Result<()> {
+        let buf: IoBuf = buf.into();
+        let (operation, len) = (Operation::Write, buf.len() as u64);
+        self.need(Permissions::WRITE, operation, position, len)?;
+        check_vm_state(operation, position, len)?;
+        let guard = self.root.enter().await;
+        let node = below_filters(self.root.node.load_full());
+        path::settle(&node).await;
+        let driver = node.driver().clone();
+        path::exclusive(&node, Some(guard), move |request| {
+            driver.write_vm_state(request, position, buf)
+        })
+        .await
+        .map_err(|error| error.with_operation(operation, position, len))
+    }
+
     /// The bitmaps of the handle's node that users know by name.
     pub fn named_bitmaps(&self) -> Bitmaps {
         Bitmaps::of_handle(self.root.clone())
@@ -667,6 +712,19 @@ fn below_filters(mut node: Arc<Node>) -> Arc<Node> {
         node = child.node().clone();
     }
     node
+}
+
+/// The bounds of every request, for VM state.
+fn check_vm_state(operation: Operation, position: u64, len: u64) -> Result<()> {
+    let inside = position
+        .checked_add(len)
+        .is_some_and(|end| end <= path::MAX_END && len <= path::MAX_DATA);
+    if inside {
+        return Ok(());
+    }
+    let error =
+        Error::io("VM state ends beyond the largest offset possible, or is longer than 2 GiB");
+    Err(error.with_operation(operation, position, len))
 }
 
 /// Rewrites the backing file's name in the header of `node`.

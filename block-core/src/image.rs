@@ -21,6 +21,8 @@ pub struct ImageInfo {
     pub dirty: bool,
     /// Whether the content is encrypted.
     pub encrypted: bool,
+    /// Compressed data is taken although the content is encrypted, and stored unencrypted: an option of the node allows it.
+    pub compressed_plaintext: bool,
     /// Whether all data is stored compressed (`compressed` of qemu-img).
     pub compressed: bool,
     /// The backing file's name as the header has it.

@@ -141,6 +141,9 @@ pub struct Node {
     pub(crate) deferred: Arc<DeferredWork>,
     view: ArcSwap<View>,
     tracker: Arc<Tracker>,
+    /// Who asks what the node is made of, and who changes that without changing its content: a repair, an amendment, a change
+    /// of its snapshots. Questions aren't tracked like data requests, since whoever holds a range may have to ask.
+    questions: Tracker,
     options: RwLock<NodeOptions>,
     pub(crate) flush: FlushState,
     bitmaps: RwLock<Vec<Arc<DirtyBitmap>>>,
@@ -173,7 +176,7 @@ impl Node {
         env: Arc<dyn Environment>,
         deferred: Arc<DeferredWork>,
         edges: Edges,
-        tracker: Arc<Tracker>,
+        (tracker, questions): (Tracker, Tracker),
         options: NodeOptions,
     ) -> Self {
         let view = View {
@@ -189,7 +192,8 @@ impl Node {
             env,
             deferred,
             view: ArcSwap::from_pointee(view),
-            tracker,
+            tracker: Arc::new(tracker),
+            questions,
             options: RwLock::new(options),
             flush: FlushState::default(),
             bitmaps: RwLock::default(),
@@ -336,6 +340,11 @@ impl Node {
     /// The tracked requests of this node.
     pub fn tracker(&self) -> &Arc<Tracker> {
         &self.tracker
+    }
+
+    /// Block status requests, and what they have to wait for.
+    pub(crate) fn questions(&self) -> &Tracker {
+        &self.questions
     }
 
     /// Counters.

@@ -37,6 +37,8 @@ pub struct NewSnapshot {
     pub vm_clock_nsec: u64,
     /// The guest's instruction count.
     pub icount: Option<u64>,
+    /// Bytes of VM state that were written for it ([`crate::BlockHandle::write_vm_state`]); 0 for a snapshot of the disk alone.
+    pub vm_state_size: u64,
 }
 
 /// Which snapshot is meant. The first that matches is taken.

@@ -78,13 +78,18 @@ impl Qcow2 {
             check::run(file, &mut header, mode, progress).await
         };
         if mode != CheckMode::ReadOnly {
-            self.reload(&mut meta, request).await?;
+            let reloaded = self.reload(&mut meta, request).await;
+            if reloaded.is_err() {
+                // What is in memory is of the image before: written back, it would undo the repair by halves.
+                self.uncertain.store(true, Ordering::SeqCst);
+            }
+            self.writeback.failure.note(reloaded)?;
             let whole = |report: &CheckReport| report.corruptions + report.check_errors == 0;
             if report.as_ref().is_ok_and(whole) {
                 self.stale.store(false, Ordering::Release);
-            }
-            if !meta.header.is_corrupt() {
-                self.shut.store(false, Ordering::Release);
+                if !meta.header.is_corrupt() {
+                    self.shut.store(false, Ordering::Release);
+                }
             }
         }
         report
@@ -451,6 +456,27 @@ impl BlockDriver for Qcow2 {
         self.judged(&request, deleted).await
     }
 
+    async fn read_vm_state(
+        self: Arc<Self>,
+        request: Request,
+        position: u64,
+        buf: IoBufMut,
+    ) -> Result<()> {
+        self.check_usable()?;
+        let read = self.load_vm_state(&request, position, buf).await;
+        self.judged(&request, read).await
+    }
+
+    async fn write_vm_state(
+        self: Arc<Self>,
+        request: Request,
+        position: u64,
+        buf: IoBuf,
+    ) -> Result<()> {
+        let written = self.save_vm_state(&request, position, buf).await;
+        self.judged(&request, written).await
+    }
+
     async fn info(self: Arc<Self>, request: Request) -> Result<ImageInfo> {
         let meta = self.lock_meta(request.file()?).await?;
         let size = meta.header.disk_size();
@@ -462,8 +488,11 @@ impl BlockDriver for Qcow2 {
                 .collect(),
             ..info::image_info(&meta.header)
         };
-        if let (Some(encryption), Some((_, data))) = (&self.encryption, &mut info.format_specific) {
-            info::add_encryption(data, encryption.info().await);
+        if let Some(encryption) = &self.encryption {
+            info.compressed_plaintext = encryption.allows_compressed_plaintext();
+            if let Some((_, data)) = &mut info.format_specific {
+                info::add_encryption(data, encryption.info().await);
+            }
         }
         self.bitmaps.add_to(&mut info);
         Ok(info)

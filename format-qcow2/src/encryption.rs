@@ -45,6 +45,8 @@ pub(crate) struct Encryption {
     /// IVs are made of guest offsets, not of host offsets.
     by_guest: bool,
     luks: Option<Luks>,
+    /// The user has said that compressed clusters may be stored unencrypted, which is the only way there is.
+    compressed_plaintext: bool,
     /// Where passwords of changes are looked up.
     secrets: Arc<Secrets>,
 }
@@ -104,10 +106,17 @@ fn method_name(header: &Header) -> Option<&'static str> {
     }
 }
 
-/// What the option `encrypt` says: the method, if it was named, and the id of the secret.
-fn parse(options: &mut Options, header: &Header) -> Result<Option<String>> {
+/// What the option `encrypt` says, besides the method.
+#[derive(Default)]
+struct EncryptOptions {
+    /// The id of the secret.
+    secret: Option<String>,
+    compressed_plaintext: bool,
+}
+
+fn parse(options: &mut Options, header: &Header) -> Result<EncryptOptions> {
     let mut encrypt = match options.take("encrypt") {
-        None | Some(Value::Null) => return Ok(None),
+        None | Some(Value::Null) => return Ok(EncryptOptions::default()),
         Some(Value::Object(map)) => Options(map),
         Some(_) => return Err(Error::invalid("Parameter 'encrypt' expects an object")),
     };
@@ -128,12 +137,16 @@ fn parse(options: &mut Options, header: &Header) -> Result<Option<String>> {
         _ => {}
     }
     let secret = encrypt.take_str("key-secret")?;
+    let compressed_plaintext = encrypt.take_switch("compressed-plaintext")?;
     if header.crypt_method != 0
         && let Some(key) = encrypt.0.keys().next()
     {
         return Err(Error::invalid(format!("Parameter '{key}' is unexpected")));
     }
-    Ok(secret)
+    Ok(EncryptOptions {
+        secret,
+        compressed_plaintext: compressed_plaintext.unwrap_or(false),
+    })
 }
 
 /// Reads the LUKS header that an image points to.
@@ -158,7 +171,10 @@ impl Encryption {
         header: &Header,
         file: &Child,
     ) -> Result<Option<Self>> {
-        let id = parse(options, header)?;
+        let EncryptOptions {
+            secret: id,
+            compressed_plaintext,
+        } = parse(options, header)?;
         if header.crypt_method == 0 {
             return Ok(None);
         }
@@ -176,6 +192,7 @@ impl Encryption {
                 key: key.transpose()?.map(Arc::new),
                 by_guest: true,
                 luks: None,
+                compressed_plaintext,
                 secrets,
             }));
         };
@@ -196,6 +213,7 @@ impl Encryption {
                 header: Mutex::new(luks),
                 master,
             }),
+            compressed_plaintext,
             secrets,
         }))
     }
@@ -208,6 +226,11 @@ impl Encryption {
 
     fn sector(&self, guest: u64, host: HostOffset) -> u64 {
         (if self.by_guest { guest } else { host.0 }) / crypto::SECTOR_SIZE as u64
+    }
+
+    /// Whether compressed data may be written, which is stored unencrypted.
+    pub const fn allows_compressed_plaintext(&self) -> bool {
+        self.compressed_plaintext
     }
 
     /// The part of `format-specific` information that is about encryption.
@@ -385,14 +408,16 @@ impl Qcow2 {
         done
     }
 
-    /// ENOTSUP for compressed writes into an encrypted image.
+    /// ENOTSUP for compressed writes into an encrypted image, unless the user has agreed to what becomes of them: the format
+    /// knows compressed clusters as they are, and no encrypted ones.
     pub fn check_compressible(&self) -> Result<()> {
-        if self.encryption.is_some() {
-            return Err(Error::unsupported(
-                "Compression and encryption not supported at the same time",
-            ));
+        match &self.encryption {
+            Some(encryption) if !encryption.compressed_plaintext => Err(Error::unsupported(
+                "Compression and encryption not supported at the same time (with the option encrypt.compressed-plaintext=on \
+                 compressed clusters are stored unencrypted)",
+            )),
+            _ => Ok(()),
         }
-        Ok(())
     }
 }
 

@@ -305,7 +305,8 @@ impl Qcow2 {
             error.reason()
         );
         let mut meta = self.meta.lock().await;
-        if meta.header.version < 3 {
+        // A repair that held the lock may have made it good.
+        if meta.header.version < 3 || !self.shut.load(Ordering::Acquire) {
             return;
         }
         let Ok(file) = request.file() else { return };

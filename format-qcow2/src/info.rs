@@ -14,6 +14,7 @@ pub fn image_info(header: &Header) -> ImageInfo {
         cluster_size: Some(header.geometry().cluster_size()),
         dirty: header.is_dirty(),
         encrypted: header.crypt_method != 0,
+        compressed_plaintext: false,
         compressed: false,
         backing_filename: header.backing_file_name(),
         backing_format: header.extensions.backing_format.clone(),

@@ -83,6 +83,10 @@ impl Qcow2 {
         let entries = self.geometry.l1_entries_for(new);
         self.reclaiming(request, || self.grow_l1(request, entries))
             .await?;
+        if self.drop_vm_state(request, old).await? {
+            // Before the disk reaches there.
+            self.write_back(request).await?;
+        }
         let mut preallocation = how.preallocation;
         if self.geometry.has_data_file() {
             let edge = old.next_multiple_of(self.geometry.cluster_size());
@@ -145,7 +149,7 @@ impl Qcow2 {
     }
 
     /// Moves the L1 table to where it has room for `needed` entries, if it has too few.
-    async fn grow_l1(self: &Arc<Self>, request: &Request, needed: u64) -> Result<()> {
+    pub(crate) async fn grow_l1(self: &Arc<Self>, request: &Request, needed: u64) -> Result<()> {
         let file = request.file()?;
         // No batch may be writing entries to the old place.
         let _turn = self.hold_batches().await;
@@ -279,6 +283,7 @@ impl Qcow2 {
         let end = ClusterIndex(old.div_ceil(size));
         self.change_clusters(request, first, end, Change::Full)
             .await?;
+        self.drop_vm_state(request, old).await?;
         self.write_back(request).await?;
         self.set_size(request, new).await?;
         if self.geometry.has_data_file() {

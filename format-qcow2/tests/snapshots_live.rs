@@ -2,23 +2,16 @@
 
 mod common;
 
-use std::{
-    sync::Arc,
-    task::{Context, Poll},
-};
+use std::sync::Arc;
 
 use block_core::{BlockHandle, RequestFlags, SnapshotKey, image::Progress, status::StatusFlags};
 use common::{storage::Storage, *};
+use format_qcow2::Qcow2Factory;
 use futures::{FutureExt, future::BoxFuture, future::join_all};
 use parking_lot::Mutex;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 
 const CLUSTER: u64 = 65536;
-
-fn poll(future: &mut BoxFuture<'_, impl Sized>) -> bool {
-    let mut context = Context::from_waker(futures::task::noop_waker_ref());
-    matches!(future.poll_unpin(&mut context), Poll::Ready(_))
-}
 
 async fn byte(handle: &BlockHandle, at: u64) -> u8 {
     handle.read(at, 1).await.unwrap()[0]
@@ -221,9 +214,10 @@ fn a_snapshot_operation_whose_future_is_dropped_at_any_point_is_whole() {
 /// it must not take what a freed table's place reads as for the table.
 #[test]
 fn block_status_beside_a_snapshot_operation_never_loses_data() {
-    for seed in 0..4 {
+    // Without the gate, which makes it wait, the driver's own order has to do.
+    for (seed, gate) in (0..8).map(|n| (n / 2, n % 2 == 0)) {
         let storage = Storage::new(image_bytes("cluster_size=512", 256 << 10));
-        let rig = Rig::new();
+        let rig = Rig::build(Qcow2Factory::new(), gate);
         let asked = rig.block_on(async {
             // One slice of eight tables in memory: the others are read again and again.
             let handle = rig
@@ -268,7 +262,8 @@ fn block_status_beside_a_snapshot_operation_never_loses_data() {
             asked
         });
         check(&storage);
-        assert!(asked > 100, "status was asked for all the time: {asked}");
+        let least = if gate { 16 } else { 100 };
+        assert!(asked > least, "status was asked for all the time: {asked}");
     }
 }
 

@@ -15,6 +15,8 @@ done
 qemu-img create -q -f qcow2 -o compat=0.10 -b base.raw -F raw v2.qcow2
 qemu-img create -q -f qcow2 -o refcount_bits=8 bits.qcow2 1M
 qemu-img create -q -f qcow2 -o lazy_refcounts=on lazy.qcow2 1M
+qemu-img create -q -f qcow2 -o lazy_refcounts=on lazy2.qcow2 1M
+qemu-img create -q -f qcow2 -o lazy_refcounts=on lazy3.qcow2 1M
 qemu-img create -q -f qcow2 -b base.raw -F raw over.qcow2
 qemu-io -c 'write -z 0 200k' -c 'write -P 5 300k 10k' over.qcow2 > /dev/null
 ";
@@ -73,10 +75,15 @@ fn amend_says_and_does_what_qemu_img_says_and_does() {
         amend -o compat=0.10,refcount_bits=16 bits.qcow2
         amend -o compat=0.10 lazy.qcow2
         amend -o compat=0.10,lazy_refcounts=off lazy.qcow2
+        amend -o compat=0.10,lazy_refcounts=on lazy.qcow2
+        amend -o compat=0.10,lazy_refcounts=on lazy2.qcow2
+        amend -o lazy_refcounts=on,compat=v2,size=2M lazy3.qcow2
+        amend -o compat=1.1,lazy_refcounts=on lazy2.qcow2
         amend -o compat=0.10 over.qcow2",
     );
     for name in [
-        "n1", "n2", "n3", "n4", "n5", "n6", "n7", "n8", "n9", "v2", "bits", "lazy", "over",
+        "n1", "n2", "n3", "n4", "n5", "n6", "n7", "n8", "n9", "v2", "bits", "lazy", "lazy2",
+        "lazy3", "over",
     ] {
         let name = format!("{name}.qcow2");
         both.compare(&format!("info --output=json {name}"));

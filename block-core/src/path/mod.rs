@@ -20,7 +20,7 @@ pub use self::copy_range::copy_range;
 use self::walk::{Look, Step, Walk};
 pub(crate) use self::{
     driven::{Completion, Driven, Held, Ticket},
-    ranged::{exclusive, flush, unranged},
+    ranged::{ask, exclusive, flush, unranged},
 };
 use crate::{
     buffer::{IoBuf, IoBufMut},

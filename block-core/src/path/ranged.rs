@@ -16,7 +16,7 @@ use crate::{
     producer,
     request::Request,
     stats::Counted,
-    tracked::{RequestKind, TrackedRange},
+    tracked::{RequestKind, Tracked, TrackedRange},
 };
 
 /// Makes everything durable that completed at this node before.
@@ -109,7 +109,7 @@ fn held(node: &Arc<Node>, ticket: Option<Ticket>, root: Option<RootGuard>) -> He
     held
 }
 
-/// Runs something that needs no range: status, info.
+/// Runs something that needs no range: status (whose asker holds [`ask`]), info.
 pub(crate) async fn unranged<T: Send + 'static>(
     node: &Arc<Node>,
     root: Option<RootGuard>,
@@ -120,7 +120,35 @@ pub(crate) async fn unranged<T: Send + 'static>(
     run(held, work(request)).await
 }
 
-/// Runs something under a serialising ticket over the whole node: check, repair, a change of the header.
+/// Holds off everything that moves what a node is made of (see [`exclusive`]) while somebody asks about it. Waits for what began
+/// before.
+///
+/// Cancellation: a wait that is dropped leaves no trace.
+pub(crate) async fn ask(node: &Node) -> Arc<Tracked> {
+    Arc::new(hold_questions(node, false).await)
+}
+
+/// One who asks, or one who changes the answers: that one waits for all who asked before, and holds off who comes later.
+///
+/// Whoever asks may hold a range of the node, so a change comes here once it has the whole node: it waits for nobody then who waits
+/// for a range.
+async fn hold_questions(node: &Node, change: bool) -> Tracked {
+    let kind = if change {
+        RequestKind::Reserve
+    } else {
+        RequestKind::Read
+    };
+    let pending = node
+        .questions()
+        .begin(TrackedRange::EVERYTHING, change, kind);
+    match pending.into_ready() {
+        Ok(tracked) => tracked,
+        Err(pending) => wait_at_gate(node, pending).await,
+    }
+}
+
+/// Runs something under a serialising ticket over the whole node: check, repair, a change of the header. Nobody is told meanwhile
+/// where its data is.
 pub(crate) async fn exclusive<T: Send + 'static>(
     node: &Arc<Node>,
     root: Option<RootGuard>,
@@ -133,9 +161,15 @@ pub(crate) async fn exclusive<T: Send + 'static>(
         Ok(tracked) => tracked,
         Err(pending) => wait_at_gate(node, pending).await,
     };
+    let unasked = hold_questions(node, true).await;
     let held = held(node, Some(Ticket::Own(tracked)), root);
     let request = Request::new(node.clone(), node.edges(), held.producer);
-    run(held, work(request)).await
+    let work = work(request);
+    let work = Box::pin(async move {
+        let _unasked = unasked;
+        work.await
+    });
+    run(held, work).await
 }
 
 async fn run<T: Send + 'static>(held: Held, work: BoxFuture<'static, Result<T>>) -> Result<T> {

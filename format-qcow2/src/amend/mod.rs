@@ -82,7 +82,7 @@ impl Qcow2 {
             )
         };
         if version < wanted.version {
-            self.upgrade(file).await?;
+            self.upgrade(request, progress).await?;
         }
         if let Some(name) = &wanted.data_file {
             // An empty name is none: whoever opens the image has to say where its data is.

@@ -130,7 +130,7 @@ impl Wanted {
         let wanted = Self {
             version,
             refcount_order: refcount_order.unwrap_or(header.refcount_order),
-            lazy_refcounts: lazy.unwrap_or(header.lazy_refcounts() && version >= 3),
+            lazy_refcounts: version >= 3 && lazy.unwrap_or(header.lazy_refcounts()),
             size,
             data_file,
             clear_data_file_raw,
@@ -157,7 +157,8 @@ impl Wanted {
             )
             .with_field("refcount_bits", 1u64 << self.refcount_order, "16"));
         }
-        if lazy == Some(true) {
+        // Those that are on already go with the version, whether or not they are asked for.
+        if lazy == Some(true) && !header.lazy_refcounts() {
             return Err(Error::invalid(
                 "Lazy refcounts only supported with compatibility level 1.1 and above (use compat=1.1 or \
                  greater)",

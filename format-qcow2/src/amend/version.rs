@@ -3,11 +3,7 @@
 
 use std::sync::Arc;
 
-use block_core::{
-    error::Result,
-    image::Progress,
-    request::{Child, Request},
-};
+use block_core::{error::Result, image::Progress, request::Request};
 
 use super::check_cancelled;
 use crate::{
@@ -16,9 +12,22 @@ use crate::{
 };
 
 impl Qcow2 {
-    /// Makes an image of version 2 one of version 3. It is used as before: what version 2 can is valid in version 3.
-    pub(super) async fn upgrade(&self, file: &Child) -> Result<()> {
-        self.change_header(file, |header| header.version = 3).await
+    /// Makes an image of version 2 one of version 3. It is used as before: what version 2 can is valid in version 3, but for snapshots whose
+    /// entries are too short, as old programs wrote them.
+    pub(super) async fn upgrade(
+        self: &Arc<Self>,
+        request: &Request,
+        progress: &Progress,
+    ) -> Result<()> {
+        let has_snapshots = {
+            let meta = self.lock_meta(request.file()?).await?;
+            meta.header.nb_snapshots > 0
+        };
+        if has_snapshots {
+            self.complete_snapshots(request, progress).await?;
+        }
+        self.change_header(request.file()?, |header| header.version = 3)
+            .await
     }
 
     /// Makes an image of version 3, which has nothing that version 2 hasn't but zero clusters, bitmaps and lazy refcounts, one of

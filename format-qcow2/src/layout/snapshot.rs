@@ -138,6 +138,11 @@ impl SnapshotEntry {
         self.extra_size = (KNOWN_EXTRA + self.unknown_extra.len()) as u32;
     }
 
+    /// Whether it says all that version 3 asks for: 64 bits of VM state size, and the disk's size.
+    pub const fn suits_version_3(&self) -> bool {
+        self.extra_size >= 16
+    }
+
     /// Appends the entry, which is [`Self::complete`], to a table.
     ///
     /// # Errors

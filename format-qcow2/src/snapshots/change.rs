@@ -268,7 +268,7 @@ impl<'a> Draft<'a> {
             date_sec: new.date_sec,
             date_nsec: new.date_nsec,
             vm_clock_nsec: new.vm_clock_nsec,
-            vm_state_size: 0,
+            vm_state_size: new.vm_state_size,
             disk_size: Some(self.header.size),
             icount: new.icount,
             extra_size: 24,
@@ -350,6 +350,8 @@ pub(super) enum Change<'a> {
         /// What is unallocated may read as something else than zeroes.
         backing: bool,
     },
+    /// Entries that say less than version 3 asks for say it.
+    Complete,
 }
 
 impl Qcow2 {
@@ -393,6 +395,17 @@ impl Qcow2 {
             .map(drop)
     }
 
+    /// Rewrites the snapshot table of an image of version 2 if its entries say less than version 3 asks for.
+    pub(crate) async fn complete_snapshots(
+        self: &Arc<Self>,
+        request: &Request,
+        progress: &Progress,
+    ) -> Result<()> {
+        self.change_snapshots(request, &Change::Complete, progress)
+            .await
+            .map(drop)
+    }
+
     pub(super) async fn change_snapshots(
         self: &Arc<Self>,
         request: &Request,
@@ -427,7 +440,7 @@ impl Qcow2 {
             ));
         }
         let index = match change {
-            Change::Create(_) | Change::Expand { .. } => 0,
+            Change::Create(_) | Change::Expand { .. } | Change::Complete => 0,
             Change::Apply(which) | Change::Delete(which) => find(&meta.snapshots, which)?,
         };
         let old_table: u64 = meta
@@ -443,6 +456,15 @@ impl Qcow2 {
             Change::Expand { request, backing } => {
                 if !draft.expand(&mut Expansion::new(request, *backing)).await? {
                     return Ok(meta.snapshots.clone());
+                }
+            }
+            Change::Complete => {
+                if draft.snapshots.iter().all(SnapshotEntry::suits_version_3) {
+                    return Ok(meta.snapshots.clone());
+                }
+                let size = draft.header.size;
+                for entry in &mut draft.snapshots {
+                    entry.complete(size);
                 }
             }
         }

@@ -8,6 +8,7 @@ use std::{
     path::Path,
     process::{Command, Output},
     sync::Arc,
+    task::{Context, Poll},
 };
 
 use block_core::{
@@ -18,6 +19,7 @@ use block_core::{
 };
 use env_tokio::EnvTokio;
 use format_qcow2::Qcow2Factory;
+use futures::{FutureExt, future::BoxFuture};
 use protocol_file::FileFactory;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 
@@ -316,6 +318,12 @@ pub fn within(seconds: u64, work: impl FnOnce() + Send + 'static) {
     }
 }
 
+/// Polls a future once; whether it has ended.
+pub fn poll(future: &mut BoxFuture<'_, impl Sized>) -> bool {
+    let mut context = Context::from_waker(futures::task::noop_waker_ref());
+    matches!(future.poll_unpin(&mut context), Poll::Ready(_))
+}
+
 /// Writes `len` bytes of one value.
 pub async fn write(handle: &BlockHandle, at: u64, len: u64, value: u8) -> Result<()> {
     handle
@@ -354,6 +362,7 @@ pub fn named(name: &str) -> block_core::NewSnapshot {
         date_nsec: 5000,
         vm_clock_nsec: 3_723_004_000_000,
         icount: None,
+        vm_state_size: 0,
     }
 }
 

@@ -6,7 +6,7 @@ use std::{
     future::poll_fn,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     task::Poll,
 };
@@ -22,6 +22,7 @@ use block_core::{
     options::Options,
     registry::{DriverFactory, OpenContext, Opened},
     request::Request,
+    status::DriverStatus,
 };
 use parking_lot::Mutex;
 
@@ -96,9 +97,13 @@ pub struct Storage {
     /// A log that several storages keep together, and which of them this one is.
     joint: Mutex<Option<(usize, JointLog)>>,
     parking: Mutex<Parking>,
+    reading: Mutex<Parking>,
+    asking: Mutex<Parking>,
+    /// It says which ranges are nothing but zeroes.
+    tells_holes: AtomicBool,
 }
 
-/// A place of the storage whose writes are held back.
+/// A place of the storage whose requests are held back.
 #[derive(Default)]
 struct Parking {
     held: Option<std::ops::Range<u64>>,
@@ -152,22 +157,36 @@ impl Storage {
         self.parking.lock().held = Some(range);
     }
 
-    /// Lets them go.
+    /// The same for reads.
+    pub fn hold_reads(&self, range: std::ops::Range<u64>) {
+        self.reading.lock().held = Some(range);
+    }
+
+    /// The same for block status; from now on the storage tells of holes.
+    pub fn hold_status(&self, range: std::ops::Range<u64>) {
+        self.tells_holes.store(true, Ordering::Relaxed);
+        self.asking.lock().held = Some(range);
+    }
+
+    /// Lets all of them go.
     pub fn release(&self) {
-        let mut parking = self.parking.lock();
-        parking.held = None;
-        parking.wakers.drain(..).for_each(std::task::Waker::wake);
+        for parking in [&self.parking, &self.reading, &self.asking] {
+            let mut parking = parking.lock();
+            parking.held = None;
+            parking.wakers.drain(..).for_each(std::task::Waker::wake);
+        }
     }
 
-    /// Writes that are held back now.
+    /// Requests that are held back now.
     pub fn parked(&self) -> usize {
-        self.parking.lock().parked
+        let all = [&self.parking, &self.reading, &self.asking];
+        all.iter().map(|parking| parking.lock().parked).sum()
     }
 
-    async fn park(&self, offset: u64) {
+    async fn park(&self, parking: &Mutex<Parking>, offset: u64) {
         let mut counted = false;
         poll_fn(|context| {
-            let mut parking = self.parking.lock();
+            let mut parking = parking.lock();
             let held = parking.held.as_ref();
             if held.is_some_and(|range| range.contains(&offset)) {
                 if !counted {
@@ -279,6 +298,7 @@ impl BlockDriver for StorageDriver {
     async fn read(self: Arc<Self>, _: Request, offset: u64, mut buf: IoBufMut) -> Result<()> {
         self.0.fail_at(offset)?;
         self.0.pause().await;
+        self.0.park(&self.0.reading, offset).await;
         {
             let mut state = self.0.state.lock();
             if let Fault::NthRead(left) = state.fault {
@@ -306,7 +326,7 @@ impl BlockDriver for StorageDriver {
     ) -> Result<()> {
         self.0.fail_at(offset)?;
         self.0.pause().await;
-        self.0.park(offset).await;
+        self.0.park(&self.0.parking, offset).await;
         self.0.event(Event::Write(offset, buf.to_vec()))?;
         self.0.pause().await;
         Ok(())
@@ -331,6 +351,23 @@ impl BlockDriver for StorageDriver {
     }
     async fn truncate(self: Arc<Self>, _: Request, length: u64, _: Truncate) -> Result<()> {
         self.0.event(Event::Length(length))
+    }
+    async fn block_status(
+        self: Arc<Self>,
+        _: Request,
+        offset: u64,
+        len: u64,
+    ) -> Result<DriverStatus> {
+        self.0.park(&self.0.asking, offset).await;
+        let state = self.0.state.lock();
+        let here = state.data.iter().skip(offset as usize).take(len as usize);
+        let hole =
+            self.0.tells_holes.load(Ordering::Relaxed) && here.copied().all(|byte| byte == 0);
+        Ok(if hole {
+            DriverStatus::zero(len)
+        } else {
+            DriverStatus::data_at(len, offset)
+        })
     }
     /// Nothing is remembered of a flush that failed, so there is nothing to forget.
     async fn reopen(self: Arc<Self>, _: Request, _: Reopen) -> Result<()> {

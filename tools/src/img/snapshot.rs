@@ -141,6 +141,7 @@ async fn create(handle: &BlockHandle, name: &str, progress: &Progress) -> Result
         date_nsec: now.subsec_micros() * 1000,
         vm_clock_nsec: 0,
         icount: Some(0),
+        vm_state_size: 0,
     };
     handle
         .snapshot_create(new, progress.clone())

@@ -4,7 +4,8 @@
 use std::{sync::Arc, time::Instant};
 
 use block_core::{
-    BlockHandle, Buffer, Error, IoBuf, IoBufMut, Permissions, RequestFlags,
+    BlockHandle, Buffer, Capabilities, Error, ErrorKind, IoBuf, IoBufMut, Permissions,
+    RequestFlags,
     driver::{Preallocation, Reopen, Truncate},
 };
 
@@ -355,7 +356,18 @@ impl WritePlan {
             Payload::Data(data) => handle.write(self.offset, data, self.flags).await,
         };
         match result {
-            Err(error) => failed(failure, &error),
+            Err(error) => {
+                let can = handle.node().driver().capabilities();
+                if self.flags.contains(RequestFlags::WRITE_COMPRESSED)
+                    && error.kind() == ErrorKind::NotSupported
+                    && can.contains(Capabilities::COMPRESSED)
+                    && error.reason() != error.kind().strerror()
+                {
+                    // A format that can, and doesn't want to: it says what would have to be different.
+                    complain!("{}", error.reason());
+                }
+                failed(failure, &error)
+            }
             Ok(()) => {
                 if !self.quiet {
                     let (offset, total) = (self.offset, self.total);

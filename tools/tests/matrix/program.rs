@@ -442,9 +442,8 @@ impl Generator {
         narrow && counts
     }
 
-    /// Whether compressed data can be written at all. Only qemu-io does so in encrypted images.
-    pub fn can_compress(options: Options, by_qemu: bool) -> bool {
+    /// Whether compressed data can be written at all.
+    pub fn can_compress(options: Options) -> bool {
         options.data_file() == DataFile::None
-            && (options.encryption() == Encryption::None || by_qemu)
     }
 }

@@ -101,8 +101,11 @@ impl Target {
             return Err(no_compression());
         }
         let info = handle.info().await?;
-        if request.compress && info.encrypted {
-            return Err(no_compressed_encryption());
+        if request.compress && info.encrypted && !info.compressed_plaintext {
+            return Err(Failure::new(format!(
+                "{NO_COMPRESSED_ENCRYPTION} (with the target's option encrypt.compressed-plaintext=on compressed clusters are \
+                 stored unencrypted)"
+            )));
         }
         if handle.length() < length {
             return Err(Failure::new("output file is smaller than input file"));
@@ -146,9 +149,7 @@ fn no_compression() -> Failure {
     Failure::new("Compression not supported for this file format")
 }
 
-fn no_compressed_encryption() -> Failure {
-    Failure::new("Compression and encryption not supported at the same time")
-}
+const NO_COMPRESSED_ENCRYPTION: &str = "Compression and encryption not supported at the same time";
 
 /// Makes the target; gives the id of the secret that it is encrypted with.
 async fn create(
@@ -176,7 +177,7 @@ async fn create(
     let encrypts =
         options.get("encrypt.format").is_some() || options.get("encryption") == Some("on");
     if request.compress && encrypts {
-        return Err(no_compressed_encryption());
+        return Err(Failure::new(NO_COMPRESSED_ENCRYPTION));
     }
     // Whatever `-o` says: the copy is as large as what is copied.
     options.set("size", &length.to_string())?;
