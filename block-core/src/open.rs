@@ -210,8 +210,12 @@ async fn open_name(
     node: Options,
 ) -> Result<Arc<Node>> {
     let storage = filename_options(&context.registry, filename)?;
-    if format.is_none() && filename.starts_with("json:") {
+    if filename.starts_with("json:") {
         let mut options = storage;
+        // The format that the user names beside them wins over theirs.
+        if let Some(format) = format {
+            options.set("driver", format);
+        }
         for (key, value) in node.0 {
             options.set(&key, value);
         }
@@ -237,10 +241,10 @@ async fn open_storage(
     open_in(context, options, Wanted::Image).await
 }
 
-/// What a file name without a driver stands for.
+/// What options without a driver stand for.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Wanted {
-    /// An image, whose format is probed.
+    /// An image, whose format is probed. It has its file below it.
     Image,
     /// Bare storage.
     Storage,
@@ -301,21 +305,14 @@ async fn open_in(context: &OpenContext, mut options: Options, wanted: Wanted) ->
     if context.depth > Registry::MAX_DEPTH + MORE_DEPTH {
         return Err(Error::invalid("Nodes are nested too deeply"));
     }
-    if let Some(driver) = options.get_str("driver").map(str::to_owned) {
-        // `driver=qcow2,filename=x` is short for a file below it.
-        if context.registry.get(&driver)?.kind() == DriverKind::Format
-            && let Some(name) = options.take_str("filename")?
-        {
-            let file = filename_options(&context.registry, &name)?;
-            options.set_default("file", Value::Object(file.0));
-        }
+    if options.get_str("driver").is_some() {
         return open_driver(context, options, false).await;
     }
-    if let Some(name) = options.take_str("filename")? {
+    // A file name is an option of storage: an image has it below.
+    if wanted == Wanted::Storage
+        && let Some(name) = options.take_str("filename")?
+    {
         let mut storage = filename_options(&context.registry, &name)?;
-        if wanted == Wanted::Image {
-            return open_probed(context, storage, options).await;
-        }
         for (key, value) in options.0 {
             storage.set(&key, value);
         }
@@ -388,6 +385,7 @@ async fn open_driver(
         .take_str("driver")?
         .ok_or_else(|| Error::invalid("Parameter 'driver' is missing"))?;
     let factory: Arc<dyn DriverFactory> = context.registry.get(&name)?.clone();
+    check_backing(context, &*factory, &mut options)?;
     let node_options = NodeOptions::take(&mut options, &context.node)?;
     let mut inner = context.clone();
     inner.node = node_options.clone();
@@ -421,6 +419,56 @@ async fn open_driver(
                 None => error,
             })
         }
+    }
+}
+
+/// Refuses options of a backing file where there is none to have, and takes out that there be none.
+fn check_backing(
+    context: &OpenContext,
+    factory: &dyn DriverFactory,
+    options: &mut Options,
+) -> Result<()> {
+    let (key, is_some) = match options.get("backing") {
+        None => return Ok(()),
+        Some(Value::Null) => (String::new(), false),
+        Some(Value::String(name)) => ("backing".to_owned(), !name.is_empty()),
+        Some(value @ Value::Object(inner)) => (first_key("backing", value), !inner.is_empty()),
+        Some(_) => ("backing".to_owned(), true),
+    };
+    let has_backing = factory.has_backing();
+    if !is_some {
+        if !has_backing {
+            options.take("backing");
+        } else if key == "backing" {
+            options.set("backing", Value::Null);
+        }
+        return Ok(());
+    }
+    if context.how.no_backing && !context.how.for_check {
+        let name = factory.name();
+        let is_protocol = factory.kind() == DriverKind::Protocol
+            || factory.parse_filename(&context.registry, "").is_some();
+        return Err(Error::invalid(if is_protocol {
+            format!("Block protocol '{name}' doesn't support the option '{key}'")
+        } else {
+            format!("Block format '{name}' does not support the option '{key}'")
+        }));
+    }
+    if !has_backing {
+        return Err(Error::new(
+            ErrorKind::NotSupported,
+            "Driver doesn't support backing files",
+        ));
+    }
+    Ok(())
+}
+
+/// The first of the options under `key`, as a dotted key.
+fn first_key(key: &str, value: &Value) -> String {
+    let inner = value.as_object().and_then(|inner| inner.iter().next());
+    match inner {
+        Some((next, value)) => format!("{key}.{}", first_key(next, value)),
+        None => key.to_owned(),
     }
 }
 
@@ -482,37 +530,6 @@ pub(crate) async fn child(
     }
 }
 
-/// What is to be opened as the backing file, as the options have it.
-enum Backing {
-    /// This, whatever the image says.
-    Given(ChildOptions),
-    /// What the image names, with these options beside its name.
-    Named(Options),
-}
-
-impl Backing {
-    /// Options that say neither what file nor which node are for the file that the image names. A protocol may need none.
-    fn new(registry: &Registry, options: Option<ChildOptions>, named: bool) -> Self {
-        let is_protocol = |options: &Options| {
-            let driver = options.get_str("driver");
-            let factory = driver.and_then(|driver| registry.get(driver).ok());
-            factory.is_some_and(|factory| factory.kind() == DriverKind::Protocol)
-        };
-        match options {
-            None => Self::Named(Options::new()),
-            Some(ChildOptions::Inline(options))
-                if named
-                    && options.get("file").is_none()
-                    && options.get("filename").is_none()
-                    && !is_protocol(&options) =>
-            {
-                Self::Named(options)
-            }
-            Some(given) => Self::Given(given),
-        }
-    }
-}
-
 /// Opens the backing file that the options or the image name.
 pub(crate) async fn backing(
     context: &OpenContext,
@@ -525,13 +542,26 @@ pub(crate) async fn backing(
     let mut below = context.clone();
     below.chain.push(canonical(&overlay_file));
     let name = name.filter(|name| !name.is_empty());
-    let mut options = match Backing::new(&context.registry, options, name.is_some()) {
-        Backing::Given(options) => {
-            within_depth(&below)?;
-            return child(&below, Some(options), "backing").await;
+    let mut format = format.map(str::to_owned);
+    let mut node = Options::new();
+    match options {
+        None => {}
+        // Options that name no file are about the one that the image names.
+        Some(ChildOptions::Inline(mut given))
+            if name.is_some() && is_nameless(context, &given)? =>
+        {
+            format = given.take_str("driver")?.or(format);
+            node = given;
         }
-        Backing::Named(options) => options,
-    };
+        Some(mut options) => {
+            within_depth(&below)?;
+            if let (ChildOptions::Inline(given), Some(format)) = (&mut options, format) {
+                given.set_default("driver", format);
+            }
+            let opened = child(&below, Some(options), "backing").await;
+            return opened.map_err(of_backing);
+        }
+    }
     let Some(name) = name else {
         return Ok(None);
     };
@@ -557,26 +587,36 @@ pub(crate) async fn backing(
         ));
     }
     let storage = path_options(&resolved);
-    let format = options
-        .take_str("driver")?
-        .or_else(|| format.map(str::to_owned));
-    let opening = async move { open_storage(&below, storage, format.as_deref(), options).await };
+    let opening = async move { open_storage(&below, storage, format.as_deref(), node).await };
     match context.nest.open(&context.graph, opening).await {
         Ok(node) => {
             context.opened.lock().push(node.clone());
             Ok(Some(node))
         }
-        // Not once for each of all those images.
         Err(error) if is_too_deep(&error) => Err(error),
-        Err(error) => Err(error
-            .with_file(resolved)
-            .with_field(
-                "backing file name",
-                name,
-                "the name of a file that can be opened",
-            )
-            .context("Could not open backing file")),
+        Err(error) => Err(of_backing(error.with_file(resolved).with_field(
+            "backing file name",
+            name,
+            "the name of a file that can be opened",
+        ))),
     }
+}
+
+/// Says that it was a backing file that couldn't be opened; where a chain is too deep, not once for each of its images.
+fn of_backing(error: Error) -> Error {
+    if is_too_deep(&error) {
+        return error;
+    }
+    error.context("Could not open backing file")
+}
+
+/// Whether options are those of an image, but don't say in which file it is.
+fn is_nameless(context: &OpenContext, options: &Options) -> Result<bool> {
+    let of_image = match options.get_str("driver") {
+        None => true,
+        Some(driver) => context.registry.get(driver)?.kind() == DriverKind::Format,
+    };
+    Ok(of_image && options.get("file").is_none())
 }
 
 /// What an error calls a chain that is too deep.

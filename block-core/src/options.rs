@@ -119,12 +119,15 @@ impl Options {
         }
     }
 
-    /// Takes the options that belong to a child out: an object, or a node name as a string.
+    /// Takes the options that belong to a child out: an object, or a node name as a string. An empty one says that there is no
+    /// backing file.
     pub fn take_child(&mut self, key: &str) -> Result<Option<ChildOptions>> {
         match self.take(key) {
             None => Ok(None),
             Some(Value::Null) => Ok(Some(ChildOptions::None)),
-            Some(Value::String(name)) if name.is_empty() => Ok(Some(ChildOptions::None)),
+            Some(Value::String(name)) if name.is_empty() && key == "backing" => {
+                Ok(Some(ChildOptions::None))
+            }
             Some(Value::String(name)) => Ok(Some(ChildOptions::Node(name))),
             Some(Value::Object(map)) => Ok(Some(ChildOptions::Inline(Self(map)))),
             Some(_) => Err(Error::invalid(format!(

@@ -73,6 +73,13 @@ pub trait DriverFactory: Send + Sync + 'static {
         None
     }
 
+    /// Whether images of this format can have a backing file; for others, options of one are refused before
+    /// [`Self::open`] sees them. Unless it says otherwise, those that can be created with one.
+    fn has_backing(&self) -> bool {
+        let mut options = self.create_options().iter();
+        options.any(|option| option.name == "backing_file")
+    }
+
     /// The options that `create` takes.
     fn create_options(&self) -> &'static [CreateOption] {
         &[]
@@ -192,8 +199,7 @@ impl OpenContext {
             .ok_or_else(|| Error::invalid("A block device must be specified for \"file\""))
     }
 
-    /// Opens the backing file: what the options say under `backing` wins over what the image names; options there that name
-    /// no file (`backing.encrypt.key-secret=…`) are for the file that the image names. `name` is as it
+    /// Opens the backing file: what the options say under `backing` wins over what the image names. `name` is as it
     /// stands in the image `overlay`; a relative one is resolved against the overlay's directory. It is always a path:
     /// what looks like JSON or a protocol is refused.
     pub async fn open_backing(
@@ -330,7 +336,7 @@ impl Registry {
             .map_or("raw", |(_, name)| name)
     }
 
-    /// Opens a tree of nodes. `options` as on `--blockdev`; without `driver` the format is probed.
+    /// Opens a tree of nodes. `options` as on `--blockdev`; without `driver` the format of `file` is probed.
     pub async fn open(
         self: &Arc<Self>,
         graph: &Arc<Graph>,

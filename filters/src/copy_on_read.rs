@@ -15,7 +15,7 @@ use std::sync::{
 
 use async_trait::async_trait;
 use block_core::{
-    Error, Result,
+    Error, ErrorKind, Result,
     buffer::{Buffer, IoBuf, IoBufMut},
     chain,
     driver::{
@@ -370,6 +370,13 @@ impl DriverFactory for CopyOnReadFactory {
         let file = context.open_file(&mut options).await?;
         if let Some(key) = options.0.keys().next() {
             return Err(Error::invalid(format!("Invalid parameter '{key}'")));
+        }
+        if file.options().read_only {
+            // What was read is written to it, whatever comes from above.
+            return Err(Error::new(
+                ErrorKind::AccessDenied,
+                "Block node is read-only",
+            ));
         }
         let child = Child::unattached(Arc::clone(&file));
         let driver = CopyOnRead::new(&child, context.node.read_only);

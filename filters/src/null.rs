@@ -19,7 +19,7 @@ use block_core::{
     limits::Limits,
     node::Edges,
     options::{Number, Options, Size, Switch},
-    registry::{DriverFactory, OpenContext, Opened},
+    registry::{DriverFactory, OpenContext, Opened, Registry},
     request::Request,
     status::{DriverStatus, StatusFlags},
 };
@@ -198,6 +198,10 @@ impl DriverFactory for NullFactory {
 
     fn kind(&self) -> DriverKind {
         DriverKind::Protocol
+    }
+
+    fn parse_filename(&self, _: &Registry, rest: &str) -> Option<Result<Options>> {
+        (rest == "//").then(|| Ok(Options::new().with("driver", self.name())))
     }
 
     async fn open(&self, context: OpenContext, options: Options) -> Result<Opened> {

@@ -70,7 +70,10 @@ impl World {
     /// A base with data in its first 2 MiB, and an empty overlay under a copy-on-read node.
     fn chain(&self) -> (BlockHandle, Vec<u8>) {
         self.create("base.vmdk", "size=4M");
-        let base = self.handle(&format!("driver=vmdk,filename={}", self.path("base.vmdk")));
+        let base = self.handle(&format!(
+            "driver=vmdk,file.filename={}",
+            self.path("base.vmdk")
+        ));
         let mut model: Vec<u8> = (0..2 << 20).map(|at| (at / 1000) as u8 | 1).collect();
         model.resize(SIZE, 0);
         let data = model[..2 << 20].to_vec();

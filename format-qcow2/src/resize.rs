@@ -83,21 +83,25 @@ impl Qcow2 {
         let entries = self.geometry.l1_entries_for(new);
         self.reclaiming(request, || self.grow_l1(request, entries))
             .await?;
-        if self.drop_vm_state(request, old).await? {
-            // Before the disk reaches there.
-            self.write_back(request).await?;
-        }
+        // What the disk is about to reach mustn't show there, not even after a power cut.
+        let mut flush_first = self.drop_vm_state(request, old).await?;
+        let edge = old.next_multiple_of(self.geometry.cluster_size()).min(new);
         let mut preallocation = how.preallocation;
         if self.geometry.has_data_file() {
-            let edge = old.next_multiple_of(self.geometry.cluster_size());
             self.grow_data(request, old, new, preallocation).await?;
             if self.encryption.is_some() {
                 // What the file was extended with are zeroes until somebody decrypts them.
-                self.zero_mapped(request, old, edge.min(new)).await?;
+                self.zero_mapped(request, old, edge).await?;
             }
             if self.has_raw_data() && preallocation == Preallocation::Off {
                 preallocation = Preallocation::Metadata;
             }
+        }
+        if !self.geometry.has_data_file() && old < edge {
+            // Other programs leave what was there before a shrink, or what a backing file had.
+            self.zero_mapped(request, old, edge).await?;
+            flush_first = true;
+            self.writeback.failure.flush(request.file()?).await?;
         }
         if how.zero
             && self.has_backing(request)
@@ -108,7 +112,7 @@ impl Qcow2 {
         if preallocation != Preallocation::Off {
             self.preallocate(request, old, new, preallocation).await?;
         }
-        if how.zero || preallocation != Preallocation::Off {
+        if flush_first || how.zero || preallocation != Preallocation::Off {
             self.write_back(request).await?;
         }
         if self.geometry.has_data_file() {

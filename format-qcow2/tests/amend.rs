@@ -320,3 +320,41 @@ fn guest_requests_wait_for_an_amend_and_go_on_after_it() {
     });
     assert_eq!(check_bytes(&storage), (0, 0));
 }
+
+/// An image whose header's cluster is full to the last byte with an extension that nobody knows.
+fn with_full_header() -> Vec<u8> {
+    let mut image = image_bytes("cluster_size=512", 1 << 20);
+    let start = be64(&image, 96) as u32 as usize;
+    assert!((104..=112).contains(&start), "{start}");
+    image[start..512].fill(0x5a);
+    image[start..start + 4].copy_from_slice(&0x1234_5678u32.to_be_bytes());
+    let len = 512 - start as u32 - 8;
+    image[start + 4..start + 8].copy_from_slice(&len.to_be_bytes());
+    image
+}
+
+#[test]
+fn a_full_header_leaves_room_for_another_width_of_refcounts_and_nothing_half_done() {
+    let scratch = tempfile::tempdir().unwrap();
+    let image = scratch.path().join("a.qcow2");
+    let start = with_full_header();
+    std::fs::write(&image, &start).unwrap();
+    let rig = Rig::new();
+    let amend = |text: &str| {
+        let options = Options::from_dotted(text).unwrap();
+        rig.block_on(async {
+            let handle = rig.open(&image, "").await.unwrap();
+            let amended = handle.amend(options, false, Progress::new()).await;
+            rig.close(handle).await.unwrap();
+            amended
+        })
+    };
+    let error = amend("lazy_refcounts=on,refcount_bits=64").unwrap_err();
+    assert!(std::fs::read(&image).unwrap() == start, "{error}");
+    assert!(error.to_string().contains("header"), "{error}");
+    amend("refcount_bits=32").unwrap();
+    assert_clean(&image);
+    let end = std::fs::read(&image).unwrap();
+    assert_eq!(end[96..100], 5u32.to_be_bytes());
+    assert!(end[112..512] == start[112..512]);
+}

@@ -40,20 +40,11 @@ fn image_with_bitmaps(options: &str, size: u64, bitmaps: &[(&str, &str)]) -> Vec
     let scratch = tempfile::tempdir().unwrap();
     let path = scratch.path().join("a.qcow2");
     let name = path.to_str().unwrap();
-    let size = size.to_string();
-    qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, name, &size]);
+    create_by_qemu(&path, options, size);
     for (bitmap, granularity) in bitmaps {
         qemu_img(&["bitmap", "--add", "-g", granularity, name, bitmap]);
     }
     std::fs::read(path).unwrap()
-}
-
-/// The installed qemu-img finds nothing wrong, not even a leak.
-fn assert_clean_bytes(data: &[u8]) {
-    let scratch = tempfile::tempdir().unwrap();
-    let path = scratch.path().join("a.qcow2");
-    std::fs::write(&path, data).unwrap();
-    assert_clean(&path);
 }
 
 async fn write_all(handle: &BlockHandle, ranges: &[(u64, u64)]) {
@@ -95,16 +86,7 @@ fn bits_that_qemu_recorded_are_read_exactly() {
         let scratch = tempfile::tempdir().unwrap();
         let path = scratch.path().join("a.qcow2");
         let name = path.to_str().unwrap();
-        qemu_img(&[
-            "create",
-            "-q",
-            "-f",
-            "qcow2",
-            "-o",
-            options,
-            name,
-            &disk.to_string(),
-        ]);
+        create_by_qemu(&path, options, disk);
         for granularity in granularities {
             qemu_img(&["bitmap", "--add", "-g", granularity, name, granularity]);
         }
@@ -164,16 +146,7 @@ fn bits_that_we_recorded_are_read_by_qemu_and_stay_through_its_own_writes() {
         let scratch = tempfile::tempdir().unwrap();
         let path = scratch.path().join("a.qcow2");
         let name = path.to_str().unwrap();
-        qemu_img(&[
-            "create",
-            "-q",
-            "-f",
-            "qcow2",
-            "-o",
-            options,
-            name,
-            &disk.to_string(),
-        ]);
+        create_by_qemu(&path, options, disk);
         let rig = Rig::new();
         rig.block_on(async {
             let handle = rig.open(&path, "").await.unwrap();

@@ -5,11 +5,9 @@ mod bitmap_files;
 mod common;
 
 use bitmap_files::IN_USE;
-use block_core::{
-    BlockHandle, OpenOptions, Options, PermissionSet, Permissions, RequestFlags, Result,
-    bitmap::NewBitmap,
-};
+use block_core::{BlockHandle, OpenOptions, Result, bitmap::NewBitmap};
 use common::{
+    cuts::after_cut,
     storage::{Event, Storage},
     *,
 };
@@ -21,37 +19,6 @@ const GRANULE: u64 = 4096;
 
 /// What a bitmap may say after a cut if it says that it can be trusted.
 type Bits = Vec<bool>;
-
-/// Storage as it is after a cut: what was flushed, and any of the sectors that were written since.
-fn after_cut(start: &[u8], log: &[Event], cut: usize, rng: &mut SmallRng) -> Vec<u8> {
-    let flushed = log[..cut]
-        .iter()
-        .rposition(|event| matches!(event, Event::Flush))
-        .unwrap_or(0);
-    let mut data = start.to_vec();
-    log[..flushed]
-        .iter()
-        .for_each(|event| event.apply(&mut data));
-    let keep = [0.0, 0.3, 0.5, 0.7, 1.0][rng.random_range(0..5)];
-    for event in &log[flushed..cut] {
-        match event {
-            Event::Write(at, bytes) if bytes.len() > 512 => {
-                let mut done = 0;
-                while done < bytes.len() {
-                    let next = (512 - (*at as usize + done) % 512).min(bytes.len() - done);
-                    if rng.random_bool(keep) {
-                        let part = bytes[done..done + next].to_vec();
-                        Event::Write(at + done as u64, part).apply(&mut data);
-                    }
-                    done += next;
-                }
-            }
-            other if rng.random_bool(keep) => other.apply(&mut data),
-            _ => {}
-        }
-    }
-    data
-}
 
 /// A name of so many bytes, an odd number, for the file `b`.
 fn base_name(len: usize) -> String {
@@ -97,27 +64,18 @@ struct Run {
 
 /// Opens the image without its backing file, which doesn't exist.
 async fn open(rig: &Rig, storage: &Arc<Storage>, read_only: bool) -> Result<BlockHandle> {
-    rig.storages.add("a", storage);
-    let text = format!("driver=qcow2,file.driver=memory,file.name=a,read-only={read_only}");
     let how = OpenOptions {
         no_backing: true,
         ..OpenOptions::default()
     };
-    let options = Options::from_dotted(&text)?;
-    let node = rig.registry.open(&rig.graph, options, how).await?;
-    let mut used = Permissions::CONSISTENT_READ;
-    if !read_only {
-        used |= Permissions::WRITE | Permissions::RESIZE;
-    }
-    rig.graph
-        .attach(&node, PermissionSet::new(used, Permissions::all()), "test")
+    let options = format!("read-only={read_only}");
+    rig.open_storage_how(storage, &options, how).await
 }
 
 async fn guest_write(handle: &BlockHandle, storage: &Storage, run: &mut Run, at: u64, len: u64) {
     // Whatever follows this position may be in the file.
     run.written.push((storage.position(), at, len));
-    let data = vec![9; len as usize];
-    handle.write(at, data, RequestFlags::empty()).await.unwrap();
+    write(handle, at, len, 9).await.unwrap();
 }
 
 fn backing_name(data: &[u8]) -> Option<Vec<u8>> {

@@ -102,16 +102,7 @@ fn the_counts_of_good_images_are_qemu_imgs() {
             &["write 0 3M", "write 512M 64k"],
         ),
     ] {
-        lab.qemu_img(&[
-            "create",
-            "-q",
-            "-f",
-            "qcow2",
-            "-o",
-            options,
-            "good.qcow2",
-            size,
-        ]);
+        lab.create(options, "good.qcow2", size);
         for command in commands {
             lab.qemu_io("good.qcow2", &[command]);
         }
@@ -137,16 +128,7 @@ fn the_counts_of_good_images_are_qemu_imgs() {
 fn a_doubly_used_cluster_whose_refcount_does_not_fit_gets_copies() {
     let Some(lab) = Lab::new() else { return };
     let options = "refcount_bits=1";
-    lab.qemu_img(&[
-        "create",
-        "-q",
-        "-f",
-        "qcow2",
-        "-o",
-        options,
-        "bit.qcow2",
-        "1M",
-    ]);
+    lab.create(options, "bit.qcow2", "1M");
     lab.qemu_io("bit.qcow2", &["write 0 128k"]);
     let image = Image::load(&lab.path("bit.qcow2"));
     image.put64(L2 + 8, (5 * C) | COPIED);

@@ -101,16 +101,7 @@ fn both_codecs_are_read_and_written_as_the_installed_tools_do() {
             });
             assert_clean(&path("theirs.qcow2"));
 
-            qemu_img(&[
-                "create",
-                "-q",
-                "-f",
-                "qcow2",
-                "-o",
-                &options,
-                &text_of("ours.qcow2"),
-                &raw.len().to_string(),
-            ]);
+            create_by_qemu(&path("ours.qcow2"), &options, raw.len() as u64);
             let rig = Rig::new();
             rig.block_on(async {
                 let ours = rig.open(&path("ours.qcow2"), "").await.unwrap();

@@ -37,16 +37,7 @@ fn an_image_is_byte_for_byte_the_one_that_qemu_img_makes() {
                 // More than one refcount block: QEMU arrives at another order of clusters.
                 continue;
             }
-            lab.qemu_img(&[
-                "create",
-                "-q",
-                "-f",
-                "qcow2",
-                "-o",
-                options,
-                "theirs.qcow2",
-                size,
-            ]);
+            lab.create(options, "theirs.qcow2", size);
             let ours = Image::create(&format!("{options},size={size}")).unwrap();
             let theirs = std::fs::read(lab.path("theirs.qcow2")).unwrap();
             assert_eq!(ours.data().len(), theirs.len(), "{options} {size}");
@@ -227,16 +218,7 @@ fn measuring_data_extents_gives_qemu_imgs_numbers() {
         (1 << 20, 65536),
         (3 << 20, 1 << 20),
     ];
-    lab.qemu_img(&[
-        "create",
-        "-q",
-        "-f",
-        "qcow2",
-        "-o",
-        "cluster_size=4k",
-        "source.qcow2",
-        "16M",
-    ]);
+    lab.create("cluster_size=4k", "source.qcow2", "16M");
     for (offset, len) in extents {
         lab.qemu_io("source.qcow2", &[&format!("write -P 1 {offset} {len}")]);
     }

@@ -9,7 +9,6 @@ use block_core::{
     BlockHandle, ErrorKind, OpenOptions, Options, PermissionSet, Permissions, RequestFlags, Result,
     copy_range,
     driver::{Preallocation, Truncate},
-    image::{CheckMode, Progress},
     registry::ImplicitOpens,
 };
 use common::{
@@ -35,20 +34,6 @@ fn cluster_of(kind: &str) -> u64 {
     block_core::options::parse_size(text).unwrap()
 }
 
-fn create(path: &Path, options: &str, size: usize) {
-    let name = path.to_str().unwrap();
-    qemu_img(&[
-        "create",
-        "-q",
-        "-f",
-        "qcow2",
-        "-o",
-        options,
-        name,
-        &size.to_string(),
-    ]);
-}
-
 /// A raw data file, without what the tools put behind the end of the disk.
 fn assert_raw(path: &Path, disk: &[u8], what: &str) {
     let mut raw = std::fs::read(path).unwrap();
@@ -70,7 +55,11 @@ fn both_sides_read_and_write_each_others_images_with_a_data_file() {
             let raw = kind.contains("raw");
             let rig = Rig::new();
             if theirs {
-                create(&path, &format!("{kind},data_file={}", data.display()), size);
+                create_by_qemu(
+                    &path,
+                    &format!("{kind},data_file={}", data.display()),
+                    size as u64,
+                );
             } else {
                 rig.block_on(async {
                     // (qemu-img takes relative names to be relative to where it runs.)
@@ -94,10 +83,7 @@ fn both_sides_read_and_write_each_others_images_with_a_data_file() {
                     }
                 }
                 oracle.verify(&handle).await.unwrap();
-                let report = handle
-                    .check(CheckMode::ReadOnly, Progress::new())
-                    .await
-                    .unwrap();
+                let report = checked(&handle).await;
                 assert!(report.is_clean(), "{what}: {report:?}");
                 rig.close(handle).await.unwrap();
             });
@@ -147,7 +133,7 @@ fn guest_data_goes_to_the_data_file_and_metadata_to_the_image() {
     let scratch = tempfile::tempdir().unwrap();
     let path = scratch.path().join("a.qcow2");
     let data = scratch.path().join("data.raw");
-    create(&path, &format!("data_file={}", data.display()), 16 << 20);
+    create_by_qemu(&path, &format!("data_file={}", data.display()), 16 << 20);
     let rig = Rig::new();
     rig.block_on(async {
         let handle = rig.open(&path, "").await.unwrap();
@@ -285,7 +271,7 @@ fn a_data_file_is_opened_with_consent_only_and_the_openers_choice_wins() {
     });
     let rig = Rig::new();
     let plain = scratch.path().join("b.qcow2");
-    create(&plain, "cluster_size=64k", 1 << 20);
+    create_by_qemu(&plain, "cluster_size=64k", 1 << 20);
     let explicit = format!(
         "data-file.driver=file,data-file.filename={}",
         other.display()
@@ -334,7 +320,7 @@ fn a_resize_takes_the_data_file_along_and_reveals_nothing() {
         let path = scratch.path().join("a.qcow2");
         let data = scratch.path().join("data.raw");
         let raw = kind.contains("raw");
-        create(
+        create_by_qemu(
             &path,
             &format!("{kind},data_file={}", data.display()),
             1 << 20,
@@ -382,10 +368,7 @@ fn a_resize_takes_the_data_file_along_and_reveals_nothing() {
                 write(&handle, at as u64, len as u64, fill).await.unwrap();
                 disk[at..at + len].fill(fill);
             }
-            let report = handle
-                .check(CheckMode::ReadOnly, Progress::new())
-                .await
-                .unwrap();
+            let report = checked(&handle).await;
             assert!(report.is_clean(), "{kind}: {report:?}");
             rig.close(handle).await.unwrap();
         });
@@ -405,11 +388,7 @@ fn a_discard_leaves_clusters_that_it_covers_in_part_as_they_are_whatever_the_dat
         let cluster = cluster_of(kind);
         // The last cluster is half a one, where it can be.
         let size = (4 * cluster - cluster / 2).next_multiple_of(512);
-        create(
-            &path,
-            &format!("{kind},data_file={}", data.display()),
-            size as usize,
-        );
+        create_by_qemu(&path, &format!("{kind},data_file={}", data.display()), size);
         let rig = Rig::new();
         let mut disk = vec![5; size as usize];
         rig.block_on(async {
@@ -450,7 +429,7 @@ fn copies_go_to_the_data_file_and_compressed_writes_beside_them_are_refused_with
         for name in ["from", "to"] {
             let data = path(&format!("{name}.raw"));
             let options = format!("{kind},data_file={}", data.display());
-            create(&path(&format!("{name}.qcow2")), &options, size);
+            create_by_qemu(&path(&format!("{name}.qcow2")), &options, size as u64);
         }
         let mut source = vec![0; size];
         SmallRng::seed_from_u64(5).fill(&mut source[..]);
@@ -543,7 +522,7 @@ fn entries_that_an_image_with_a_data_file_can_not_have_are_refused() {
             "Compressed cluster entry found in image with external data file",
         ),
     ] {
-        create(&path, &format!("data_file={}", data.display()), 1 << 20);
+        create_by_qemu(&path, &format!("data_file={}", data.display()), 1 << 20);
         tool(
             "qemu-io",
             &["-f", "qcow2", "-c", "write 0 128k", path.to_str().unwrap()],
@@ -609,7 +588,11 @@ fn after_a_power_cut_the_data_file_holds_what_the_metadata_says() {
         let size = 48 * BLOCK;
         let scratch = tempfile::tempdir().unwrap();
         let (path, data) = (scratch.path().join("a"), scratch.path().join("d"));
-        create(&path, &format!("{kind},data_file={}", data.display()), size);
+        create_by_qemu(
+            &path,
+            &format!("{kind},data_file={}", data.display()),
+            size as u64,
+        );
         // What a data file held before isn't to be seen.
         let stale = if kind.contains("raw") { 0 } else { 0xee };
         let start = [std::fs::read(&path).unwrap(), vec![stale; size]];
@@ -678,10 +661,7 @@ fn after_a_power_cut_the_data_file_holds_what_the_metadata_says() {
                     .open_storage(&image, &format!("{open},read-only=on"))
                     .await
                     .unwrap();
-                let report = handle
-                    .check(CheckMode::ReadOnly, Progress::new())
-                    .await
-                    .unwrap();
+                let report = checked(&handle).await;
                 assert_eq!(
                     report.corruptions + report.check_errors,
                     0,

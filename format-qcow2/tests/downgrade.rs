@@ -6,11 +6,7 @@ mod common;
 
 use std::path::Path;
 
-use block_core::{
-    BlockHandle, Options, RequestFlags, Result,
-    image::{CheckMode, Progress},
-    secret::Secret,
-};
+use block_core::{BlockHandle, Options, RequestFlags, Result, image::Progress, secret::Secret};
 use common::{
     cuts::{Look, record},
     storage::Storage,
@@ -316,10 +312,7 @@ fn read_all(data: &[u8], snapshots: &[&str], what: &str) -> Vec<Vec<u8>> {
             let handle = rig.open_storage(&storage, &options).await;
             let handle = handle.unwrap_or_else(|error| panic!("{what}: {error}"));
             if view.is_empty() {
-                let report = handle
-                    .check(CheckMode::ReadOnly, Progress::new())
-                    .await
-                    .unwrap();
+                let report = checked(&handle).await;
                 let bad = report.corruptions + report.check_errors;
                 assert_eq!(bad, 0, "{what}: {:#?}", report.findings);
             }

@@ -11,7 +11,6 @@ use std::{
 use block_core::{
     BlockHandle, Options, RequestFlags, Result,
     driver::{Preallocation, Truncate},
-    image::{CheckMode, Progress},
     registry::{ImplicitOpens, OpenOptions},
     secret::Secret,
     status::StatusFlags,
@@ -395,10 +394,7 @@ fn an_image_tells_of_itself_and_is_checked_without_its_key_but_gives_no_data() {
                 block_core::Permissions::all(),
             );
             let handle = lab.rig.graph.attach(&node, permissions, "test").unwrap();
-            let report = handle
-                .check(CheckMode::ReadOnly, Progress::new())
-                .await
-                .unwrap();
+            let report = checked(&handle).await;
             assert!(report.is_clean());
             let info = handle.info().await.unwrap();
             assert!(info.encrypted);

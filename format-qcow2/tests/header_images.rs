@@ -131,16 +131,7 @@ fn info_has_the_keys_and_values_of_qemu_img() {
         "cluster_size=512",
         "backing_file=base.raw,backing_fmt=raw",
     ] {
-        lab.qemu_img(&[
-            "create",
-            "-q",
-            "-f",
-            "qcow2",
-            "-o",
-            options,
-            "info.qcow2",
-            "64M",
-        ]);
+        lab.create(options, "info.qcow2", "64M");
         let header = Image::load(&lab.path("info.qcow2")).header().unwrap();
         let ours = image_info(&header);
         let text = lab.qemu_img(&["info", "--output=json", "info.qcow2"]);
@@ -373,16 +364,7 @@ fn what_is_compressed_here_is_read_by_qemu_img_and_the_other_way_round() {
 fn an_image_whose_writer_died_with_lazy_refcounts_is_repaired() {
     let Some(lab) = Lab::new() else { return };
     let options = "lazy_refcounts=on,cluster_size=4k";
-    lab.qemu_img(&[
-        "create",
-        "-q",
-        "-f",
-        "qcow2",
-        "-o",
-        options,
-        "lazy.qcow2",
-        "40M",
-    ]);
+    lab.create(options, "lazy.qcow2", "40M");
     let status = Command::new("qemu-io")
         .args(["-c", "write -P 7 1M 5M", "-c", "flush", "-c", "abort"])
         .arg(lab.path("lazy.qcow2"))

@@ -205,17 +205,7 @@ fn compressed_writes_are_packed_and_read_by_qemu() {
         let path = lab.path("packed.qcow2");
         let size = cluster * 20 + 512;
         let options = format!("cluster_size={cluster},refcount_bits={bits},compat={compat}");
-        let name = path.to_str().unwrap();
-        qemu_img(&[
-            "create",
-            "-q",
-            "-f",
-            "qcow2",
-            "-o",
-            &options,
-            name,
-            &size.to_string(),
-        ]);
+        create_by_qemu(&path, &options, size);
         let mut disk: Vec<u8> = (0..size).map(|at| (at / 100) as u8).collect();
         // One that doesn't compress.
         let mut state = 1u64;

@@ -3,10 +3,7 @@
 
 mod common;
 
-use block_core::{
-    BlockHandle, RequestFlags,
-    image::{CheckMode, Progress},
-};
+use block_core::{BlockHandle, RequestFlags};
 use common::{cuts::after_cut, storage::Storage, *};
 use futures::future::join_all;
 use parking_lot::Mutex;
@@ -201,10 +198,7 @@ fn storm_and_cut_clusters(
                 .open_storage(&Storage::new(data), "read-only=on")
                 .await
                 .unwrap();
-            let report = handle
-                .check(CheckMode::ReadOnly, Progress::new())
-                .await
-                .unwrap();
+            let report = checked(&handle).await;
             assert_eq!(
                 report.corruptions + report.check_errors,
                 0,

@@ -9,16 +9,7 @@ fn options_that_make_no_sense_are_refused_by_name() {
     let rig = Rig::new();
     let scratch = tempfile::tempdir().unwrap();
     let path = scratch.path().join("a.qcow2");
-    qemu_img(&[
-        "create",
-        "-q",
-        "-f",
-        "qcow2",
-        "-o",
-        "compat=0.10",
-        path.to_str().unwrap(),
-        "1M",
-    ]);
+    create_by_qemu(&path, "compat=0.10", 1 << 20);
     for (options, message) in [
         ("bogus=1", "does not support the option 'bogus'"),
         ("l2-cache-entry-size=1000", "power of two"),

@@ -262,16 +262,7 @@ fn refcounts_are_rebuilt_for_every_width_and_cluster_size() {
         ("2M", 16),
     ] {
         let options = format!("cluster_size={cluster_size},refcount_bits={bits}");
-        lab.qemu_img(&[
-            "create",
-            "-q",
-            "-f",
-            "qcow2",
-            "-o",
-            &options,
-            "wide.qcow2",
-            "40M",
-        ]);
+        lab.create(&options, "wide.qcow2", "40M");
         lab.qemu_io("wide.qcow2", &["write -P 3 0 4M", "write -P 4 30M 2M"]);
         lab.qemu_img(&["convert", "-O", "raw", "wide.qcow2", "wide.raw"]);
         let image = Image::load(&lab.path("wide.qcow2"));

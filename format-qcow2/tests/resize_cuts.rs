@@ -191,3 +191,47 @@ fn reads_and_writes_go_on_below_the_new_end_while_a_disk_shrinks() {
     });
     assert_eq!(check_bytes(&storage), (0, 0));
 }
+
+/// An image that qemu-img shrank, which leaves what was there in the last cluster.
+fn shrunk_by_qemu(options: &str) -> Vec<u8> {
+    let scratch = tempfile::tempdir().unwrap();
+    let image = scratch.path().join("a.qcow2");
+    let name = image.to_str().unwrap();
+    std::fs::write(&image, filled(options)).unwrap();
+    let size = NEW.to_string();
+    qemu_img(&["resize", "-q", "-f", "qcow2", "--shrink", name, &size]);
+    std::fs::read(&image).unwrap()
+}
+
+#[test]
+fn what_another_program_left_behind_the_end_does_not_show_when_the_disk_grows() {
+    for options in [
+        "cluster_size=64k",
+        "cluster_size=4096",
+        "cluster_size=16k,extended_l2=on",
+    ] {
+        for preallocation in [
+            Preallocation::Off,
+            Preallocation::Metadata,
+            Preallocation::Falloc,
+            Preallocation::Full,
+        ] {
+            for length in [OLD, NEW + 512] {
+                let grown = record(shrunk_by_qemu(options), "", async |handle| {
+                    handle.truncate(length, how(preallocation)).await
+                });
+                let what = format!("{options}, {preallocation:?}");
+                let mut seen = [0, 0];
+                grown.cut(&what, Look::AsItIs, 30, |disk, what| {
+                    assert!([NEW, length].contains(&(disk.len() as u64)), "{what}");
+                    seen[usize::from(disk.len() as u64 == length)] += 1;
+                    for (at, byte) in disk.iter().enumerate() {
+                        let expected = if at as u64 >= NEW { 0 } else { content(at) };
+                        assert_eq!(*byte, expected, "{what}: {at:#x}");
+                    }
+                });
+                assert!(seen[0] > 0 && seen[1] > 0, "{what}: {seen:?}");
+            }
+        }
+    }
+}

@@ -23,18 +23,8 @@ fn what_this_driver_writes_qemu_reads_and_finds_clean_in_every_geometry() {
     for (n, (cluster, compat, bits)) in geometries().into_iter().enumerate() {
         let size = (cluster * 40).clamp(300 * 512, 24 << 20) + 512;
         let path = scratch.path().join(format!("{n}.qcow2"));
-        let name = path.to_str().unwrap();
         let options = format!("cluster_size={cluster},compat={compat},refcount_bits={bits}");
-        qemu_img(&[
-            "create",
-            "-q",
-            "-f",
-            "qcow2",
-            "-o",
-            &options,
-            name,
-            &size.to_string(),
-        ]);
+        create_by_qemu(&path, &options, size);
         let mut oracle = Oracle::new(vec![0; size as usize], n as u64, cluster);
         rig.block_on(async {
             let handle = rig.open(&path, "cache.no-flush=on").await.unwrap();

@@ -5,10 +5,7 @@ mod common;
 
 use std::path::Path;
 
-use block_core::{
-    BlockHandle, RequestFlags, SnapshotKey,
-    image::{CheckMode, Progress},
-};
+use block_core::{BlockHandle, RequestFlags, SnapshotKey, image::Progress};
 use common::{
     cuts::after_cut,
     storage::{Event, Storage},
@@ -44,8 +41,7 @@ fn read_state(data: &[u8]) -> State {
         let handle = rig.open_storage(&storage, "read-only=on").await.unwrap();
         let disk = read_all(&handle).await;
         let listed = handle.snapshot_list().await.unwrap();
-        let report = handle.check(CheckMode::ReadOnly, Progress::new()).await;
-        let report = report.unwrap();
+        let report = checked(&handle).await;
         assert!(report.is_clean(), "{:?}", report.findings);
         rig.close(handle).await.unwrap();
         let mut snapshots = Vec::new();

@@ -3,10 +3,7 @@
 
 mod common;
 
-use block_core::{
-    RequestFlags,
-    image::{CheckMode, Progress},
-};
+use block_core::RequestFlags;
 use common::{storage::Storage, *};
 use format_qcow2::Qcow2Factory;
 use futures::{StreamExt, stream};
@@ -137,10 +134,7 @@ fn storm(
             .open_storage(&Storage::new(data), "read-only=on")
             .await
             .unwrap();
-        let report = handle
-            .check(CheckMode::ReadOnly, Progress::new())
-            .await
-            .unwrap();
+        let report = checked(&handle).await;
         rig.close(handle).await.unwrap();
         report
     });

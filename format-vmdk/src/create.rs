@@ -161,12 +161,15 @@ impl VmdkCreate {
             }
         }
         if let Some(format) = &self.backing_fmt
-            && self.backing_file.is_some()
             && format != "vmdk"
         {
-            return Err(Error::invalid(format!(
-                "Invalid backing file format: {format}. Must be vmdk"
-            )));
+            return Err(
+                Error::invalid("backing_file must be a vmdk image").with_field(
+                    "backing_fmt",
+                    format,
+                    "vmdk",
+                ),
+            );
         }
         if let Some(name) = &self.backing_file {
             check_text("backing_file", name)?;
@@ -325,8 +328,13 @@ async fn read_parent_cid(context: &CreateContext, name: &str) -> Result<u32> {
         .as_any()
         .downcast_ref::<VmdkDriver>()
         .map(VmdkDriver::cid);
+    let format = node.driver().name();
     context.graph().release(&node).await.map_err(could_not)?;
-    cid.ok_or_else(|| Error::invalid("backing_file must be a vmdk image"))
+    cid.ok_or_else(|| {
+        Error::invalid(format!(
+            "Invalid backing file format: {format}. Must be vmdk"
+        ))
+    })
 }
 
 #[cfg(test)]
@@ -364,7 +372,7 @@ mod tests {
         );
         assert_eq!(
             refused("size=1M,backing_file=a,backing_fmt=raw"),
-            "Invalid backing file format: raw. Must be vmdk"
+            "backing_file must be a vmdk image"
         );
         assert_eq!(
             refused("size=1M,subformat=streamOptimized"),

@@ -231,3 +231,29 @@ qemu-img create -q -f qcow2 -o compat=0.10 v2.qcow2 1M
     );
     both.finish();
 }
+
+#[test]
+fn a_dirty_last_granule_that_reaches_beyond_the_disk_is_merged_and_copied() {
+    if !qemu_is_installed() {
+        return;
+    }
+    let mut both = SideBySide::new(
+        "for size in 1049088 8M 100M; do
+            qemu-img create -q -f qcow2 s$size.qcow2 $size
+            for g in 512 64k 16M 2G; do qemu-img bitmap --add -g $g s$size.qcow2 b$g; done
+            end=$(qemu-img info --output=json s$size.qcow2 | sed -n 's/.*\"virtual-size\": \\([0-9]*\\).*/\\1/p' | head -1)
+            qemu-io -c \"write -P 1 $((end - 512)) 512\" s$size.qcow2 > /dev/null
+            for g in 512 64k 16M 2G; do qemu-img bitmap --add --disable -g $g s$size.qcow2 n$g; done
+        done",
+    );
+    for size in ["1049088", "8M", "100M"] {
+        let name = format!("s{size}.qcow2");
+        both.compare(&format!("convert --bitmaps -O qcow2 {name} c{name}"));
+        both.same_bitmaps(&format!("c{name}"));
+        for (from, to) in [("512", "2G"), ("2G", "512"), ("64k", "16M"), ("16M", "64k")] {
+            both.compare(&format!("bitmap --merge b{from} {name} n{to}"));
+        }
+        both.same_bitmaps(&name);
+    }
+    both.finish();
+}

@@ -159,10 +159,14 @@ impl DirtyBitmap {
         state.tree.is_set(offset >> self.granularity_bits)
     }
 
-    /// The first dirty run at or after `offset`: its offset and length in bytes, at most `max` bytes, cut at the
-    /// node's end.
+    /// The first dirty run at or after the granule that holds `offset`: its offset and length in bytes, at most `max` bytes, cut at the
+    /// node's end. `None` from the end on: the last granule may reach beyond it, and who goes on behind a run that was cut there
+    /// mustn't be given it again.
     pub fn next_dirty(&self, offset: u64, max: u64) -> Option<(u64, u64)> {
         let state = self.state.read();
+        if offset >= state.length {
+            return None;
+        }
         let bits = state.tree.bits();
         let first = state.tree.find(offset >> self.granularity_bits, true)?;
         let cap = max.max(self.granularity()) & !(self.granularity() - 1);
@@ -456,6 +460,24 @@ mod tests {
             fine.merge(&other).unwrap_err().reason(),
             "Bitmaps are of different sizes (destination size is 1048576, source size is 2097152) and can't be merged"
         );
+    }
+
+    #[test]
+    fn the_last_granule_is_found_once_however_short_it_is() {
+        for (length, granularity) in [(1_049_088, 65536), (100 << 20, 16 << 20), (512, 65536)] {
+            let bitmap = DirtyBitmap::new(length, granularity).unwrap();
+            bitmap.set(length - 1, 1);
+            let start = (length - 1) / granularity * granularity;
+            let run = bitmap.next_dirty(0, u64::MAX);
+            assert_eq!(run, Some((start, length - start)));
+            assert_eq!(bitmap.next_dirty(length, u64::MAX), None);
+            assert_eq!(bitmap.next_dirty(u64::MAX, u64::MAX), None);
+            for other in [512, 4096, granularity, 1 << 31] {
+                let merged = DirtyBitmap::new(length, other).unwrap();
+                merged.merge(&bitmap).unwrap();
+                assert!(merged.is_dirty(length - 1));
+            }
+        }
     }
 
     #[test]

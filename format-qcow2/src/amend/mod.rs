@@ -47,7 +47,16 @@ impl Qcow2 {
         self.settle(request).await?;
         let wanted = {
             let meta = self.lock_meta(file).await?;
-            Wanted::read(options, &meta.header, &meta.snapshots)?
+            let wanted = Wanted::read(options, &meta.header, &meta.snapshots)?;
+            // Before anything is changed: a header that is too full for what the steps are going to write there.
+            let mut header = meta.header.clone();
+            if header.version <= wanted.version {
+                wanted.write_to(&mut header);
+                if header != meta.header {
+                    header_update::prepare(file, &header).await?;
+                }
+            }
+            wanted
         };
         if wanted.needs_no_compressed && self.has_compressed_clusters(file).await? {
             return Err(Error::unsupported(
@@ -84,10 +93,8 @@ impl Qcow2 {
         if version < wanted.version {
             self.upgrade(request, progress).await?;
         }
-        if let Some(name) = &wanted.data_file {
-            // An empty name is none: whoever opens the image has to say where its data is.
-            let name = (!name.is_empty()).then(|| name.as_bytes().to_vec());
-            self.change_header(file, |header| header.extensions.data_file = name)
+        if wanted.data_file.is_some() {
+            self.change_header(file, |header| wanted.write_data_file(header))
                 .await?;
         }
         if wanted.clear_data_file_raw {

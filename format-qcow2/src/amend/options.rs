@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::{
     create,
-    layout::{Autoclear, Header, Incompatible, SnapshotEntry},
+    layout::{Autoclear, Compatible, Header, Incompatible, SnapshotEntry},
 };
 
 /// The options, for help texts.
@@ -86,6 +86,25 @@ pub(crate) struct Wanted {
 }
 
 impl Wanted {
+    /// What changes in the header but for tables, the width of refcounts and the size, which are written in place.
+    pub fn write_to(&self, header: &mut Header) {
+        header.version = self.version;
+        header
+            .compatible
+            .set(Compatible::LAZY_REFCOUNTS, self.lazy_refcounts);
+        if self.clear_data_file_raw {
+            header.autoclear -= Autoclear::RAW_DATA_FILE;
+        }
+        self.write_data_file(header);
+    }
+
+    /// Another name of the data file. An empty one is none: whoever opens the image has to say where its data is.
+    pub fn write_data_file(&self, header: &mut Header) {
+        if let Some(name) = &self.data_file {
+            header.extensions.data_file = (!name.is_empty()).then(|| name.as_bytes().to_vec());
+        }
+    }
+
     /// Reads the options; what they don't say stays as `header` has it.
     ///
     /// # Errors

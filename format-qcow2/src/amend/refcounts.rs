@@ -15,7 +15,7 @@ use super::check_cancelled;
 use crate::{
     alloc::allocator::Allocation,
     image::Qcow2,
-    layout::{Geometry, Header, HostCluster, Refcounts, header::field},
+    layout::{Extensions, Geometry, Header, HostCluster, Refcounts, header::field},
     meta::Meta,
 };
 
@@ -113,9 +113,16 @@ impl Qcow2 {
     }
 }
 
-/// The bytes from the refcount table's pointer to the width of refcounts, all of which are in the first sector.
+/// The bytes from the refcount table's pointer to the width of refcounts, all of which are in the first sector. What stands behind them in
+/// the cluster stays as it is, however full that is.
 fn switched_fields(header: &Header) -> Result<Vec<u8>> {
-    let bytes = header.encode()?;
+    let bare = Header {
+        backing_file: None,
+        extensions: Extensions::default(),
+        unknown_tail: Vec::new(),
+        ..header.clone()
+    };
+    let bytes = bare.encode()?;
     Ok(bytes[field::REFCOUNT_TABLE as usize..field::REFCOUNT_ORDER as usize + 4].to_vec())
 }
 

@@ -31,8 +31,8 @@ pub(crate) enum Run {
     },
     /// Zeroes; `host` is the reservation of the first byte, if there is one.
     Zero { len: u64, host: Option<HostOffset> },
-    /// Nothing here.
-    Unallocated { len: u64 },
+    /// Nothing here; `host` is where the first byte would go, if its cluster has space for other subclusters' sake.
+    Unallocated { len: u64, host: Option<HostOffset> },
     /// A part of one compressed cluster.
     Compressed {
         run: CompressedRun,
@@ -46,7 +46,7 @@ impl Run {
         match self {
             Self::Data { len, .. }
             | Self::Zero { len, .. }
-            | Self::Unallocated { len }
+            | Self::Unallocated { len, .. }
             | Self::Compressed { len, .. } => len,
         }
     }
@@ -126,6 +126,7 @@ impl Qcow2 {
             },
             L2Entry::Unallocated => Run::Unallocated {
                 len: extent(&|_, next| next == L2Entry::Unallocated),
+                host: None,
             },
             L2Entry::Compressed(run) => Run::Compressed {
                 run,
@@ -149,7 +150,7 @@ impl Qcow2 {
         let index = self.slice_of(self.cluster_of(offset));
         let Some(slice) = self.slice(file, index).await? else {
             let len = len.min(self.left_in_table(offset));
-            return Ok((Run::Unallocated { len }, self.pins.pin()));
+            return Ok((Run::Unallocated { len, host: None }, self.pins.pin()));
         };
         let len = len.min(self.left_in_slice(offset));
         let pin = self.pins.pin();
@@ -179,6 +180,7 @@ impl Qcow2 {
             None => match self.table_of(index) {
                 Ok(table) if table.l2.is_none() => Run::Unallocated {
                     len: len.min(self.left_in_table(offset)),
+                    host: None,
                 },
                 _ => return Mapping::NotCached,
             },
@@ -211,7 +213,7 @@ impl Qcow2 {
             }
             (_, MapIntent::Overwrite) => Mapping::NotCached,
             (Run::Zero { len, .. }, MapIntent::Read) => Mapping::Zero { len },
-            (Run::Unallocated { len }, MapIntent::Read) => Mapping::Backing { len },
+            (Run::Unallocated { len, .. }, MapIntent::Read) => Mapping::Backing { len },
             (Run::Compressed { .. }, MapIntent::Read) => Mapping::NotCached,
         }
     }

@@ -26,7 +26,15 @@ fn status_of(run: Run) -> DriverStatus {
             len,
             file_offset: host.0,
         },
-        Run::Unallocated { len } => DriverStatus::unallocated(len),
+        Run::Unallocated { len, host: None } => DriverStatus::unallocated(len),
+        Run::Unallocated {
+            len,
+            host: Some(host),
+        } => DriverStatus {
+            flags: StatusFlags::OFFSET_VALID,
+            len,
+            file_offset: host.0,
+        },
         Run::Compressed { len, .. } => DriverStatus {
             flags: StatusFlags::DATA | StatusFlags::COMPRESSED,
             len,

@@ -106,9 +106,10 @@ impl Qcow2 {
                 host: space.map(at),
             },
             // Decoding refuses data without space.
-            (SubclusterKind::Unallocated | SubclusterKind::Allocated, _) => {
-                Run::Unallocated { len }
-            }
+            (SubclusterKind::Unallocated | SubclusterKind::Allocated, space) => Run::Unallocated {
+                len,
+                host: space.map(at),
+            },
         }
     }
 
@@ -160,9 +161,16 @@ impl Run {
                 len: len + more,
                 host,
             }),
-            (Self::Unallocated { len }, Self::Unallocated { len: more }) => {
-                Some(Self::Unallocated { len: len + more })
-            }
+            (
+                Self::Unallocated { len, host },
+                Self::Unallocated {
+                    len: more,
+                    host: there,
+                },
+            ) if there == host.map(|host| HostOffset(host.0 + len)) => Some(Self::Unallocated {
+                len: len + more,
+                host,
+            }),
             _ => None,
         }
     }

@@ -12,7 +12,10 @@
 //! All of this runs under a serialising request over the whole node, with the write-back's turn and the metadata lock held:
 //! nothing else writes metadata meanwhile, no data I/O is under way, and nothing that was cached survives.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::{
+    collections::HashSet,
+    sync::{Arc, atomic::Ordering},
+};
 
 use block_core::{
     error::{Error, ErrorKind, Result},
@@ -330,13 +333,19 @@ impl<'a> Draft<'a> {
     }
 }
 
-/// The decimal number after the largest that is in use.
+/// The decimal number after the largest that is in use; when there is none, the smallest that isn't in use.
 fn next_id(snapshots: &[SnapshotEntry]) -> String {
     let largest = snapshots
         .iter()
         .filter_map(|entry| std::str::from_utf8(&entry.id).ok()?.parse::<u64>().ok())
         .max();
-    largest.unwrap_or(0).saturating_add(1).to_string()
+    if let Some(next) = largest.unwrap_or(0).checked_add(1) {
+        return next.to_string();
+    }
+    let taken: HashSet<&[u8]> = snapshots.iter().map(|entry| &*entry.id).collect();
+    let mut ids = (1..=u64::MAX).map(|id| id.to_string());
+    ids.find(|id| !taken.contains(id.as_bytes()))
+        .unwrap_or_default()
 }
 
 /// What is to be done.
@@ -562,5 +571,36 @@ impl Qcow2 {
         });
         self.size.store(meta.header.disk_size(), Ordering::Release);
         self.note_sizes(meta);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id_after(ids: &[&str]) -> String {
+        let entry = |id: &&str| SnapshotEntry {
+            l1_table_offset: HostOffset(0),
+            l1_size: 0,
+            id: id.as_bytes().to_vec(),
+            name: Vec::new(),
+            date_sec: 0,
+            date_nsec: 0,
+            vm_clock_nsec: 0,
+            vm_state_size: 0,
+            disk_size: None,
+            icount: None,
+            extra_size: 0,
+            unknown_extra: Vec::new(),
+        };
+        next_id(&ids.iter().map(entry).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn a_new_snapshot_has_an_identifier_that_no_other_has() {
+        assert_eq!(id_after(&[]), "1");
+        assert_eq!(id_after(&["7", "x", "3", ""]), "8");
+        let most = u64::MAX.to_string();
+        assert_eq!(id_after(&["2", "1", &most]), "3");
     }
 }

@@ -2,14 +2,11 @@
 
 use std::sync::Arc;
 
-use block_core::{
-    BlockHandle, Result,
-    image::{CheckMode, Progress},
-};
+use block_core::{BlockHandle, Result};
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 
 use super::{
-    Rig, image_bytes,
+    Rig, checked, image_bytes,
     storage::{Event, Storage},
 };
 
@@ -122,10 +119,7 @@ pub fn look_at(storage: &Arc<Storage>, look: Look, what: &str) -> Vec<u8> {
         }
         let handle = rig.open_storage(storage, "read-only=on").await;
         let handle = handle.unwrap_or_else(|error| panic!("{what}: {error}"));
-        let report = handle
-            .check(CheckMode::ReadOnly, Progress::new())
-            .await
-            .unwrap();
+        let report = checked(&handle).await;
         assert_eq!(
             report.corruptions + report.check_errors,
             0,

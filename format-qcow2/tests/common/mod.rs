@@ -14,7 +14,7 @@ use std::{
 use block_core::{
     BlockHandle, Graph, OpenOptions, Options, PermissionSet, Permissions, Registry, RequestFlags,
     Result,
-    image::{CheckMode, Progress},
+    image::{CheckMode, CheckReport, Progress},
     registry::ImplicitOpens,
 };
 use env_tokio::EnvTokio;
@@ -158,6 +158,14 @@ pub fn assert_clean(path: &Path) {
     );
 }
 
+/// The same for the bytes of an image that needs no other file.
+pub fn assert_clean_bytes(data: &[u8]) {
+    let scratch = tempfile::tempdir().unwrap();
+    let path = scratch.path().join("a.qcow2");
+    std::fs::write(&path, data).unwrap();
+    assert_clean(&path);
+}
+
 /// What the installed qemu-img reads.
 pub fn contents(path: &Path, scratch: &Path) -> Vec<u8> {
     let raw = scratch.join("contents.raw");
@@ -288,18 +296,20 @@ impl Oracle {
 pub fn image_bytes(options: &str, size: u64) -> Vec<u8> {
     let scratch = tempfile::tempdir().unwrap();
     let path = scratch.path().join("a.qcow2");
-    let name = path.to_str().unwrap();
-    qemu_img(&[
-        "create",
-        "-q",
-        "-f",
-        "qcow2",
-        "-o",
-        options,
-        name,
-        &size.to_string(),
-    ]);
+    create_by_qemu(&path, options, size);
     std::fs::read(path).unwrap()
+}
+
+/// Makes an image with the installed qemu-img.
+pub fn create_by_qemu(path: &Path, options: &str, size: u64) {
+    let (name, size) = (path.to_str().unwrap(), size.to_string());
+    qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, name, &size]);
+}
+
+/// What a check of the open image finds.
+pub async fn checked(handle: &BlockHandle) -> CheckReport {
+    let report = handle.check(CheckMode::ReadOnly, Progress::new()).await;
+    report.unwrap()
 }
 
 /// Runs `work` on a thread of its own; a hang is a failure.
@@ -345,10 +355,7 @@ pub fn check_bytes(storage: &storage::Storage) -> (u64, u64) {
             .open_storage(&storage::Storage::new(data), "read-only=on")
             .await
             .unwrap();
-        let report = handle
-            .check(CheckMode::ReadOnly, Progress::new())
-            .await
-            .unwrap();
+        let report = checked(&handle).await;
         rig.close(handle).await.unwrap();
         (report.corruptions + report.check_errors, report.leaks)
     })

@@ -286,6 +286,11 @@ impl Lab {
             .unwrap()
     }
 
+    /// Makes an image with the installed qemu-img.
+    pub fn create(&self, options: &str, name: &str, size: &str) {
+        self.qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, name, size]);
+    }
+
     /// Runs qemu-img, which must succeed, and gives back what it printed.
     pub fn qemu_img(&self, args: &[&str]) -> String {
         let output = self.run("qemu-img", args);

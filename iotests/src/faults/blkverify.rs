@@ -266,8 +266,8 @@ impl DriverFactory for BlkverifyFactory {
         Ok(Opened {
             driver: Arc::new(driver),
             edges: vec![
-                (ChildRole::Filtered, "test".to_owned(), test),
                 (ChildRole::Target, "raw".to_owned(), raw),
+                (ChildRole::Filtered, "test".to_owned(), test),
             ],
         })
     }

@@ -4,6 +4,7 @@ use block_core::{
     BlockHandle, DriverKind, Options, PermissionSet, Permissions,
     registry::{ImplicitOpens, OpenOptions},
 };
+use serde_json::Value;
 
 use super::{cache::CacheMode, failure::Failure, output::complain, session::Session};
 
@@ -51,12 +52,30 @@ pub struct Access {
 }
 
 /// The warning that qemu prints when a raw image is opened for writing without having been called raw.
-fn warn_of_probed_raw(name: &str) {
+pub fn warn_of_probed_raw(name: &str) {
     complain!(
         "WARNING: Image format was not specified for '{name}' and probing guessed raw.\n         \
          Automatically detecting the format is dangerous for raw images, write operations on block 0 will be \
          restricted.\n         Specify the 'raw' format explicitly to remove the restrictions."
     );
+}
+
+/// What qemu's programs say of a backing file whose name is empty.
+pub fn warn_of_empty_backing(program: Option<&str>, options: &Options) {
+    let Some(program) = program else { return };
+    for (key, value) in &options.0 {
+        match value {
+            Value::String(name) if key == "backing" && name.is_empty() => {
+                complain!(
+                    "{program}: warning: Use of \"backing\": \"\" is deprecated; use \"backing\": null instead"
+                );
+            }
+            Value::Object(inner) => {
+                warn_of_empty_backing(Some(program), &Options(inner.clone()));
+            }
+            _ => {}
+        }
+    }
 }
 
 /// Opens an image and attaches a handle.
@@ -119,8 +138,10 @@ async fn attempt(
             .get(driver)
             .is_ok_and(|factory| factory.kind() == DriverKind::Protocol)
     };
+    let qemu = session.program.is_qemu().then(|| session.program.name());
     let opened = if image.image_opts {
         let mut options = parse_image_opts(image.name)?;
+        warn_of_empty_backing(qemu, &options);
         for (key, value) in node.0 {
             options.set_default(&key, value);
         }
@@ -143,6 +164,9 @@ async fn attempt(
             bare(session, &mut node);
         }
         let probed = image.format.is_none() && !image.name.starts_with("json:");
+        if let Some(json) = image.name.strip_prefix("json:") {
+            warn_of_empty_backing(qemu, &Options::from_json(json)?);
+        }
         let opened = session
             .registry
             .open_file(&session.graph, image.name, image.format, node, how)
@@ -177,7 +201,7 @@ async fn attempt(
 /// `driver=qcow2,file.filename=x`; a first word without a key names a node, as in qemu.
 pub fn parse_image_opts(text: &str) -> block_core::Result<Options> {
     let first = text.split(',').next().unwrap_or_default();
-    if !text.trim_start().starts_with('{') && !first.contains('=') {
+    if !text.trim_start().starts_with('{') && !first.contains('=') && !first.is_empty() {
         let rest = text.get(first.len() + 1..).unwrap_or_default();
         let mut options = Options::from_dotted(rest)?;
         options.set("file", first);

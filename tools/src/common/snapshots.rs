@@ -15,10 +15,10 @@ use super::{
 const PARAMETER: &str = "snapshot.";
 
 /// Prints the list with its head line.
-pub fn print(snapshots: &[SnapshotInfo]) {
-    say!("Snapshot list:");
+pub fn print(indent: &str, snapshots: &[SnapshotInfo]) {
+    say!("{indent}Snapshot list:");
     say!(
-        "{:<7} {:<16} {:>8} {:>19} {:>15} {:>10}",
+        "{indent}{:<7} {:<16} {:>8} {:>19} {:>15} {:>10}",
         "ID",
         "TAG",
         "VM_SIZE",
@@ -39,7 +39,7 @@ pub fn print(snapshots: &[SnapshotInfo]) {
             .icount
             .map_or_else(|| "--".to_owned(), |count| count.to_string());
         say!(
-            "{:<7} {:<16} {:>8} {:>19} {clock:>15} {icount:>10}",
+            "{indent}{:<7} {:<16} {:>8} {:>19} {clock:>15} {icount:>10}",
             snapshot.id,
             snapshot.name,
             human_size(snapshot.vm_state_size),

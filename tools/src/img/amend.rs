@@ -115,7 +115,10 @@ fn cannot(format: &str) -> Failure {
 }
 
 fn options_of(session: &Session, format: &str) -> Result<CreateOptions, Failure> {
-    let factory = session.registry.get(format)?;
+    let factory = session
+        .registry
+        .get(format)
+        .map_err(|_| Failure::new(format!("Unknown file format '{format}'")))?;
     CreateOptions::of_amend(&**factory).ok_or_else(|| cannot(format))
 }
 

@@ -13,6 +13,7 @@ use crate::common::{
     getopt::{Opt, Parsed},
     open::{self, Access, ImageSpec},
     session::Session,
+    size::{MAX_SIZE, parse_number},
 };
 
 pub const COMMAND: Command = Command {
@@ -98,15 +99,12 @@ fn actions(parsed: &Parsed) -> Vec<Action<'_>> {
 async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     let granularity = match parsed.get("granularity") {
         None => None,
+        // None is the default.
         Some(text) => {
-            let bytes = block_core::options::parse_size(text)
-                .map_err(|_| Failure::new(format!("Invalid granularity specified: '{text}'.")))?;
-            Some(bytes)
+            Some(parse_number("granularity", text, 0, MAX_SIZE)?).filter(|size| *size > 0)
         }
     };
-    let [name, bitmap] = parsed.free.as_slice() else {
-        return Err(Failure::new("Expecting filename and bitmap name"));
-    };
+    let is_given = parsed.has("granularity");
     let actions = actions(parsed);
     if actions.is_empty() {
         return Err(Failure::new(
@@ -117,7 +115,7 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     let merges = actions
         .iter()
         .any(|action| matches!(action, Action::Merge(_)));
-    if granularity.is_some() && !adds {
+    if is_given && !adds {
         return Err(Failure::new("granularity only supported with --add"));
     }
     if parsed.has("source-format") && !parsed.has("source-file") {
@@ -128,6 +126,9 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
             "Merge bitmap source file only supported with --merge",
         ));
     }
+    let [name, bitmap] = parsed.free.as_slice() else {
+        return Err(Failure::new("Expecting filename and bitmap name"));
+    };
     let image = args::image(parsed, name, "format")?;
     let access = Access {
         write: true,

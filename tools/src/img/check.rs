@@ -3,7 +3,7 @@
 use std::{pin::pin, time::Duration};
 
 use block_core::{
-    BlockHandle, Environment,
+    BlockHandle, Environment, ErrorKind,
     image::{Affected, CheckMode, CheckReport, Finding, Progress},
 };
 use futures::future::{Either, select};
@@ -72,6 +72,10 @@ impl Drop for StopOnDrop {
     }
 }
 
+fn no_check() -> Failure {
+    Failure::new("This image format does not support checks").with_code(NO_CHECK)
+}
+
 /// Checks or repairs, and shows how far that is.
 async fn run(
     session: &Session,
@@ -86,7 +90,14 @@ async fn run(
         let tick = session.env.sleep(TICK);
         match select(check.as_mut(), tick).await {
             Either::Left((report, _)) => {
-                return report.map_err(|error| Failure::context("Check failed", &error));
+                return report.map_err(|error| match error.kind() {
+                    // Of a repair of images that can be checked alone.
+                    ErrorKind::NotSupported if !session.program.is_qemu() => {
+                        Failure::from(error).with_code(NO_CHECK)
+                    }
+                    ErrorKind::NotSupported => no_check(),
+                    _ => Failure::context("Check failed", &error),
+                });
             }
             Either::Right(_) => meter.set(progress.current(), progress.total()),
         }
@@ -140,7 +151,7 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
         .contains(block_core::Capabilities::CHECK);
     if !can_check {
         handle.close().await?;
-        return Err(Failure::new("This image format does not support checks").with_code(NO_CHECK));
+        return Err(no_check());
     }
     let meter = Meter::new(parsed.has("progress") && !quiet, 1.0);
     session.signals.show(&meter);

@@ -119,6 +119,8 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
             name: second,
         },
         strict: parsed.has("strict"),
+        // To qemu-img images are whole sectors.
+        unit: if session.program.is_qemu() { SECTOR } else { 1 },
         quiet,
         meter: &meter,
     };
@@ -183,6 +185,8 @@ struct Comparison<'a> {
     a: Side<'a>,
     b: Side<'a>,
     strict: bool,
+    /// What sizes are rounded up to before they are compared, in bytes.
+    unit: u64,
     quiet: bool,
     meter: &'a Meter,
 }
@@ -191,8 +195,10 @@ impl Comparison<'_> {
     async fn run(&self) -> Result<Verdict, Failure> {
         let (length_a, length_b) = (self.a.handle.length(), self.b.handle.length());
         let (common, longest) = (length_a.min(length_b), length_a.max(length_b));
+        let counted = |length: u64| length.checked_next_multiple_of(self.unit).unwrap_or(length);
+        let same_size = counted(length_a) == counted(length_b);
         self.meter.set_total(longest);
-        if self.strict && length_a != length_b {
+        if self.strict && !same_size {
             return Ok(Verdict::Different(
                 "Strict mode: Image size mismatch!".into(),
             ));
@@ -227,7 +233,7 @@ impl Comparison<'_> {
         if length_a == length_b {
             return Ok(Verdict::Same);
         }
-        if !self.quiet {
+        if !self.quiet && !same_size {
             say!("Warning: Image size mismatch!");
         }
         let longer = if length_a > length_b {

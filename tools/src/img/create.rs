@@ -7,7 +7,7 @@ use block_core::{ErrorKind, Options, resolve_name};
 use super::{
     Command,
     args::{OBJECT, QUIET, asks_for_help, option_list},
-    create_options::{CreateOptions, protocol_of},
+    create_options::CreateOptions,
 };
 use crate::common::{
     failure::{Failure, Outcome},
@@ -48,19 +48,16 @@ pub const COMMAND: Command = Command {
     run: |session, parsed| session.run(execute(session, parsed)),
 };
 
+/// Guessing it later would let a guest that writes a header of its own choose what is opened.
+const NO_BACKING_FORMAT: &str = "Backing file specified without backing format";
+
 async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     let registry = &session.registry;
     let format = parsed.get("format").unwrap_or("raw");
     let list = option_list(parsed, "options")?;
-    let unknown = || format!("Unknown file format '{format}'");
     if asks_for_help(list.as_deref()) {
-        let factory = registry.get(format).map_err(|_| Failure::new(unknown()))?;
-        let protocol = match parsed.free.first() {
-            Some(file) => Some(registry.get(&protocol_of(registry, file)?)?),
-            None => None,
-        };
-        CreateOptions::new(&**factory, protocol.map(|factory| &**factory))
-            .print_help(protocol.is_some());
+        let file = parsed.free.first().map(String::as_str);
+        CreateOptions::print_help(registry, format, file)?;
         return Ok(0);
     }
     let mut operands = parsed.free.iter();
@@ -127,6 +124,8 @@ async fn create(session: &Session, request: &Request<'_>, quiet: bool) -> Result
         }
         if request.check_backing {
             look_at_backing(session, filename, &backing, &mut options).await?;
+        } else if options.get("backing_fmt").is_none() {
+            return Err(Failure::new(NO_BACKING_FORMAT));
         }
     }
     if options.get("size").is_none() {
@@ -144,7 +143,7 @@ async fn create(session: &Session, request: &Request<'_>, quiet: bool) -> Result
             };
         format!("The image size is too large for file format '{format}'{hint}")
     };
-    let values = options.values();
+    let values = options.for_creation()?;
     make(session, format, filename, values)
         .await
         .map_err(|error| match error.kind() {
@@ -189,7 +188,7 @@ async fn look_at_backing(
 ) -> Result<(), Failure> {
     let name = resolve_name(filename, backing);
     let format = options.get("backing_fmt").map(str::to_owned);
-    let spec = ImageSpec::file(&name, format.as_deref().filter(|format| !format.is_empty()));
+    let spec = ImageSpec::file(&name, format.as_deref());
     let handle = open::open_quietly(session, spec, Access::default())
         .await
         .map_err(|error| {
@@ -200,10 +199,12 @@ async fn look_at_backing(
     handle.close().await?;
     if format.is_none() {
         return Err(Failure::new(format!(
-            "Backing file specified without backing format\nDetected format of {found}."
+            "{NO_BACKING_FORMAT}\nDetected format of {found}."
         )));
     }
     if options.get("size").is_none() {
+        // Whole sectors, of which the last is padded with zeroes.
+        let size = size.checked_next_multiple_of(512).unwrap_or(size);
         options.set("size", &size.to_string())?;
     }
     Ok(())

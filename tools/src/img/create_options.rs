@@ -1,5 +1,7 @@
 //! Create options (`-o`): which a format takes, reading them with qemu's messages, and listing them.
 
+use std::{collections::BTreeMap, num::IntErrorKind};
+
 use block_core::{
     DriverFactory, DriverKind, ErrorKind, Options, Registry, options::parse_size,
     registry::CreateOption,
@@ -10,6 +12,52 @@ use crate::common::{failure::Failure, output::say};
 
 const SIZE_HINT: &str = "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n\
                          and exabytes, respectively.";
+
+/// The names of drivers that qemu-img 10.0 lets a qcow2 image give as the format of its backing file, whether or not it can open them.
+const DRIVERS: [&str; 42] = [
+    "blkdebug",
+    "blklogwrites",
+    "blkreplay",
+    "blkverify",
+    "bochs",
+    "cloop",
+    "compress",
+    "copy-before-write",
+    "copy-on-read",
+    "dmg",
+    "file",
+    "ftp",
+    "ftps",
+    "gluster",
+    "host_cdrom",
+    "host_device",
+    "http",
+    "https",
+    "iscsi",
+    "luks",
+    "nbd",
+    "nfs",
+    "null-aio",
+    "null-co",
+    "nvme",
+    "parallels",
+    "preallocate",
+    "qcow",
+    "qcow2",
+    "qed",
+    "quorum",
+    "raw",
+    "rbd",
+    "replication",
+    "snapshot-access",
+    "ssh",
+    "throttle",
+    "vdi",
+    "vhdx",
+    "vmdk",
+    "vpc",
+    "vvfat",
+];
 
 /// The order in which qemu-img lists a format's options after `Formatting`, and the defaults that it shows.
 fn display_order(format: &str) -> &'static [(&'static str, Option<&'static str>)] {
@@ -61,6 +109,8 @@ pub struct CreateOptions {
     /// Options of creation, where an image is amended.
     creation_only: &'static [CreateOption],
     values: Options,
+    /// Values that are shown otherwise than they are used: switches as they were spelled, numbers with their sign.
+    spelled: BTreeMap<String, String>,
 }
 
 impl CreateOptions {
@@ -90,6 +140,7 @@ impl CreateOptions {
             known,
             creation_only: &[],
             values: Options::new(),
+            spelled: BTreeMap::new(),
         }
     }
 
@@ -101,6 +152,7 @@ impl CreateOptions {
             known,
             creation_only: format.create_options(),
             values: Options::new(),
+            spelled: BTreeMap::new(),
         })
     }
 
@@ -126,7 +178,7 @@ impl CreateOptions {
     pub fn set_backing(&mut self, file: Option<&str>, format: Option<&str>) -> Result<(), Failure> {
         for (key, value, what) in [
             ("backing_file", file, "Backing file"),
-            ("backing_fmt", format, "Backing format"),
+            ("backing_fmt", format, "Backing file format"),
         ] {
             let Some(value) = value else { continue };
             if !self.takes(key) {
@@ -187,11 +239,23 @@ impl CreateOptions {
                 })?
                 .to_string()
         } else if option.kind == "num" {
-            text.parse::<u64>()
-                .map_err(|_| Failure::new(format!("Parameter '{key}' expects a number")))?
-                .to_string()
+            parse_num(key, text)?.to_string()
         } else {
             text.to_owned()
+        };
+        let spelled = if option.kind.starts_with("bool") {
+            Some(text.to_owned())
+        } else if option.kind == "num" {
+            value
+                .parse::<u64>()
+                .ok()
+                .map(|number| number.cast_signed().to_string())
+        } else {
+            None
+        };
+        match spelled {
+            Some(spelled) => self.spelled.insert(key.to_owned(), spelled),
+            None => self.spelled.remove(key),
         };
         self.values.set(key, value);
         Ok(())
@@ -212,7 +276,29 @@ impl CreateOptions {
         self.get(key).and_then(|text| text.parse().ok())
     }
 
-    /// What goes to `create`; what is only the storage's goes there.
+    /// What goes to `create`, after a look at what qemu-img refuses by its value alone.
+    pub fn for_creation(&self) -> Result<Options, Failure> {
+        let refused = |name: &str, value: &str| {
+            Err(Failure::new(format!(
+                "Parameter '{name}' does not accept value '{value}'"
+            )))
+        };
+        if self.format == "qcow2" {
+            if let Some(spelled) = self.spelled.get("encryption")
+                && !matches!(spelled.as_str(), "on" | "off")
+            {
+                return refused("format", spelled);
+            }
+            if let Some(format) = self.get("backing_fmt")
+                && !DRIVERS.contains(&format)
+            {
+                return refused("backing-fmt", format);
+            }
+        }
+        Ok(self.values())
+    }
+
+    /// All that was given; what is only the storage's is for the storage.
     pub fn values(&self) -> Options {
         self.values.clone()
     }
@@ -226,6 +312,11 @@ impl CreateOptions {
         values
     }
 
+    fn shown(&self, key: &str) -> Option<&str> {
+        let spelled = self.spelled.get(key).map(String::as_str);
+        spelled.or_else(|| self.get(key))
+    }
+
     /// The line that says what is being made.
     pub fn describe(&self, filename: &str) -> String {
         use std::fmt::Write as _;
@@ -235,13 +326,13 @@ impl CreateOptions {
             let _ = write!(line, " {key}={}", value.replace(',', ",,"));
         };
         for (key, default) in order {
-            if let Some(value) = self.get(key).or(default.filter(|_| self.takes(key))) {
+            if let Some(value) = self.shown(key).or(default.filter(|_| self.takes(key))) {
                 show(key, value);
             }
         }
         for option in &self.known {
             if !order.iter().any(|(key, _)| *key == option.name)
-                && let Some(value) = self.get(option.name)
+                && let Some(value) = self.shown(option.name)
             {
                 show(option.name, value);
             }
@@ -255,21 +346,80 @@ impl CreateOptions {
         print_list(self.known.iter().collect());
     }
 
-    /// Prints what `-o help` asks for.
-    pub fn print_help(&self, with_storage: bool) {
-        if with_storage {
-            say!("Supported options:");
-        } else {
-            say!("Supported {} options:", self.format);
+    /// Prints the options `known` of `format`, without its storage's.
+    pub fn print_own(format: &str, known: &[CreateOption]) {
+        print_without_storage(format, known.iter().collect());
+    }
+
+    /// Prints what `-o help` asks for when an image in `format` is to be created, in `file` if that is known already.
+    pub fn print_help(
+        registry: &Registry,
+        format: &str,
+        file: Option<&str>,
+    ) -> Result<(), Failure> {
+        let factory = registry
+            .get(format)
+            .map_err(|_| Failure::new(format!("Unknown file format '{format}'")))?;
+        let cannot = |what: &str, name: &str| {
+            Failure::new(format!(
+                "{what} driver '{name}' does not support image creation"
+            ))
+        };
+        if factory.create_options().is_empty() {
+            return Err(cannot("Format", format));
         }
-        let known: Vec<&CreateOption> = self.known.iter().collect();
-        print_list(known);
-        if !with_storage {
-            say!(
-                "\nThe protocol level may support further options.\n\
-                 Specify the target filename to include those options."
-            );
+        let Some(file) = file else {
+            let mut known: Vec<_> = factory.create_options().iter().collect();
+            // All formats but qcow2 leave it to their storage.
+            let leaves = factory.kind() == DriverKind::Format && format != "qcow2";
+            known.retain(|option| !leaves || option.name != "preallocation");
+            print_without_storage(format, known);
+            return Ok(());
+        };
+        let protocol = registry.get(&protocol_of(registry, file)?)?;
+        if protocol.create_options().is_empty() {
+            return Err(cannot("Protocol", protocol.name()));
         }
+        say!("Supported options:");
+        let options = Self::new(&**factory, Some(&**protocol));
+        print_list(options.known.iter().collect());
+        Ok(())
+    }
+}
+
+fn print_without_storage(format: &str, known: Vec<&CreateOption>) {
+    say!("Supported {format} options:");
+    print_list(known);
+    say!(
+        "\nThe protocol level may support further options.\n\
+         Specify the target filename to include those options."
+    );
+}
+
+/// A number as C's programs read them: decimal, octal or hexadecimal, and a negative one wraps around.
+fn parse_num(key: &str, text: &str) -> Result<u64, Failure> {
+    let trimmed = text.trim_start_matches(|c: char| c.is_ascii_whitespace());
+    let (negative, digits) = match trimmed.strip_prefix('-') {
+        Some(digits) => (true, digits),
+        None => (false, trimmed.strip_prefix('+').unwrap_or(trimmed)),
+    };
+    let hex = digits
+        .strip_prefix("0x")
+        .or_else(|| digits.strip_prefix("0X"));
+    let (digits, radix) = match hex {
+        Some(hex) => (hex, 16),
+        None if digits.len() > 1 && digits.starts_with('0') => (digits, 8),
+        None => (digits, 10),
+    };
+    // The standard library would take another sign.
+    let starts_well = digits.starts_with(|c: char| c.is_digit(radix));
+    match u64::from_str_radix(digits, radix) {
+        Ok(number) if starts_well && negative => Ok(number.wrapping_neg()),
+        Ok(number) if starts_well => Ok(number),
+        Err(error) if starts_well && *error.kind() == IntErrorKind::PosOverflow => Err(
+            Failure::new(format!("Value '{text}' is too large for parameter '{key}'")),
+        ),
+        _ => Err(Failure::new(format!("Parameter '{key}' expects a number"))),
     }
 }
 

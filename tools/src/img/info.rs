@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use block_core::{
-    BlockHandle, ChildRole, Node, Options, PermissionSet, image::ImageInfo, resolve_name,
+    BlockHandle, ChildRole, DriverKind, Node, Options, PermissionSet, image::ImageInfo,
+    resolve_name,
 };
 use serde_json::{Map, Value, json};
 
@@ -78,7 +79,7 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
         } else if let Some(json) = name.strip_prefix("json:") {
             Options::from_json(json)?.0
         } else {
-            Map::new()
+            options_in_name(session, &name, format.as_deref())
         };
         let layer = Layer::read(session, &handle, &options).await?;
         handle.close().await?;
@@ -103,19 +104,33 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
                 if index > 0 {
                     say!("");
                 }
-                layer.print();
+                layer.print("", "");
             }
         }
     }
     Ok(0)
 }
 
+/// What the name of a filter says of it and of what is below: `blkdebug:CONFIG:FILE`.
+fn options_in_name(session: &Session, name: &str, format: Option<&str>) -> Map<String, Value> {
+    let Ok(named) = session.registry.filename_options(name) else {
+        return Map::new();
+    };
+    if format.is_some() && named.get_str("driver") == format {
+        return named.0;
+    }
+    Map::from_iter([("file".to_owned(), Value::Object(named.0))])
+}
+
 /// What is shown of one node.
 struct Layer {
     filename: String,
     driver: &'static str,
+    kind: DriverKind,
     length: u64,
     actual_size: Option<u64>,
+    /// Something is stored at all.
+    may_be_dirty: bool,
     full_backing: Option<String>,
     info: ImageInfo,
     children: Vec<(String, Layer)>,
@@ -138,7 +153,11 @@ impl Layer {
         options: &Map<String, Value>,
     ) -> Result<Self, Failure> {
         let mut children = Vec::new();
+        // What all of it takes; what can't be told of one part can't be told of the whole.
         let mut sum: Option<u64> = None;
+        let mut is_known = true;
+        let driver = node.driver().name();
+        let is_qemu = session.program.is_qemu();
         // Latest first, as qemu lists them.
         let edges: Vec<_> = node.edges().iter().cloned().collect();
         for edge in edges
@@ -150,12 +169,28 @@ impl Layer {
             let handle = session.graph.attach(child, PermissionSet::NONE, "info")?;
             let layer = Box::pin(Self::read(session, &handle, &below(options, &edge.name))).await?;
             drop(handle);
-            if let Some(size) = layer.actual_size {
-                sum = Some(sum.unwrap_or(0).saturating_add(size));
+            match layer.actual_size {
+                Some(size) => sum = Some(sum.unwrap_or(0).saturating_add(size)),
+                None => is_known = false,
             }
             children.push((edge.name.clone(), layer));
         }
-        if session.program.is_qemu()
+        // qemu takes these two for protocols that don't know.
+        is_known &= !(is_qemu && matches!(driver, "blkdebug" | "blkverify"));
+        if driver == "null-co" {
+            sum = Some(0);
+        }
+        let mut may_be_dirty = driver != "null-co";
+        if let Some(disk) = Self::passed_through(driver, node.driver().kind(), &children) {
+            may_be_dirty &= disk.may_be_dirty;
+            if info.cluster_size.is_none() {
+                info.cluster_size = disk.info.cluster_size;
+            }
+            if info.snapshots.is_empty() {
+                info.snapshots.clone_from(&disk.info.snapshots);
+            }
+        }
+        if is_qemu
             && let Some((kind, data)) = &mut info.format_specific
             && matches!(kind.as_str(), "file" | "host_device")
         {
@@ -168,10 +203,12 @@ impl Layer {
                 .backing_filename
                 .as_deref()
                 .map(|name| resolve_name(&filename, name)),
-            actual_size: info.actual_size.or(sum),
+            actual_size: info.actual_size.or(sum.filter(|_| is_known)),
+            may_be_dirty,
             filename: shown_name(node, options),
-            driver: node.driver().name(),
-            length: if session.program.is_qemu() {
+            driver,
+            kind: node.driver().kind(),
+            length: if is_qemu {
                 // qemu counts in sectors.
                 node.length().next_multiple_of(512)
             } else {
@@ -180,6 +217,18 @@ impl Layer {
             info,
             children,
         })
+    }
+
+    /// The child whose disk is a raw image's or a filter's own, with all that is known of it.
+    fn passed_through<'a>(
+        driver: &str,
+        kind: DriverKind,
+        children: &'a [(String, Self)],
+    ) -> Option<&'a Self> {
+        let passes = driver == "raw" || (kind == DriverKind::Filter && driver != "blkverify");
+        let disk = |name: &str| matches!(name, "file" | "image");
+        let mut found = children.iter().filter(|(name, _)| passes && disk(name));
+        found.next().map(|(_, child)| child)
     }
 
     fn to_json(&self) -> Value {
@@ -222,66 +271,58 @@ impl Layer {
             "backing-filename",
             info.backing_filename.clone().map(Into::into),
         );
-        set("dirty-flag", Some(info.dirty.into()));
+        set("dirty-flag", self.may_be_dirty.then(|| info.dirty.into()));
         Value::Object(map)
     }
 
-    fn print(&self) {
+    /// Prints it; storage that is a child of something in fewer words.
+    fn print(&self, indent: &str, path: &str) {
         let info = &self.info;
-        say!("image: {}", self.filename);
-        say!("file format: {}", self.driver);
+        let is_storage = !path.is_empty() && self.kind == DriverKind::Protocol;
+        let [name, kind, size] = if is_storage {
+            ["filename", "protocol type", "file length"]
+        } else {
+            ["image", "file format", "virtual size"]
+        };
+        say!("{indent}{name}: {}", self.filename);
+        say!("{indent}{kind}: {}", self.driver);
         say!(
-            "virtual size: {} ({} bytes)",
+            "{indent}{size}: {} ({} bytes)",
             human_size(self.length),
             self.length
         );
         let disk = self
             .actual_size
             .map_or("unavailable".to_owned(), human_size);
-        say!("disk size: {disk}");
+        say!("{indent}disk size: {disk}");
         if info.encrypted {
-            say!("encrypted: yes");
+            say!("{indent}encrypted: yes");
         }
         if let Some(size) = info.cluster_size {
-            say!("cluster_size: {size}");
+            say!("{indent}cluster_size: {size}");
         }
         if info.dirty {
-            say!("cleanly shut down: no");
+            say!("{indent}cleanly shut down: no");
         }
         if let Some(name) = &info.backing_filename {
             match &self.full_backing {
-                Some(full) if full != name => say!("backing file: {name} (actual path: {full})"),
-                _ => say!("backing file: {name}"),
+                Some(full) if full != name => {
+                    say!("{indent}backing file: {name} (actual path: {full})");
+                }
+                _ => say!("{indent}backing file: {name}"),
             }
         }
         if let Some(format) = &info.backing_format {
-            say!("backing file format: {format}");
+            say!("{indent}backing file format: {format}");
         }
         if !info.snapshots.is_empty() {
-            snapshots::print(&info.snapshots);
+            snapshots::print(indent, &info.snapshots);
         }
-        self.print_specific("");
+        self.print_specific(indent);
         for (name, child) in &self.children {
-            child.print_child(&format!("/{name}"));
-        }
-    }
-
-    fn print_child(&self, path: &str) {
-        say!("Child node '{path}':");
-        say!("    filename: {}", self.filename);
-        say!("    protocol type: {}", self.driver);
-        say!(
-            "    file length: {} ({} bytes)",
-            human_size(self.length),
-            self.length
-        );
-        let disk = self
-            .actual_size
-            .map_or("unavailable".to_owned(), human_size);
-        say!("    disk size: {disk}");
-        self.print_specific("    ");
-        for (name, child) in &self.children {
-            child.print_child(&format!("{path}/{name}"));
+            let path = format!("{path}/{name}");
+            say!("{indent}Child node '{path}':");
+            child.print(&format!("{indent}    "), &path);
         }
     }
 

@@ -55,11 +55,13 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
         ..Access::default()
     };
     let handle = open::open(session, image, access).await?;
-    let end = handle.length().min(start.saturating_add(max));
+    // To qemu-img images are whole sectors.
+    let unit = if session.program.is_qemu() { 512 } else { 1 };
+    let end = rounded(handle.length(), unit).min(start.saturating_add(max));
     if output == OutputFormat::Human {
         say!("{:16}{:16}{:16}File", "Offset", "Length", "Mapped to");
     }
-    let layers = Layers::of(session, &handle)?;
+    let layers = Layers::of(session, &handle, unit)?;
     let mut printer = Printer {
         output,
         first: true,
@@ -103,10 +105,18 @@ struct Extent {
 }
 
 /// The image and its backing files, each asked for itself: which layer says what is the point of a map.
-struct Layers(Vec<(BlockHandle, Option<Arc<Node>>)>);
+struct Layers {
+    list: Vec<(BlockHandle, Option<Arc<Node>>)>,
+    /// What their lengths are rounded up to, in bytes.
+    unit: u64,
+}
+
+fn rounded(length: u64, unit: u64) -> u64 {
+    length.checked_next_multiple_of(unit).unwrap_or(length)
+}
 
 impl Layers {
-    fn of(session: &Session, top: &BlockHandle) -> Result<Self, Failure> {
+    fn of(session: &Session, top: &BlockHandle, unit: u64) -> Result<Self, Failure> {
         let mut nodes = vec![top.node()];
         nodes.extend(top.node().chain());
         let mut layers = Vec::new();
@@ -117,20 +127,49 @@ impl Layers {
             let handle = session.graph.attach(node, PermissionSet::NONE, "map")?;
             layers.push((handle, nodes.get(index + 1).cloned()));
         }
-        Ok(Self(layers))
+        Ok(Self { list: layers, unit })
+    }
+
+    /// Whether a byte isn't there, but would be if the layer were whole sectors.
+    fn lacks(&self, layer: &BlockHandle, offset: u64) -> bool {
+        let length = layer.length();
+        length > 0 && (length..rounded(length, self.unit)).contains(&offset)
     }
 
     async fn extent(&self, offset: u64, mut len: u64) -> Result<Extent, Failure> {
         let mut found = None;
-        for (depth, (layer, below)) in self.0.iter().enumerate() {
-            let status = layer
-                .block_status_above(below.as_ref(), offset, len)
+        for (depth, (layer, below)) in self.list.iter().enumerate() {
+            let length = layer.length();
+            // The bytes that the last sector lacks are a hole behind the last one.
+            let lacks = self.lacks(layer, offset);
+            let (from, most) = if lacks {
+                (length - 1, 1)
+            } else {
+                (offset, len)
+            };
+            let mut status = layer
+                .block_status_above(below.as_ref(), from, most)
                 .await
                 .map_err(|error| Failure::context("Failed to read image metadata", &error))?;
             if status.len == 0 {
                 break;
             }
+            if lacks {
+                status.len = rounded(length, self.unit) - offset;
+                status.flags -= StatusFlags::DATA;
+                status.flags |= StatusFlags::ZERO;
+                status.mapped = status.mapped.map(|(node, at)| (node, at + offset - from));
+            }
             len = len.min(status.len);
+            // Zeroes behind the end of the backing file are its own as far as its last sector goes.
+            let next = self.list.get(depth + 1).map(|(next, _)| next);
+            let ends = next
+                .filter(|next| self.lacks(next, offset) && status.is_zero())
+                .filter(|_| !status.is_allocated());
+            if let Some(next) = ends {
+                len = len.min(rounded(next.length(), self.unit) - offset);
+                continue;
+            }
             let decided = status
                 .flags
                 .intersects(StatusFlags::DATA | StatusFlags::ZERO);

@@ -66,6 +66,15 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
         None => None,
     };
     let list = option_list(parsed, "options")?;
+    let format = parsed.get("target-format").unwrap_or("raw");
+    // To qemu-img `help` is an option like others here.
+    if asks_for_help(list.as_deref()) && !session.program.is_qemu() {
+        match format {
+            "luks" => CreateOptions::print_own(format, &measure_luks::OPTIONS),
+            _ => CreateOptions::print_help(&session.registry, format, None)?,
+        }
+        return Ok(0);
+    }
     let file = match parsed.free.as_slice() {
         [] => None,
         [file] => Some(file),
@@ -89,7 +98,6 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
         ));
     }
     let snapshot = parsed.get("snapshot").map(snapshots::parse).transpose()?;
-    let format = parsed.get("target-format").unwrap_or("raw");
     let mut data = Vec::new();
     let mut length = size.unwrap_or(0);
     // Bitmaps; `None` where there can't be any.
@@ -136,14 +144,17 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
         "luks" => Target::Luks,
         _ => Target::Format(known(format)?),
     };
+    if let Target::Format(factory) = target
+        && factory.create_options().is_empty()
+    {
+        return Err(Failure::new(format!(
+            "Format driver '{format}' does not support image creation"
+        )));
+    }
     let mut options = match target {
         Target::Luks => CreateOptions::of_list(format, &measure_luks::OPTIONS, Some(storage)),
         Target::Format(factory) => CreateOptions::new(factory, Some(storage)),
     };
-    if asks_for_help(list.as_deref()) {
-        options.print_help(false);
-        return Ok(0);
-    }
     if let Some(list) = &list {
         options.read(list).map_err(|failure| {
             failure.and(format!("Invalid options for file format '{format}'"))

@@ -100,7 +100,8 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
             .await
             .map_err(|error| apply_failed(name, &error)),
         Action::Delete(name) => handle
-            .snapshot_delete(SnapshotKey::NameOrId(name.to_owned()), stop.0.clone())
+            // As with qemu-img, an identifier won't do here.
+            .snapshot_delete(SnapshotKey::Name(name.to_owned()), stop.0.clone())
             .await
             .map_err(|error| delete_failed(name, &error)),
     };
@@ -117,7 +118,7 @@ async fn list(handle: &BlockHandle) -> Result<(), Failure> {
         Err(error) => Err(error.into()),
         Ok(listed) => {
             if !listed.is_empty() {
-                snapshots::print(&listed);
+                snapshots::print("", &listed);
             }
             Ok(())
         }

@@ -11,7 +11,7 @@ use block_core::{
 
 use super::{
     breakpoints, help,
-    line::{Given, number, pattern, request_length},
+    line::{Given, MAX_REQUEST, number, pattern},
     report,
     session::{OpenHow, Session, cache_mode},
 };
@@ -33,23 +33,49 @@ use Outcome::{Done, Failed, Quit};
 /// Why a command wasn't carried out. An empty text asks for the usage line.
 struct Refused {
     text: String,
-    /// qemu-io reports it on standard error, with its name before it.
-    reported: bool,
+    place: Place,
 }
 
-/// A refusal that goes to standard output, as most of qemu-io's do.
+/// Where a refusal is to be read.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// On standard output, as most of qemu-io's are.
+    Output,
+    /// On standard error, with the program's name before it.
+    Reported,
+    /// On standard error.
+    Bare,
+}
+
+/// A refusal that goes to standard output.
 fn refuse<T>(text: impl Into<String>) -> Result<T, Refused> {
     Err(Refused {
         text: text.into(),
-        reported: false,
+        place: Place::Output,
     })
+}
+
+/// A refusal that goes to standard error, with the program's name before it.
+fn reported(text: impl Into<String>) -> Refused {
+    Refused {
+        text: text.into(),
+        place: Place::Reported,
+    }
+}
+
+/// A refusal that goes to standard error as it is.
+fn on_stderr(text: String) -> Refused {
+    Refused {
+        text,
+        place: Place::Bare,
+    }
 }
 
 impl From<String> for Refused {
     fn from(text: String) -> Self {
         Self {
             text,
-            reported: false,
+            place: Place::Output,
         }
     }
 }
@@ -58,7 +84,7 @@ impl From<Error> for Refused {
     fn from(error: Error) -> Self {
         Self {
             text: error.reason(),
-            reported: true,
+            place: Place::Reported,
         }
     }
 }
@@ -74,7 +100,10 @@ pub async fn run(session: &mut Session, program: &str, words: &[&str]) -> Outcom
         complain!("command \"{name}\" not found");
         return Failed;
     };
-    let needs_image = !matches!(command.name, "open" | "close" | "help" | "quit" | "sleep");
+    let needs_image = !matches!(
+        command.name,
+        "open" | "help" | "quit" | "sleep" | "abort" | "sigraise"
+    );
     if needs_image && session.image.is_none() {
         complain!("no file open, try 'help open'");
         return Failed;
@@ -83,7 +112,7 @@ pub async fn run(session: &mut Session, program: &str, words: &[&str]) -> Outcom
         complain!("{program}: Block node is read-only");
         return Failed;
     }
-    if let Err(text) = command.check_count(args) {
+    if let Err(text) = command.check_count(name, args) {
         complain!("{text}");
         return Failed;
     }
@@ -98,8 +127,8 @@ pub async fn run(session: &mut Session, program: &str, words: &[&str]) -> Outcom
     let answer = match command.name {
         "read" => read(session, &given, false).await,
         "readv" => read(session, &given, true).await,
-        "write" => write(session, &given, false).await,
-        "writev" => write(session, &given, true).await,
+        "write" => write(session, &given, WriteCommand::Write).await,
+        "writev" => write(session, &given, WriteCommand::Writev).await,
         "aio_read" => aio_read(session, &given),
         "aio_write" => aio_write(session, &given),
         "aio_flush" => {
@@ -114,6 +143,9 @@ pub async fn run(session: &mut Session, program: &str, words: &[&str]) -> Outcom
         "truncate" => truncate(session, &given).await,
         "info" => info(session).await,
         "sleep" => sleep(session, &given).await,
+        "sigraise" => raise(&given),
+        "abort" => std::process::abort(),
+        name if name.starts_with("zone_") => zones(name, &given),
         name @ ("break" | "remove_break" | "resume" | "wait_break") => {
             Ok(breakpoints::run(session, name, &given.rest).await)
         }
@@ -129,18 +161,12 @@ pub async fn run(session: &mut Session, program: &str, words: &[&str]) -> Outcom
             say!("{}", command.usage());
             Failed
         }
-        Err(Refused {
-            text,
-            reported: true,
-        }) => {
-            complain!("{program}: {text}");
-            Failed
-        }
-        Err(Refused {
-            text,
-            reported: false,
-        }) => {
-            say!("{text}");
+        Err(Refused { text, place }) => {
+            match place {
+                Place::Output => say!("{text}"),
+                Place::Reported => complain!("{program}: {text}"),
+                Place::Bare => complain!("{text}"),
+            }
             Failed
         }
     }
@@ -159,10 +185,23 @@ fn failed(what: &str, error: &Error) -> Outcome {
     Failed
 }
 
+/// How many bytes a command may ask for in one request.
+#[derive(Clone, Copy)]
+enum Limit {
+    /// Of each of the lengths, and of their sum.
+    Vector,
+    /// Of the one length; the text is what the message says of an exception.
+    One(&'static str),
+    /// None.
+    Unbounded,
+}
+
 /// Offset, and the sum and parts of the lengths that follow.
-fn ranges(given: &Given, vectored: bool) -> Result<(u64, u64, Vec<usize>), Refused> {
+fn ranges(given: &Given, limit: Limit) -> Result<(u64, u64, Vec<u64>), Refused> {
     let (offset, lengths) = match given.rest.as_slice() {
-        [offset, lengths @ ..] if !lengths.is_empty() && (vectored || lengths.len() == 1) => {
+        [offset, lengths @ ..]
+            if !lengths.is_empty() && (matches!(limit, Limit::Vector) || lengths.len() == 1) =>
+        {
             (number(offset)?, lengths)
         }
         _ => return refuse(""),
@@ -170,15 +209,27 @@ fn ranges(given: &Given, vectored: bool) -> Result<(u64, u64, Vec<usize>), Refus
     let mut parts = Vec::with_capacity(lengths.len());
     let mut total = 0u64;
     for text in lengths {
-        let len = request_length(text)?;
-        total = total.saturating_add(len);
-        if total > super::line::MAX_REQUEST {
-            return refuse(format!(
-                "length cannot exceed {}, given {text}",
-                super::line::MAX_REQUEST
-            ));
+        let len = number(text)?;
+        match limit {
+            Limit::Vector if len > MAX_REQUEST => {
+                return refuse(format!(
+                    "Argument '{text}' exceeds maximum size {MAX_REQUEST}"
+                ));
+            }
+            Limit::Vector if total + len > MAX_REQUEST => {
+                return refuse(format!(
+                    "The total number of bytes exceed the maximum size {MAX_REQUEST}"
+                ));
+            }
+            Limit::One(but) if len > MAX_REQUEST => {
+                return refuse(format!(
+                    "length cannot exceed {MAX_REQUEST}{but}, given {text}"
+                ));
+            }
+            _ => {}
         }
-        parts.push(len as usize);
+        total += len;
+        parts.push(len);
     }
     Ok((offset, total, parts))
 }
@@ -233,7 +284,13 @@ impl ReadReport {
 
 fn prepare_read(given: &Given, vectored: bool) -> Result<(ReadReport, Vec<usize>), Refused> {
     let byte = given.value('P').map(pattern).transpose()?;
-    let (offset, total, parts) = ranges(given, vectored)?;
+    let limit = if vectored {
+        Limit::Vector
+    } else {
+        Limit::One("")
+    };
+    let (offset, total, parts) = ranges(given, limit)?;
+    let parts = parts.into_iter().map(|len| len as usize).collect();
     if (given.has('s') || given.has('l')) && byte.is_none() {
         return refuse("");
     }
@@ -292,10 +349,10 @@ async fn read_parts(
 
 async fn read(session: &Session, given: &Given, vectored: bool) -> Answer {
     let handle = handle(session)?;
+    let (mut report, parts) = prepare_read(given, vectored)?;
     if given.has('b') {
         return refuse("reading the VM state is not supported yet");
     }
-    let (mut report, parts) = prepare_read(given, vectored)?;
     let flags = if session
         .image
         .as_ref()
@@ -311,12 +368,16 @@ async fn read(session: &Session, given: &Given, vectored: bool) -> Answer {
         .await
     {
         Ok(data) => Ok(report.finish(&data)),
-        Err(error) => Ok(failed("read", &error)),
+        Err(error) => Ok(failed(if vectored { "readv" } else { "read" }, &error)),
     }
 }
 
 fn aio_read(session: &Session, given: &Given) -> Answer {
     let handle = handle(session)?;
+    if given.has('i') {
+        say!("injecting invalid read request");
+        return Ok(Done);
+    }
     let (report, parts) = prepare_read(given, true)?;
     session.start(async move {
         match read_parts(&handle, report.offset, &parts, RequestFlags::empty()).await {
@@ -383,10 +444,17 @@ impl WritePlan {
     }
 }
 
-fn prepare_write(given: &Given, vectored: bool) -> Result<WritePlan, Refused> {
+/// Which of the commands that write.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum WriteCommand {
+    Write,
+    Writev,
+    AioWrite,
+}
+
+fn prepare_write(given: &Given, command: WriteCommand) -> Result<WritePlan, Refused> {
     let mut flags = RequestFlags::empty();
     let zero = given.has('z');
-    let sources = usize::from(zero) + usize::from(given.has('P')) + usize::from(given.has('s'));
     for (letter, flag) in [
         ('f', RequestFlags::FUA),
         ('u', RequestFlags::MAY_UNMAP),
@@ -397,14 +465,11 @@ fn prepare_write(given: &Given, vectored: bool) -> Result<WritePlan, Refused> {
             flags |= flag;
         }
     }
-    if given.has('b') && given.has('c') {
-        return refuse("-b and -c cannot be specified at the same time");
-    }
-    if given.has('b') {
-        return refuse("writing the VM state is not supported yet");
-    }
     if given.has('b') && zero {
         return refuse("-b and -z cannot be specified at the same time");
+    }
+    if given.has('f') && (given.has('b') || given.has('c')) {
+        return refuse("-f and -b or -c cannot be specified at the same time");
     }
     if given.has('n') && !zero {
         return refuse("-n requires -z to be specified");
@@ -412,23 +477,36 @@ fn prepare_write(given: &Given, vectored: bool) -> Result<WritePlan, Refused> {
     if given.has('u') && !zero {
         return refuse("-u requires -z to be specified");
     }
-    if given.has('c') && zero {
-        return refuse("-c and -z cannot be specified at the same time");
-    }
-    if sources > 1 {
+    let sources = usize::from(zero) + usize::from(given.has('P')) + usize::from(given.has('s'));
+    if sources > 1 && command == WriteCommand::Write {
         return refuse("Only one of -z, -P, and -s can be specified at the same time");
     }
+    if zero {
+        // There is nothing to compress.
+        flags -= RequestFlags::WRITE_COMPRESSED;
+    }
     let byte = given.value('P').map(pattern).transpose()?.unwrap_or(0xcd);
-    let file = given.value('s');
-    let (offset, total, parts) = ranges(given, vectored)?;
+    if zero && command == WriteCommand::AioWrite && given.rest.len() > 2 {
+        return refuse("-z supports only a single length parameter");
+    }
+    let limit = match command {
+        WriteCommand::Write if given.has('n') => Limit::Unbounded,
+        WriteCommand::Write => Limit::One(" without -n"),
+        WriteCommand::AioWrite if zero => Limit::Unbounded,
+        WriteCommand::Writev | WriteCommand::AioWrite => Limit::Vector,
+    };
+    let (offset, total, parts) = ranges(given, limit)?;
+    if given.has('b') {
+        return refuse("writing the VM state is not supported yet");
+    }
     let payload = if zero {
         Payload::Zeroes
-    } else if let Some(name) = file {
+    } else if let Some(name) = given.value('s') {
         Payload::Data(IoBuf::from(pattern_file(name, total as usize)?))
     } else {
         let mut all = IoBuf::new();
         for len in parts {
-            let mut part = Buffer::try_new(len)?;
+            let mut part = Buffer::try_new(len as usize)?;
             part.fill(byte);
             all.append(IoBuf::from(part));
         }
@@ -450,9 +528,9 @@ fn pattern_file(name: &str, len: usize) -> Result<Buffer, Refused> {
     let mut content = Vec::new();
     std::fs::File::open(name)
         .and_then(|file| file.take(len as u64).read_to_end(&mut content))
-        .map_err(|error| format!("{name}: {}", Error::from(error).kind().strerror()))?;
+        .map_err(|error| on_stderr(format!("{name}: {}", Error::from(error).kind().strerror())))?;
     if content.is_empty() {
-        return refuse(format!("{name}: file is empty"));
+        return Err(on_stderr(format!("{name}: file is empty")));
     }
     let mut data = Buffer::try_new(len)?;
     for chunk in data.chunks_mut(content.len()) {
@@ -461,15 +539,19 @@ fn pattern_file(name: &str, len: usize) -> Result<Buffer, Refused> {
     Ok(data)
 }
 
-async fn write(session: &Session, given: &Given, vectored: bool) -> Answer {
+async fn write(session: &Session, given: &Given, command: WriteCommand) -> Answer {
     let handle = handle(session)?;
-    let plan = prepare_write(given, vectored)?;
+    let plan = prepare_write(given, command)?;
     Ok(session.drive(plan.run(&handle, "write")).await)
 }
 
 fn aio_write(session: &Session, given: &Given) -> Answer {
     let handle = handle(session)?;
-    let plan = prepare_write(given, true)?;
+    if given.has('i') {
+        say!("injecting invalid write request");
+        return Ok(Done);
+    }
+    let plan = prepare_write(given, WriteCommand::AioWrite)?;
     session.start(async move {
         plan.run(&handle, "aio_write").await;
     });
@@ -488,11 +570,10 @@ async fn discard(session: &Session, given: &Given) -> Answer {
         return refuse("");
     };
     let (offset, len) = (number(offset)?, number(len)?);
-    if len > super::line::MAX_REQUEST {
+    if len > MAX_REQUEST {
         let text = format!(
             "length cannot exceed {}, given {}",
-            super::line::MAX_REQUEST,
-            given.rest[1]
+            MAX_REQUEST, given.rest[1]
         );
         return refuse(text);
     }
@@ -521,6 +602,7 @@ async fn alloc(session: &Session, given: &Given) -> Answer {
         _ => return refuse(""),
     };
     let node = handle.node();
+    let count = count.min(handle.length().saturating_sub(offset));
     let mut at = offset;
     let end = offset.saturating_add(count);
     let mut sum = 0;
@@ -590,7 +672,7 @@ fn length(session: &Session) -> Answer {
 
 async fn truncate(session: &Session, given: &Given) -> Answer {
     let handle = handle(session)?;
-    let [length] = given.rest.as_slice() else {
+    let [length, ..] = given.rest.as_slice() else {
         return refuse("");
     };
     let preallocation = match given.value('m') {
@@ -599,11 +681,7 @@ async fn truncate(session: &Session, given: &Given) -> Answer {
         Some("falloc") => Preallocation::Falloc,
         Some("full") => Preallocation::Full,
         Some(other) => {
-            let text = format!("Invalid preallocation mode '{other}'");
-            return Err(Refused {
-                text,
-                reported: true,
-            });
+            return Err(reported(format!("Invalid preallocation mode '{other}'")));
         }
     };
     let length = number(length)?;
@@ -675,13 +753,39 @@ fn print_tree(value: &serde_json::Value, depth: usize) {
     }
 }
 
+/// Whoever raises a signal wants to see what becomes of the image.
+fn raise(given: &Given) -> Answer {
+    let [signal] = given.rest.as_slice() else {
+        return refuse("");
+    };
+    let signal = number(signal)?;
+    crate::common::output::flush_out();
+    if let Some(signal) = i32::try_from(signal).ok().filter(|signal| *signal > 0) {
+        signal_hook::low_level::raise(signal).map_err(Error::from)?;
+    }
+    Ok(Done)
+}
+
+/// No storage that this program opens is zoned.
+fn zones(command: &str, given: &Given) -> Answer {
+    for text in &given.rest {
+        number(text)?;
+    }
+    let what = command.replace('_', " ");
+    say!("{what} failed: {}", ErrorKind::NotSupported.strerror());
+    Ok(Failed)
+}
+
 async fn sleep(session: &Session, given: &Given) -> Answer {
     let [time] = given.rest.as_slice() else {
         return refuse("");
     };
-    let millis: u64 = time
-        .parse()
-        .map_err(|_| format!("{time} is not a valid number"))?;
+    let hex = time.strip_prefix("0x").or_else(|| time.strip_prefix("0X"));
+    let millis = match hex {
+        Some(hex) => u64::from_str_radix(hex, 16),
+        None => time.parse(),
+    };
+    let millis = millis.map_err(|_| format!("{time} is not a valid number"))?;
     let time = std::time::Duration::from_millis(millis);
     session.drive(session.env().sleep(time)).await;
     Ok(Done)
@@ -689,18 +793,14 @@ async fn sleep(session: &Session, given: &Given) -> Answer {
 
 async fn open(session: &mut Session, program: &str, given: &Given) -> Answer {
     if session.image.is_some() {
-        let text = "file open already, try 'help close'".to_owned();
-        return Err(Refused {
-            text,
-            reported: true,
-        });
+        return Err(reported("file open already, try 'help close'"));
     }
     if given.has('s') {
         return refuse("snapshot=on is not supported yet");
     }
     let name = match given.rest.as_slice() {
-        [] if given.has('o') => "",
-        [name] => name,
+        [] if given.has('o') => None,
+        [name] => Some(name.as_str()),
         _ => return refuse(""),
     };
     let how = OpenHow {
@@ -719,6 +819,7 @@ async fn open(session: &mut Session, program: &str, given: &Given) -> Answer {
         options: given.value('o').map(str::to_owned).into_iter().collect(),
         ..OpenHow::default()
     };
+    how.check()?;
     if let Err(error) = session.open(name, &how).await {
         super::print_open_error(program, name, &error);
         return Ok(Failed);
@@ -728,7 +829,7 @@ async fn open(session: &mut Session, program: &str, given: &Given) -> Answer {
 
 async fn reopen(session: &mut Session, program: &str, given: &Given) -> Answer {
     if given.has('r') && given.has('w') {
-        return refuse("Only one -r/-c option can be given");
+        return Err(reported("Only one -r/-w option may be given"));
     }
     if !given.rest.is_empty() {
         return refuse("");
@@ -739,7 +840,14 @@ async fn reopen(session: &mut Session, program: &str, given: &Given) -> Answer {
     };
     let mut changes = Reopen::default();
     if let Some(text) = given.value('o') {
-        changes.options = block_core::Options::from_text(text)?.0;
+        let options = block_core::Options::from_text(text)?.0;
+        if (given.has('r') || given.has('w')) && options.contains_key("read-only") {
+            return Err(reported("Cannot set both -r/-w and 'read-only'"));
+        }
+        if given.has('c') && options.contains_key("cache") {
+            return Err(reported("Cannot set both -c and the cache options"));
+        }
+        changes.options = options;
     }
     if let Some(mode) = given.value('c') {
         let (direct, no_flush, through) = cache_mode(mode)?;

@@ -107,6 +107,16 @@ const AIO: &str = "
 /// All commands, in the order of `help`.
 pub const COMMANDS: &[Command] = &[
     command(
+        "abort",
+        "",
+        "",
+        "simulate a program crash using abort(3)",
+        "",
+        false,
+        (0, Some(0)),
+        "",
+    ),
+    command(
         "aio_flush",
         "",
         "",
@@ -119,7 +129,7 @@ pub const COMMANDS: &[Command] = &[
     command(
         "aio_read",
         "",
-        "[-Cqv] [-P pattern] off len [len..]",
+        "[-Ciqrv] [-P pattern] off len [len..]",
         "asynchronously reads a number of bytes",
         "CiP:qrv",
         false,
@@ -129,7 +139,7 @@ pub const COMMANDS: &[Command] = &[
     command(
         "aio_write",
         "",
-        "[-Cfquz] [-P pattern] off len [len..]",
+        "[-Cfiqruz] [-P pattern] off len [len..]",
         "asynchronously writes a number of bytes",
         "CfiP:qruz",
         true,
@@ -228,13 +238,13 @@ pub const COMMANDS: &[Command] = &[
         "prints the allocated areas of a file",
         "",
         false,
-        (0, Some(1)),
+        (0, Some(0)),
         "",
     ),
     command(
         "open",
         "o",
-        "[-rCnkU] [-t cache] [-d discard] [-i aio] [-o options] [path]",
+        "[-rsCnkU] [-t cache] [-d discard] [-o options] [path]",
         "open the file specified by path",
         "rsCnkUt:d:i:o:",
         false,
@@ -248,7 +258,7 @@ pub const COMMANDS: &[Command] = &[
         "exit the program",
         "",
         false,
-        (0, Some(0)),
+        (0, None),
         "",
     ),
     command(
@@ -296,6 +306,16 @@ pub const COMMANDS: &[Command] = &[
         "",
         "tag",
         "resumes the request tagged as tag",
+        "",
+        false,
+        (1, Some(1)),
+        "",
+    ),
+    command(
+        "sigraise",
+        "",
+        "signal",
+        "raises a signal",
         "",
         false,
         (1, Some(1)),
@@ -351,6 +371,66 @@ pub const COMMANDS: &[Command] = &[
         (2, None),
         WRITEV,
     ),
+    command(
+        "zone_append",
+        "zap",
+        "offset len [len..]",
+        "append write a number of bytes at a specified offset",
+        "",
+        false,
+        (3, Some(4)),
+        "",
+    ),
+    command(
+        "zone_close",
+        "zc",
+        "offset len",
+        "close a range of zones in zone block device",
+        "",
+        false,
+        (2, Some(2)),
+        "",
+    ),
+    command(
+        "zone_finish",
+        "zf",
+        "offset len",
+        "finish a range of zones in zone block device",
+        "",
+        false,
+        (2, Some(2)),
+        "",
+    ),
+    command(
+        "zone_open",
+        "zo",
+        "offset len",
+        "explicit open a range of zones in zone block device",
+        "",
+        false,
+        (2, Some(2)),
+        "",
+    ),
+    command(
+        "zone_report",
+        "zrp",
+        "offset number",
+        "report zone information",
+        "",
+        false,
+        (2, Some(2)),
+        "",
+    ),
+    command(
+        "zone_reset",
+        "zrs",
+        "offset len",
+        "reset a zone write pointer in zone block device",
+        "",
+        false,
+        (2, Some(2)),
+        "",
+    ),
 ];
 
 /// The command called `name`.
@@ -363,17 +443,26 @@ pub fn find(name: &str) -> Option<&'static Command> {
 impl Command {
     /// The usage line.
     pub fn usage(&self) -> String {
-        format!("{} {} -- {}", self.name, self.arguments, self.line)
+        self.usage_as(self.name)
     }
 
-    /// Whether as many words follow as may.
-    pub fn check_count(&self, args: &[&str]) -> Result<(), String> {
+    /// The usage line of the command that was called by this one of its names.
+    fn usage_as(&self, name: &str) -> String {
+        let space = if self.arguments.is_empty() && self.name != "map" {
+            ""
+        } else {
+            " "
+        };
+        format!("{name}{space}{} -- {}", self.arguments, self.line)
+    }
+
+    /// Whether as many words follow `name`, one of the command's, as may.
+    pub fn check_count(&self, name: &str, args: &[&str]) -> Result<(), String> {
         let count = args.len();
         let (least, most) = self.count;
         if count < least && most.is_none() {
             return Err(format!(
-                "bad argument count {count} to {}, expected at least {least} arguments",
-                self.name
+                "bad argument count {count} to {name}, expected at least {least} arguments"
             ));
         }
         if let Some(most) = most
@@ -385,8 +474,7 @@ impl Command {
                 format!("between {least} and {most} arguments")
             };
             return Err(format!(
-                "bad argument count {count} to {}, expected {expected}",
-                self.name
+                "bad argument count {count} to {name}, expected {expected}"
             ));
         }
         Ok(())
@@ -406,7 +494,7 @@ pub fn show(name: Option<&str>) -> Outcome {
         say!("command {name} not found");
         return Outcome::Failed;
     };
-    say!("{}", command.usage());
+    say!("{}", command.usage_as(name));
     if !command.more.is_empty() {
         say!("{}", command.more);
     }

@@ -26,6 +26,11 @@ impl Given {
     /// The message that getopt prints.
     pub fn parse(command: &str, spec: &str, args: &[&str]) -> Result<Self, String> {
         let mut given = Self::default();
+        if spec.is_empty() {
+            // Such commands don't look for any.
+            given.rest = args.iter().map(|arg| (*arg).to_owned()).collect();
+            return Ok(given);
+        }
         let mut args = args.iter();
         let mut only_rest = false;
         while let Some(arg) = args.next() {
@@ -85,28 +90,19 @@ impl Given {
 /// # Errors
 /// The message that qemu-io prints.
 pub fn number(text: &str) -> Result<u64, String> {
-    match parse_size(text) {
-        Ok(value) if i64::try_from(value).is_ok() => Ok(value),
-        Ok(_) => Err(format!("Parsing error: argument too large -- {text}")),
-        Err(error) if error.kind() == block_core::ErrorKind::TooBig => {
-            Err(format!("Parsing error: argument too large -- {text}"))
-        }
+    let (negative, digits) = match text.strip_prefix('-') {
+        Some(digits) => (true, digits),
+        None => (false, text.strip_prefix('+').unwrap_or(text)),
+    };
+    let too_large = || Err(format!("Parsing error: argument too large -- {text}"));
+    match parse_size(digits) {
+        Ok(value) if i64::try_from(value).is_ok() && (!negative || value == 0) => Ok(value),
+        Ok(_) => too_large(),
+        Err(error) if error.kind() == block_core::ErrorKind::TooBig => too_large(),
         Err(_) => Err(format!(
             "Parsing error: non-numeric argument, or extraneous/unrecognized suffix -- {text}"
         )),
     }
-}
-
-/// The length of a data request.
-///
-/// # Errors
-/// The message that qemu-io prints.
-pub fn request_length(text: &str) -> Result<u64, String> {
-    let value = number(text)?;
-    if value > MAX_REQUEST {
-        return Err(format!("length cannot exceed {MAX_REQUEST}, given {text}"));
-    }
-    Ok(value)
 }
 
 /// A pattern byte, decimal, octal or hexadecimal.
@@ -153,9 +149,10 @@ mod tests {
             pattern("300").unwrap_err(),
             "300 is not a valid pattern byte"
         );
+        assert_eq!(number("+1k"), Ok(1024));
         assert_eq!(
-            request_length("100G").unwrap_err(),
-            "length cannot exceed 2147483136, given 100G"
+            number("-1").unwrap_err(),
+            "Parsing error: argument too large -- -1"
         );
     }
 }

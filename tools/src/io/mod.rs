@@ -64,8 +64,21 @@ enum Parsed {
     Version,
 }
 
+/// Why the command line was refused.
+struct Wrong {
+    text: String,
+    /// It is told how to call the program.
+    usage: bool,
+}
+
+impl From<String> for Wrong {
+    fn from(text: String) -> Self {
+        Self { text, usage: true }
+    }
+}
+
 /// getopt_long, as far as this program needs it.
-fn parse(program: &str, args: &[String]) -> Result<Parsed, String> {
+fn parse(program: &str, args: &[String]) -> Result<Parsed, Wrong> {
     const LONG: [(&str, char, bool); 15] = [
         ("object", 'O', true),
         ("image-opts", 'I', false),
@@ -110,7 +123,7 @@ fn parse(program: &str, args: &[String]) -> Result<Parsed, String> {
                         None
                     })
             else {
-                return Err(format!("{program}: unrecognized option '{arg}'"));
+                return Err(format!("{program}: unrecognized option '{arg}'").into());
             };
             let value = match (takes, inline) {
                 (true, Some(value)) => value,
@@ -136,7 +149,7 @@ fn parse(program: &str, args: &[String]) -> Result<Parsed, String> {
                     break;
                 }
                 if !SHORT.contains(letter) {
-                    return Err(format!("{program}: invalid option -- '{letter}'"));
+                    return Err(format!("{program}: invalid option -- '{letter}'").into());
                 }
                 options.push((letter, String::new()));
             }
@@ -161,28 +174,30 @@ fn parse(program: &str, args: &[String]) -> Result<Parsed, String> {
             'U' => parsed.how.force_share = true,
             'I' => parsed.how.image_opts = true,
             'O' => parsed.objects.push(Secret::new(value)),
-            's' => return Err(format!("{program}: --snapshot is not supported yet")),
+            's' => return Err(format!("{program}: --snapshot is not supported yet").into()),
             _ => {}
         }
     }
     if parsed.how.image_opts && parsed.how.format.is_some() {
-        return Err(format!(
-            "{program}: --image-opts and -f are mutually exclusive"
-        ));
+        return Err(Wrong {
+            text: format!("{program}: --image-opts and -f are mutually exclusive"),
+            usage: false,
+        });
     }
     if rest.len() > 1 {
-        return Err(format!("{program}: only one file can be opened"));
+        return Err(String::new().into());
     }
     parsed.file = rest.pop();
     Ok(Parsed::Run(Box::new(parsed)))
 }
 
 /// Prints why an image can't be opened: as `qemu-io` in its words, as `blk` with all that the error knows.
-fn print_open_error(program: &str, name: &str, error: &Error) {
+fn print_open_error(program: &str, name: Option<&str>, error: &Error) {
+    let device = name.map_or(String::new(), |name| format!(" device {name}"));
     if program == Program::QemuIo.name() {
-        complain!("{program}: can't open device {name}: {}", error.reason());
+        complain!("{program}: can't open{device}: {}", error.reason());
     } else {
-        complain!("{program}: can't open device {name}: {error}");
+        complain!("{program}: can't open{device}: {error}");
     }
 }
 
@@ -210,9 +225,13 @@ async fn main(program: &str, args: &[String], graph: Arc<Graph>, registry: Arc<R
             say!("{program} version {}", env!("CARGO_PKG_VERSION"));
             return 0;
         }
-        Err(text) => {
-            complain!("{text}");
-            crate::common::output::write_err(format_args!("{USAGE}"));
+        Err(Wrong { text, usage }) => {
+            if !text.is_empty() {
+                complain!("{text}");
+            }
+            if usage {
+                put!("{USAGE}");
+            }
             return 1;
         }
     };
@@ -222,10 +241,17 @@ async fn main(program: &str, args: &[String], graph: Arc<Graph>, registry: Arc<R
         complain!("{program}: {}", error.reason());
         return 1;
     }
-    let mut session = Session::new(graph, registry);
+    if let Err(error) = arguments.how.check() {
+        complain!("{program}: {}", error.reason());
+        return 1;
+    }
+    let qemu = (program == Program::QemuIo.name()).then_some("qemu-io");
+    let mut session = Session::new(graph, registry, qemu);
     if let Some(name) = &arguments.file
-        && let Err(error) = session.open(name, &arguments.how).await
+        && let Err(error) = session.open(Some(name), &arguments.how).await
     {
+        // Options have no name.
+        let name = (!arguments.how.image_opts).then_some(name.as_str());
         print_open_error(program, name, &error);
         return 1;
     }

@@ -8,6 +8,8 @@ use block_core::{
 };
 use futures::{StreamExt, stream::FuturesUnordered};
 
+use crate::common::open::{warn_of_empty_backing, warn_of_probed_raw};
+
 /// How an image is to be opened.
 #[derive(Debug, Clone, Default)]
 pub struct OpenHow {
@@ -49,6 +51,7 @@ type Background = Pin<Box<dyn Future<Output = ()> + Send>>;
 pub struct Session {
     graph: Arc<Graph>,
     registry: Arc<Registry>,
+    qemu: Option<&'static str>,
     /// The image, if one is open.
     pub image: Option<Image>,
     /// Requests of `aio_read` and `aio_write`; they take their tickets in the order of the commands and are polled
@@ -71,34 +74,43 @@ pub fn cache_mode(mode: &str) -> Result<(bool, bool, bool)> {
     }
 }
 
+impl OpenHow {
+    /// Refuses modes that there aren't.
+    ///
+    /// # Errors
+    /// The mode's name.
+    pub fn check(&self) -> Result<()> {
+        self.cache.as_deref().map(cache_mode).transpose()?;
+        self.discard.as_deref().map(discard_mode).transpose()?;
+        self.aio.as_deref().map(aio_engine).transpose()?;
+        Ok(())
+    }
+}
+
 impl Session {
-    /// Nothing is open.
-    pub fn new(graph: Arc<Graph>, registry: Arc<Registry>) -> Self {
+    /// Nothing is open. `qemu` is the program's name if it is one of qemu's.
+    pub fn new(graph: Arc<Graph>, registry: Arc<Registry>, qemu: Option<&'static str>) -> Self {
         Self {
             graph,
             registry,
+            qemu,
             image: None,
             background: RefCell::default(),
         }
     }
 
-    /// Opens an image.
+    /// Opens an image. Options may stand in the place of a name.
     ///
     /// # Errors
     /// What the drivers report; the reason names the file.
-    pub async fn open(&mut self, name: &str, how: &OpenHow) -> Result<()> {
+    pub async fn open(&mut self, name: Option<&str>, how: &OpenHow) -> Result<()> {
         let mut node = Options::new();
         node.set("read-only", how.read_only);
         if how.force_share {
             node.set("force-share", true);
         }
-        match how.discard.as_deref() {
-            None => {}
-            Some("ignore" | "off") => node.set("discard", "ignore"),
-            Some("unmap" | "on") => node.set("discard", "unmap"),
-            Some(other) => {
-                return Err(Error::invalid(format!("Invalid discard option: {other}")));
-            }
+        if let Some(mode) = &how.discard {
+            node.set("discard", discard_mode(mode)?);
         }
         let mut write_through = true;
         if let Some(mode) = &how.cache {
@@ -118,37 +130,51 @@ impl Session {
             implicit: ImplicitOpens::Permit,
             ..OpenOptions::default()
         };
-        let opened = if how.image_opts {
-            let mut options = Options::from_text(name)?;
-            for (key, value) in node.0 {
-                options.set(&key, value);
+        let mut probed = how.format.is_none();
+        let opened = match name.filter(|_| !how.image_opts) {
+            None => {
+                let mut options = Options::from_text(name.unwrap_or_default())?;
+                for (key, value) in node.0 {
+                    options.set(&key, value);
+                }
+                warn_of_empty_backing(self.qemu, &options);
+                probed &= options.get("driver").is_none();
+                self.registry.open(&self.graph, options, opens).await?
             }
-            self.registry.open(&self.graph, options, opens).await?
-        } else if node.get("driver").is_some() && how.format.is_none() {
-            // `open -o driver=…,file.filename=…`: the options say it all, the name (if any) is the file's.
-            if !name.is_empty() {
-                node.set_default("filename", name);
-            }
-            self.registry.open(&self.graph, node, opens).await?
-        } else {
-            let format = how.format.as_deref();
-            match how.aio.as_deref() {
-                None => {
+            Some(name) => {
+                let format = match node.take_str("driver")? {
+                    Some(driver) => Some(driver),
+                    None => how.format.clone(),
+                };
+                probed &= format.is_none() && !name.starts_with("json:");
+                if let Some(json) = name.strip_prefix("json:") {
+                    warn_of_empty_backing(self.qemu, &Options::from_json(json)?);
+                }
+                warn_of_empty_backing(self.qemu, &node);
+                if let Some(aio) = &how.aio {
+                    let mut file = self.registry.filename_options(name)?;
+                    file.set("aio", aio_engine(aio)?);
+                    node.set("file", serde_json::Value::Object(file.0));
+                    if let Some(format) = &format {
+                        node.set("driver", format.as_str());
+                    }
+                    self.registry.open(&self.graph, node, opens).await?
+                } else {
+                    let format = format.as_deref();
                     self.registry
                         .open_file(&self.graph, name, format, node, opens)
                         .await?
                 }
-                Some(aio) => {
-                    let mut file = self.registry.filename_options(name)?;
-                    file.set("aio", aio_engine(aio)?);
-                    node.set("file", serde_json::Value::Object(file.0));
-                    if let Some(format) = format {
-                        node.set("driver", format);
-                    }
-                    self.registry.open(&self.graph, node, opens).await?
-                }
             }
         };
+        if probed && !how.read_only && opened.driver().name() == "raw" {
+            let filename = opened.filename();
+            warn_of_probed_raw(filename.as_deref().or(name).unwrap_or_default());
+        }
+        if how.copy_on_read && how.read_only {
+            let _ = self.graph.release(&opened).await;
+            return Err(Error::invalid("Can't use copy-on-read on read-only device"));
+        }
         match self.attach(&opened, how) {
             Ok(handle) => {
                 handle.set_write_through(write_through);
@@ -253,11 +279,20 @@ impl Session {
     }
 }
 
+/// How discards are treated in a discard mode.
+fn discard_mode(mode: &str) -> Result<&'static str> {
+    match mode {
+        "ignore" | "off" => Ok("ignore"),
+        "unmap" | "on" => Ok("unmap"),
+        other => Err(Error::invalid(format!("Invalid discard option: {other}"))),
+    }
+}
+
 /// The engine that an AIO mode of qemu-io's stands for.
 fn aio_engine(mode: &str) -> Result<&'static str> {
     match mode {
         "threads" => Ok("threads"),
         "native" | "io_uring" => Ok("io_uring"),
-        other => Err(Error::invalid(format!("Invalid AIO option: {other}"))),
+        other => Err(Error::invalid(format!("Invalid aio option: {other}"))),
     }
 }

@@ -10,7 +10,7 @@ use std::{
     fs,
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
-    process::{Command, Output},
+    process::{Command, Output, Stdio},
 };
 
 use serde_json::Value;
@@ -33,21 +33,26 @@ pub fn qemu_is_installed() -> bool {
     found
 }
 
+/// Runs a shell script in `dir`.
+fn make(setup: &str, dir: &Path) {
+    let made = Command::new("bash")
+        .args(["-ec", setup])
+        .current_dir(dir)
+        .output()
+        .unwrap();
+    assert!(
+        made.status.success(),
+        "{}",
+        String::from_utf8_lossy(&made.stderr)
+    );
+}
+
 impl SideBySide {
     /// Runs the shell script `setup` with qemu's programs, and gives both sides its result.
     pub fn new(setup: &str) -> Self {
         let theirs = tempfile::tempdir().unwrap();
         let ours = tempfile::tempdir().unwrap();
-        let made = Command::new("bash")
-            .args(["-ec", setup])
-            .current_dir(theirs.path())
-            .output()
-            .unwrap();
-        assert!(
-            made.status.success(),
-            "{}",
-            String::from_utf8_lossy(&made.stderr)
-        );
+        make(setup, theirs.path());
         let copied = Command::new("cp")
             .arg("-a")
             .arg(theirs.path().join("."))
@@ -55,6 +60,21 @@ impl SideBySide {
             .status()
             .unwrap();
         assert!(copied.success());
+        Self {
+            theirs,
+            ours,
+            differences: Vec::new(),
+            commands: 0,
+        }
+    }
+
+    /// Runs the shell script `setup` with qemu's programs once for each side. A copy of a file that is preallocated isn't: where that
+    /// matters, images are made twice.
+    pub fn made_twice(setup: &str) -> Self {
+        let (theirs, ours) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        for side in [&theirs, &ours] {
+            make(setup, side.path());
+        }
         Self {
             theirs,
             ours,
@@ -89,6 +109,50 @@ impl SideBySide {
         if a != b {
             self.differences
                 .push(format!("qemu-img {line}\n  theirs: {a:?}\n  ours:   {b:?}"));
+        }
+    }
+
+    /// Runs one command line on both sides; what is printed on standard output has to be the same to the letter, places in files included.
+    pub fn places(&mut self, line: &str) {
+        let args: Vec<&str> = line.split_whitespace().collect();
+        let theirs = Self::run(Path::new("qemu-img"), self.theirs.path(), &args);
+        let blk = Path::new(env!("CARGO_BIN_EXE_blk"));
+        let ours = Self::run(blk, self.ours.path(), &args);
+        self.commands += 1;
+        if theirs != ours {
+            self.differences.push(format!(
+                "qemu-img {line}\n  theirs: {theirs:?}\n  ours:   {ours:?}"
+            ));
+        }
+    }
+
+    /// Runs `qemu-io` with these arguments, and `input` to read, on both sides and notes differences.
+    pub fn io(&mut self, args: &[&str], input: &str) {
+        let run = |program: &str, dir: &Path| {
+            use std::io::Write as _;
+            let mut child = Command::new(program)
+                .arg0("qemu-io")
+                .args(args)
+                .current_dir(dir)
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped())
+                .spawn()
+                .unwrap();
+            // A program that has failed already doesn't read it.
+            let _ = child.stdin.take().unwrap().write_all(input.as_bytes());
+            let mut output = child.wait_with_output().unwrap();
+            output.stdout = forget_times(&output.stdout);
+            output
+        };
+        let theirs = run("qemu-io", self.theirs.path());
+        let ours = run(env!("CARGO_BIN_EXE_blk"), self.ours.path());
+        self.commands += 1;
+        let (a, b) = (Said::of(&theirs), Said::of(&ours));
+        if a != b {
+            self.differences.push(format!(
+                "qemu-io {args:?} {input:?}\n  theirs: {a:?}\n  ours:   {b:?}"
+            ));
         }
     }
 
@@ -218,14 +282,25 @@ impl Said {
                 forget_places(&mut value);
                 Text::Json(value)
             }
-            Err(_) => Text::Plain(forget_sizes(&out)),
+            Err(_) => Text::Plain(forget_dates(&forget_sizes(&out))),
         };
         Self {
             status: output.status.code(),
             out,
-            err: String::from_utf8_lossy(&output.stderr).into_owned(),
+            err: forget_numbers(&String::from_utf8_lossy(&output.stderr)),
         }
     }
+}
+
+/// The numbers of nodes that nobody gave a name.
+fn forget_numbers(text: &str) -> String {
+    let mut parts = text.split("#block");
+    let mut kept = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        kept.push_str("#block");
+        kept.push_str(part.trim_start_matches(|c: char| c.is_ascii_digit()));
+    }
+    kept
 }
 
 /// Sizes of files on the host and times are nobody's promise.
@@ -252,6 +327,41 @@ fn forget_sizes(text: &str) -> String {
         }
     }
     lines.join("\n")
+}
+
+/// How long requests took, for people and for machines.
+fn forget_times(out: &[u8]) -> Vec<u8> {
+    let out = String::from_utf8_lossy(out);
+    let lines = out.lines().map(|line| {
+        if let Some((ops, _)) = line.split_once(" ops; ") {
+            return format!("{ops} ops");
+        }
+        match line.split_once(",1,0:00:") {
+            Some((bytes, _)) => format!("{bytes},1"),
+            None => line.to_owned(),
+        }
+    });
+    lines.collect::<Vec<_>>().join("\n").into_bytes()
+}
+
+/// When snapshots were taken: `2026-01-31 12:34:56` in a list of them.
+fn forget_dates(text: &str) -> String {
+    const DATE: &str = "0000-00-00 00:00:00";
+    let is_date = |part: &[u8]| {
+        let digit = |(byte, form): (&u8, u8)| match form {
+            b'0' => byte.is_ascii_digit(),
+            other => *byte == other,
+        };
+        part.iter().zip(DATE.bytes()).all(digit)
+    };
+    let lines = text.lines().map(|line| {
+        let windows = line.as_bytes().windows(DATE.len());
+        match windows.into_iter().position(is_date) {
+            Some(at) => format!("{}{DATE}{}", &line[..at], &line[at + DATE.len()..]),
+            None => line.to_owned(),
+        }
+    });
+    lines.collect::<Vec<_>>().join("\n")
 }
 
 fn forget_places(value: &mut Value) {

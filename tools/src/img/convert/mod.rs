@@ -25,7 +25,7 @@ pub use self::{
 use super::{
     Command,
     args::{self, FORCE_SHARE, IMAGE_OPTS, OBJECT, PROGRESS, QUIET, asks_for_help, option_list},
-    create_options::{CreateOptions, protocol_of},
+    create_options::CreateOptions,
 };
 use crate::common::{
     cache::CacheMode,
@@ -146,8 +146,10 @@ const MAX_SPARSE: u64 = 16 << 20;
 async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     let list = option_list(parsed, "target-options")?;
     let target_format = parsed.get("target-format").unwrap_or("raw");
-    if asks_for_help(list.as_deref()) {
-        return help(session, target_format, parsed);
+    if asks_for_help(list.as_deref()) && !parsed.has("no-create") {
+        let file = parsed.free.last().filter(|_| parsed.free.len() > 1);
+        CreateOptions::print_help(&session.registry, target_format, file.map(String::as_str))?;
+        return Ok(0);
     }
     let arguments = Arguments::read(parsed)?;
     let [sources @ .., target] = parsed.free.as_slice() else {
@@ -336,22 +338,4 @@ impl Arguments {
             rate: rate.filter(|rate| *rate > 0),
         })
     }
-}
-
-fn help(session: &Session, format: &str, parsed: &Parsed) -> Outcome {
-    let factory = session
-        .registry
-        .get(format)
-        .map_err(|_| Failure::new(format!("Unknown file format '{format}'")))?;
-    let protocol = match parsed.free.last() {
-        Some(file) if parsed.free.len() > 1 => Some(
-            session
-                .registry
-                .get(&protocol_of(&session.registry, file)?)?,
-        ),
-        _ => None,
-    };
-    CreateOptions::new(&**factory, protocol.map(|factory| &**factory))
-        .print_help(protocol.is_some());
-    Ok(0)
 }

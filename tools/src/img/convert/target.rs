@@ -181,7 +181,10 @@ async fn create(
     }
     // Whatever `-o` says: the copy is as large as what is copied.
     options.set("size", &length.to_string())?;
-    image::make(session, format, name, options.values())
+    let values = options
+        .for_creation()
+        .map_err(|failure| failure.prefixed(&format!("{name}: error while converting {format}")))?;
+    image::make(session, format, name, values)
         .await
         .map_err(|error| {
             let reason = match error.kind() {
