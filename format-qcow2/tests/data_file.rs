@@ -782,7 +782,7 @@ fn a_power_cut_while_an_overlay_with_a_data_file_is_emptied_shows_its_data_or_wh
         std::fs::write(&below, vec![7; SIZE]).unwrap();
         let backing = format!("backing_file={},backing_fmt=raw", below.display());
         let options = format!("{kind},data_file={},{backing}", data.display());
-        create(&path, &options, SIZE);
+        create_by_qemu(&path, &options, SIZE as u64);
         let storages = [&path, &data].map(|path| Storage::new(std::fs::read(path).unwrap()));
         let below = Storage::new(vec![7; SIZE]);
         let open = "data-file.driver=memory,data-file.name=d,backing.driver=memory,backing.name=b";
