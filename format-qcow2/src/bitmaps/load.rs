@@ -40,7 +40,7 @@ impl Qcow2 {
         self.drop_stale(file, &mut meta, writable).await?;
         let entries = read_directory(file, &meta.header).await?;
         if writable {
-            self.check_recordable(&entries)?;
+            check_recordable(&entries)?;
         }
         let mut seen = NumberSet::default();
         let mut loaded = Vec::with_capacity(entries.len());
@@ -68,7 +68,7 @@ impl Qcow2 {
         }
         self.drop_stale(file, meta, true).await?;
         let entries = read_directory(file, &meta.header).await?;
-        self.check_recordable(&entries)?;
+        check_recordable(&entries)?;
         if self.is_read_only() {
             self.metadata.forget_bitmaps();
             self.claim_directory(&meta.header)?;
@@ -77,30 +77,6 @@ impl Qcow2 {
         let entries = self.take_over(file, meta, entries).await?;
         self.bitmaps.set(entries);
         Ok(())
-    }
-
-    /// Nobody may write to a disk of which writes are to be recorded in a bitmap that can't be kept up to date here.
-    fn check_recordable(&self, entries: &[DirectoryEntry]) -> Result<()> {
-        let records = |entry: &&DirectoryEntry| {
-            entry.is_consistent() && entry.flags.contains(BitmapFlags::AUTO) && !entry.is_ours()
-        };
-        let Some(entry) = entries.iter().find(records) else {
-            return Ok(());
-        };
-        let error = Error::unsupported(format!(
-            "Bitmap '{}' can't be kept up to date: the image can only be opened read-only",
-            entry.display_name()
-        ));
-        let error = if entry.extra.is_empty() {
-            let (least, most) = layout::GRANULARITY.into_inner();
-            let allowed =
-                format!("granularity_bits of {least}..={most}, a name of 1 to 1023 bytes");
-            error.with_field("granularity_bits", entry.granularity_bits, allowed)
-        } else {
-            let allowed = "0, or the flag extra_data_compatible";
-            error.with_field("extra_data_size", entry.extra.len(), allowed)
-        };
-        Err(error)
     }
 
     /// Bitmaps that another program made stale are none; the first writer drops the extension.
@@ -252,6 +228,29 @@ impl Qcow2 {
         let first = pointer.directory_offset >> self.geometry.cluster_bits();
         Some(first..first + self.geometry.clusters_for(pointer.directory_size))
     }
+}
+
+/// Nobody may write to a disk of which writes are to be recorded in a bitmap that can't be kept up to date here.
+fn check_recordable(entries: &[DirectoryEntry]) -> Result<()> {
+    let records = |entry: &&DirectoryEntry| {
+        entry.is_consistent() && entry.flags.contains(BitmapFlags::AUTO) && !entry.is_ours()
+    };
+    let Some(entry) = entries.iter().find(records) else {
+        return Ok(());
+    };
+    let error = Error::unsupported(format!(
+        "Bitmap '{}' can't be kept up to date: the image can only be opened read-only",
+        entry.display_name()
+    ));
+    let error = if entry.extra.is_empty() {
+        let (least, most) = layout::GRANULARITY.into_inner();
+        let allowed = format!("granularity_bits of {least}..={most}, a name of 1 to 1023 bytes");
+        error.with_field("granularity_bits", entry.granularity_bits, allowed)
+    } else {
+        let allowed = "0, or the flag extra_data_compatible";
+        error.with_field("extra_data_size", entry.extra.len(), allowed)
+    };
+    Err(error)
 }
 
 /// Reads the directory that the header points to; none when the autoclear bit says that it isn't to be trusted.
