@@ -251,7 +251,7 @@ impl BlockDriver for Qcow2 {
     }
 
     fn capabilities(&self) -> Capabilities {
-        let mut can = Capabilities::BACKING | Capabilities::CHECK | Capabilities::TRY_MAP;
+        let mut can = Capabilities::CHECK | Capabilities::TRY_MAP;
         if !self.is_view && (self.geometry.has_zero_flag() || self.bitmaps.is_pending()) {
             can |= Capabilities::PERSISTENT_BITMAPS;
         }
@@ -259,7 +259,6 @@ impl BlockDriver for Qcow2 {
             can |= Capabilities::WRITE
                 | Capabilities::WRITE_ZEROES
                 | Capabilities::DISCARD
-                | Capabilities::COMPRESSED
                 | Capabilities::REPAIR
                 | Capabilities::TRUNCATE
                 | Capabilities::AMEND
@@ -267,9 +266,14 @@ impl BlockDriver for Qcow2 {
                 | Capabilities::MAKE_EMPTY;
         }
         if !self.is_read_only() && !self.geometry.has_data_file() {
-            can |= Capabilities::SNAPSHOTS;
+            // What is in a data file has its own place there, and none for less than a cluster.
+            can |= Capabilities::SNAPSHOTS | Capabilities::COMPRESSED;
         }
         let backing = self.names_backing.load(Ordering::Acquire);
+        let is_raw = self.geometry.has_data_file() && self.raw_data.load(Ordering::Acquire);
+        if backing || !is_raw {
+            can |= Capabilities::BACKING;
+        }
         if self.geometry.has_zero_flag() || !backing {
             can |= Capabilities::DISCARD_ZEROES;
         }

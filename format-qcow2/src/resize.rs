@@ -311,7 +311,12 @@ impl Qcow2 {
         let end = ClusterIndex(self.length().div_ceil(self.geometry.cluster_size()));
         self.change_clusters(request, ClusterIndex(0), end, Change::Full)
             .await?;
-        self.write_back(request).await
+        self.write_back(request).await?;
+        // Not before a cut of the power can't bring back the links: what is below would be hidden by zeroes.
+        if self.geometry.has_data_file() && self.settings.pass_discard_snapshot() {
+            self.punch(self.data(request)?, &[(0, end.0)]).await;
+        }
+        Ok(())
     }
 
     /// Reads the L1 table that a header points to.

@@ -814,3 +814,68 @@ fn a_power_cut_while_a_disk_with_a_data_file_grows_reveals_nothing_behind_its_ol
         assert!(grown > 0 && grown < 12 * log.len(), "{grown}");
     }
 }
+
+/// A commit empties the image whose data it has put into the backing file. What is there of either may be seen afterwards, and
+/// nothing else: zeroes in the place of both would be the loss of it.
+#[test]
+fn a_power_cut_while_an_overlay_with_a_data_file_is_emptied_shows_its_data_or_what_is_below() {
+    const SIZE: usize = 24 * BLOCK;
+    for kind in ["cluster_size=4k", "cluster_size=16k,extended_l2=on"] {
+        let scratch = tempfile::tempdir().unwrap();
+        let (path, data) = (scratch.path().join("a"), scratch.path().join("d"));
+        let below = scratch.path().join("b");
+        std::fs::write(&below, vec![7; SIZE]).unwrap();
+        let backing = format!("backing_file={},backing_fmt=raw", below.display());
+        let options = format!("{kind},data_file={},{backing}", data.display());
+        create_by_qemu(&path, &options, SIZE as u64);
+        let storages = [&path, &data].map(|path| Storage::new(std::fs::read(path).unwrap()));
+        let below = Storage::new(vec![7; SIZE]);
+        let open = "data-file.driver=memory,data-file.name=d,backing.driver=memory,backing.name=b";
+        let log = JointLog::default();
+        let rig = Rig::new();
+        let start = rig.block_on(async {
+            rig.storages.add("d", &storages[1]);
+            rig.storages.add("b", &below);
+            let handle = rig.open_storage(&storages[0], open).await.unwrap();
+            write(&handle, 0, SIZE as u64, 5).await.unwrap();
+            handle.flush().await.unwrap();
+            let start = [0, 1].map(|which: usize| storages[which].state.lock().data.clone());
+            for (which, storage) in storages.iter().enumerate() {
+                storage.log_to(which, &log);
+            }
+            handle.make_empty().await.unwrap();
+            let disk = handle.read(0, SIZE).await.unwrap();
+            assert_same(&disk, &vec![7; SIZE], kind);
+            rig.close(handle).await.unwrap();
+            start
+        });
+        let held = storages[1].state.lock().data.clone();
+        assert!(
+            held.iter().all(|byte| *byte == 0),
+            "its space is given back"
+        );
+        let log = std::mem::take(&mut *log.lock());
+        let mut rng = SmallRng::seed_from_u64(1);
+        let mut seen = [0, 0];
+        for cut in (0..=log.len()).flat_map(|cut| [cut; 12]) {
+            let [image, data] = after_cut(&start, &log, cut, &mut rng).map(Storage::new);
+            let what = format!("{kind}, cut at {cut} of {}", log.len());
+            let rig = Rig::new();
+            rig.block_on(async {
+                rig.storages.add("d", &data);
+                rig.storages.add("b", &below);
+                let handle = rig
+                    .open_storage(&image, &format!("{open},read-only=on"))
+                    .await
+                    .unwrap();
+                let disk = handle.read(0, SIZE).await.unwrap();
+                for (n, byte) in disk.iter().enumerate() {
+                    assert!(matches!(byte, 5 | 7), "{what}: {byte} at {n:#x}");
+                    seen[usize::from(*byte == 7)] += 1;
+                }
+                rig.close(handle).await.unwrap();
+            });
+        }
+        assert!(seen[0] > 0 && seen[1] > 0, "{seen:?}");
+    }
+}

@@ -483,13 +483,24 @@ fn an_encrypted_overlay_copies_on_write_from_an_encrypted_backing_file() {
             }
             assert_same(&handle.read(0, 1 << 20).await.unwrap(), &expected, base);
             lab.rig.close(handle).await.unwrap();
-        });
-        if has_qemu() {
-            let opts = format!(
-                "{},backing.driver=qcow2,backing.{KEY},backing.file.filename={}",
-                image_opts(&upper),
-                lower.display()
+            // The key alone is for the file that the image names.
+            let handle = lab.open(&upper, &format!("backing.{KEY}")).await.unwrap();
+            assert_same(&handle.read(0, 1 << 20).await.unwrap(), &expected, "named");
+            lab.rig.close(handle).await.unwrap();
+            let error = lab.open(&lower, &format!("backing.{KEY}")).await.err();
+            assert!(
+                error.is_some(),
+                "options of a backing file that isn't there"
             );
+        });
+        for backing in ["", "backing.driver=qcow2,backing.file.filename="] {
+            if !has_qemu() {
+                break;
+            }
+            let mut opts = format!("{},backing.{KEY}", image_opts(&upper));
+            if !backing.is_empty() {
+                opts.push_str(&format!(",{backing}{}", lower.display()));
+            }
             let raw = lab.path("flat.raw");
             let args = [
                 "convert",

@@ -22,9 +22,10 @@ use parking_lot::Mutex;
 
 use crate::{
     case::{Failure, Group, Scene},
-    external::{self, TempDir},
+    external,
     lab::Lab,
-    storage::Disk,
+    laid::Laid,
+    storage::{Content, Disk},
 };
 
 /// Larger images aren't handed to qemu-img, in bytes of their file and of the disk that they show.
@@ -90,9 +91,10 @@ async fn judge_disk(
         ..OpenOptions::default()
     };
     let read_only = || Options::new().with("read-only", true);
+    let options = lab.options_for(format, name, None, &read_only());
     let open = |how| {
         lab.registry
-            .open_file(&lab.graph, name, Some(format), read_only(), how)
+            .open_file(&lab.graph, name, Some(format), options.clone(), how)
     };
     let (node, whole) = match open(how.clone()).await {
         Ok(node) => (node, true),
@@ -168,19 +170,22 @@ fn ask_qemu(
     backing: bool,
 ) -> Result<(), Failure> {
     static CLEAN: Mutex<Option<HashSet<u64>>> = Mutex::new(None);
-    let named: Vec<(String, Vec<u8>)> = lab
+    let named: Vec<(String, Content)> = lab
         .disks
         .all()
         .iter()
         .filter(|disk| disk.content().len() <= MAX_EXTERNAL)
         .filter(|disk| backing || disk.name() == name || !is_image(lab, disk))
-        .map(|disk| (disk.name().to_owned(), disk.content().to_bytes()))
+        .map(|disk| (disk.name().to_owned(), disk.content()))
         .collect();
     if named.iter().any(|(name, _)| !external::is_plain_name(name)) {
         return Ok(());
     }
     let mut hasher = DefaultHasher::new();
-    (format, name, &named, shown).hash(&mut hasher);
+    (format, name, shown).hash(&mut hasher);
+    for (name, content) in &named {
+        (name, content.all_bytes()).hash(&mut hasher);
+    }
     let key = hasher.finish();
     if CLEAN
         .lock()
@@ -189,23 +194,21 @@ fn ask_qemu(
     {
         return Ok(());
     }
-    let broken = |error: std::io::Error| Failure(format!("a temporary directory: {error}"));
-    let dir = TempDir::new().map_err(broken)?;
-    for (name, bytes) in &named {
-        dir.put(name, bytes).map_err(broken)?;
+    let laid = Laid::new(lab, format)?;
+    for (name, content) in &named {
+        laid.put(name, content)?;
     }
-    let said = external::check_file(format, &dir.path().join(name)).map_err(broken)?;
-    let Some(said) = said else { return Ok(()) };
-    // 3 stands for leaks alone, which our own check has judged; 63 for a format without a check.
-    if !matches!(said.status, Some(0 | 3 | 63)) {
-        return Err(format!("after the case, qemu-img check of '{name}': {}", said.text).into());
-    }
-    let image = dir.path().join(name).to_string_lossy().into_owned();
+    let after = |Failure(text)| Failure(format!("after the case, of '{name}': {text}"));
+    // Leaks alone have been judged by our own check.
+    laid.check(name, true).map_err(after)?;
     if let Some(Shown::Refused(why)) = shown {
-        let into = dir.path().join("iotests-read.raw");
+        let into = laid.path("iotests-read.raw");
         let into = into.to_string_lossy();
-        let arguments = ["convert", "-f", format, "-O", "raw", &image, &into];
-        let said = external::run("qemu-img", &arguments, "").map_err(broken)?;
+        let image = laid.image(name);
+        let mut arguments = image.arguments(&["convert", "-O", "raw"]);
+        arguments.push(&into);
+        let said = external::run("qemu-img", &arguments, "");
+        let said = said.map_err(|error| Failure(format!("a temporary directory: {error}")))?;
         if said.is_some_and(|said| said.status == Some(0)) {
             return Err(
                 format!("after the case, qemu-img reads '{name}', and we don't: {why}").into(),
@@ -213,25 +216,7 @@ fn ask_qemu(
         }
     }
     if let Some(Shown::Bytes(shown)) = shown {
-        let ours = dir.put("iotests-shown.raw", shown).map_err(broken)?;
-        let arguments = [
-            "compare",
-            "-f",
-            format,
-            "-F",
-            "raw",
-            &image,
-            &ours.to_string_lossy(),
-        ];
-        let said = external::run("qemu-img", &arguments, "").map_err(broken)?;
-        if let Some(said) = said
-            && said.status != Some(0)
-        {
-            let text = said.text.trim();
-            return Err(
-                format!("after the case, qemu-img reads '{name}' otherwise: {text}").into(),
-            );
-        }
+        laid.compare(name, shown).map_err(after)?;
     }
     CLEAN.lock().get_or_insert_default().insert(key);
     Ok(())

@@ -21,7 +21,7 @@ use crate::{
     aftermath,
     duties::Duty,
     lab::{Lab, LabOptions},
-    panics,
+    panics, parts,
     sim::{CancelAt, Cancelled, DropWhen, Order, Running, Stuck},
 };
 
@@ -30,7 +30,8 @@ use crate::{
 pub struct FormatUnderTest {
     /// The driver's name in the registry.
     pub name: String,
-    /// Options of creation, without the size.
+    /// Options of creation, without the size. Each image has its own data file where `data_file=ENDING` is among them
+    /// (`IMAGE.ENDING`); the key of encrypted ones (`encrypt.format=…`) is the suite's.
     pub create: Options,
     /// The driver claims safeguards of its own: it must keep other ranges whole also when there is no gate.
     pub safeguards: bool,
@@ -80,11 +81,7 @@ impl FormatUnderTest {
 
     /// The options as `-o` takes them.
     pub fn create_text(&self) -> String {
-        let options = self.create.0.iter().map(|(key, value)| match value {
-            serde_json::Value::String(text) => format!("{key}={text}"),
-            other => format!("{key}={other}"),
-        });
-        options.collect::<Vec<String>>().join(",")
+        parts::text(&self.create)
     }
 }
 

@@ -153,6 +153,13 @@ pub fn run(program: &str, arguments: &[&str], input: &str) -> io::Result<Option<
     run_for(program, arguments, input, PATIENCE)
 }
 
+/// [`run`] in a directory of its own: relative file names are in there.
+pub(crate) fn run_in(dir: &Path, program: &str, arguments: &[&str]) -> io::Result<Option<Said>> {
+    let mut command = Command::new(program);
+    command.current_dir(dir).args(arguments);
+    run_command(command, program, "", PATIENCE)
+}
+
 /// [`run`], for no longer than `patience`: then the program is killed.
 ///
 /// # Errors
@@ -163,8 +170,18 @@ pub fn run_for(
     input: &str,
     patience: Duration,
 ) -> io::Result<Option<Said>> {
-    let child = Command::new(program)
-        .args(arguments)
+    let mut command = Command::new(program);
+    command.args(arguments);
+    run_command(command, program, input, patience)
+}
+
+fn run_command(
+    mut command: Command,
+    program: &str,
+    input: &str,
+    patience: Duration,
+) -> io::Result<Option<Said>> {
+    let child = command
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())

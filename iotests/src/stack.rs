@@ -16,8 +16,8 @@ use block_core::{
 use crate::{
     case::{Failure, Scene, Verdict},
     cases::cluster_size,
-    external,
     lab::{Guest, after_discard},
+    laid::Laid,
     oracle::{AfterDiscard, Oracle},
     pattern::stamped,
     sim::{Running, SimEnv, yield_now},
@@ -365,19 +365,11 @@ impl Stack {
 
 /// What the installed qemu-img says of an image among its backing files.
 pub(crate) fn ask_qemu(scene: &Scene, top: &str) -> Result<(), Failure> {
-    let scratch = external::TempDir::new().map_err(|error| Failure(error.to_string()))?;
+    let laid = Laid::new(&scene.lab, &scene.format.name)?;
     for disk in scene.lab.disks.all() {
-        let bytes = disk.content().to_bytes();
-        std::fs::write(scratch.path().join(disk.name()), bytes)
-            .map_err(|error| Failure(error.to_string()))?;
+        laid.put(disk.name(), &disk.content())?;
     }
-    match external::check_file(&scene.format.name, &scratch.path().join(top)) {
-        Err(error) => Err(error.to_string().into()),
-        Ok(None) => Ok(()),
-        Ok(Some(said)) if matches!(said.status, Some(0 | 63)) => Ok(()),
-        Ok(Some(said)) if said.text.contains("Unknown driver") => Ok(()),
-        Ok(Some(said)) => Err(format!("qemu-img check: {}", said.text).into()),
-    }
+    laid.check(top, false)
 }
 
 async fn judge(guest: &Guest, when: &str) -> Result<(), Failure> {

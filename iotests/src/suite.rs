@@ -2,14 +2,14 @@
 
 use std::process::ExitCode;
 
-use block_core::{DriverKind, Options, Registry};
+use block_core::{DriverKind, Options, Registry, registry::CreateOption};
 
 use crate::{
     basic,
     case::{Case, FormatUnderTest, Group},
     cases::{self, shared, with_jobs},
     chain_cases, cli, cluster_cases, concurrent_cases, crash, duties, fault_cases, graph_cases,
-    hostile_cases, interop_cases, job_cases, life_cases, memdriver, path_cases,
+    hostile_cases, interop_cases, job_cases, life_cases, memdriver, parts, path_cases,
 };
 
 /// Every case there is: the races once more under the name of their cancellation.
@@ -156,15 +156,29 @@ impl Suite {
             format.create = Options::from_dotted(options).map_err(|error| error.to_string())?;
         }
         let known = factory.create_options();
-        for key in format.create.0.keys() {
-            let top = key.split('.').next().unwrap_or(key);
-            if !known.iter().any(|option| option.name == top) {
+        for pair in parts::text(&format.create).split(',') {
+            let key = pair.split('=').next().unwrap_or(pair);
+            let named = |option: &CreateOption| {
+                let top = key.split('.').next().unwrap_or(key);
+                option.name == key || option.name == top
+            };
+            if !key.is_empty() && !known.iter().any(named) {
                 let names: Vec<&str> = known.iter().map(|option| option.name).collect();
                 return Err(format!(
                     "Format '{name}' has no create option '{key}' (known: {})",
                     names.join(", ")
                 ));
             }
+        }
+        if format
+            .create
+            .get("encrypt.key-secret")
+            .or_else(|| format.create.get("encrypt")?.get("key-secret"))
+            .is_some()
+        {
+            return Err(
+                "the key of encrypted images is the suite's: leave encrypt.key-secret out".into(),
+            );
         }
         format.crash_safe = name != memdriver::NAME;
         format.safeguards = self.safeguards.iter().any(|known| known == name);

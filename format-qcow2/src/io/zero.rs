@@ -305,8 +305,9 @@ impl Qcow2 {
             Change::Zero | Change::Unmap | Change::Discard => self.settings.pass_discard_request(),
             Change::Full => self.settings.pass_discard_snapshot(),
         };
-        // A cut of the power may bring the old link back, and zeroes behind it are noise once they are decrypted.
-        let early = punch && self.encryption.is_none();
+        // A cut of the power may bring the old link back. Zeroes behind it are noise once they are decrypted, and where the
+        // disk was to show what is below, they are nobody's data.
+        let early = punch && self.encryption.is_none() && change != Change::Full;
         let keep = zero_flag
             && self.settings.discard_no_unref()
             && !self.geometry.has_data_file()

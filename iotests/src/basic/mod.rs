@@ -115,10 +115,8 @@ impl Fixture {
                 return Err(Failure(format!("check isn't clean: {}", found.join("; "))));
             }
         }
-        let bytes = scene.lab.disk(FILE)?.content().to_bytes();
-        crate::external::check_bytes(&scene.format.name, &bytes)
-            .map(|_| ())
-            .map_err(|text| Failure(format!("qemu-img check: {text}")))
+        let content = scene.lab.disk(FILE)?.content();
+        crate::laid::check(&scene.lab, &scene.format.name, FILE, &content, false)
     }
 }
 

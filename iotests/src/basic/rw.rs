@@ -5,7 +5,6 @@ use std::sync::Arc;
 use block_core::{
     BlockHandle, Capabilities, ErrorKind, Options, RequestFlags,
     flags::{PermissionSet, Permissions},
-    registry::OpenOptions,
 };
 
 use super::{FILE, Fixture, same};
@@ -253,13 +252,9 @@ async fn read_only(scene: Arc<Scene>) -> CaseResult {
         .await?;
     fixture.close(&scene).await?;
     let lab = &scene.lab;
-    let before = lab.disk(FILE)?.content().to_bytes();
+    let before = lab.disk(FILE)?.content().all_bytes();
     let options = Options::new().with("read-only", true);
-    let format = Some(scene.format.name.as_str());
-    let node = lab
-        .registry
-        .open_file(&lab.graph, FILE, format, options, OpenOptions::default())
-        .await?;
+    let node = lab.open(&scene.format.name, FILE, None, &options).await?;
     let writer = PermissionSet::new(
         Permissions::CONSISTENT_READ | Permissions::WRITE,
         Permissions::all(),
@@ -281,11 +276,10 @@ async fn read_only(scene: Arc<Scene>) -> CaseResult {
     same(&found, &data, 0, "read-only")?;
     drop(handle);
     lab.graph.release(&node).await?;
-    same(
-        &lab.disk(FILE)?.content().to_bytes(),
-        &before,
-        0,
-        "the storage",
-    )?;
+    let now = lab.disk(FILE)?.content().all_bytes();
+    same(&now.0, &before.0, 0, "the storage")?;
+    if now.1 != before.1 {
+        return Err("the data file has changed".into());
+    }
     Ok(Verdict::Passed)
 }

@@ -7,7 +7,7 @@ use block_core::{
     driver::Truncate,
     flags::{PermissionSet, Permissions},
     options::NodeOptions,
-    registry::OpenOptions,
+    registry::{ImplicitOpens, OpenOptions},
 };
 
 use super::{Outcome, Probe, Stop, Topped, is_zero, must, not_covered, pattern, same, wrong};
@@ -20,12 +20,12 @@ use crate::{
     sim::Running,
     storage::{Choose, Content, Disk, Hold, Stage},
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// A backing file, as it has to stay.
 pub(super) struct Layer {
     pub name: String,
-    pub content: Vec<u8>,
+    pub content: Content,
 }
 
 /// An image in the middle of a case.
@@ -147,7 +147,7 @@ impl Bench {
         let mut layers = self.close().await?;
         layers.push(Layer {
             name,
-            content: disk.content().to_bytes(),
+            content: disk.content(),
         });
         Self::make(&scene, cluster, size, layers, model).await
     }
@@ -241,7 +241,7 @@ impl Bench {
         })
     }
 
-    /// Closes the image and opens it again with a probe between it and its storage.
+    /// Closes the image and opens it again with a probe between it and the storage of its data.
     pub async fn over(self, probe: &Arc<Probe>) -> Result<Self, Stop> {
         let (scene, cluster, seq) = (self.scene.clone(), self.cluster, self.seq);
         let (model, below) = (self.model.clone(), self.below.clone());
@@ -251,17 +251,28 @@ impl Bench {
         }
         self.close().await?;
         let lab = &scene.lab;
+        let data = lab.data_file(disk.name());
+        let data = data.filter(|_| disk.content().beside_len().is_some());
         let storage = Options::new()
             .with("driver", "file")
-            .with("filename", disk.name());
-        let how = OpenOptions::default();
+            .with("filename", data.as_deref().unwrap_or(disk.name()));
+        let how = OpenOptions {
+            implicit: ImplicitOpens::Permit,
+            ..OpenOptions::default()
+        };
         let file = lab.registry.open(&lab.graph, storage, how.clone()).await?;
         let spec = NodeSpec::new(probe.clone()).named("below");
         lab.graph
             .add_node(spec.with_child(ChildRole::Filtered, "file", &file))?;
-        let image = Options::new()
-            .with("driver", scene.format.name.as_str())
+        let format = scene.format.name.as_str();
+        let mut image = lab
+            .options_for(format, disk.name(), None, &Options::new())
+            .with("driver", format)
             .with("file", "below");
+        if data.is_some() {
+            image.set("data-file", "below");
+            image.set("file", json!({ "driver": "file", "filename": disk.name() }));
+        }
         let node = lab.registry.open(&lab.graph, image, how).await?;
         Ok(Self {
             handle: lab.attach(&node, "guest")?,
@@ -361,6 +372,15 @@ impl Bench {
     /// Whether a discarded cluster reads as zeroes.
     pub fn discard_zeroes(&self) -> bool {
         after_discard(&self.node) == AfterDiscard::Zeroes
+    }
+
+    /// How many nodes an image without a backing file is made of: its own, and its storage.
+    pub fn own_nodes(&self) -> usize {
+        let edges = self.node.edges();
+        let below = edges
+            .into_iter()
+            .filter(|edge| edge.role != ChildRole::Backing);
+        1 + below.count()
     }
 
     /// Whether there is a backing file.

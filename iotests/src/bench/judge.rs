@@ -3,14 +3,8 @@
 
 use std::{
     collections::{HashSet, hash_map::DefaultHasher},
-    fs,
     hash::{Hash, Hasher},
-    io::{Seek, SeekFrom, Write},
-    path::{Path, PathBuf},
-    sync::{
-        Arc, OnceLock,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, OnceLock},
 };
 
 use block_core::{
@@ -26,8 +20,9 @@ use super::{
 };
 use crate::{
     case::{Failure, Scene},
-    external::{Said, run},
-    storage::{Content, Disk, OpKind},
+    external,
+    laid::Laid,
+    storage::{Disk, OpKind},
 };
 
 /// Fails when two buffers differ, with the first place.
@@ -70,10 +65,8 @@ impl Bench {
         if self.has_backing() && !self.scene.lab.records_backing(format) {
             return Ok(None);
         }
-        let laid = Laid::new(&self.scene, &self.disk, &self.layers)?;
-        let mut arguments = command.to_vec();
-        arguments.extend(["-f", format, laid.top.as_str()]);
-        match qemu_img(format, &arguments)? {
+        let laid = lay(&self.scene, &self.disk, &self.layers)?;
+        match laid.img(self.disk.name(), command)? {
             None => Ok(None),
             Some(said) if said.status == Some(0) => Ok(Some(said.text)),
             Some(said) => wrong(format!("qemu-img: {}", said.text)),
@@ -116,11 +109,7 @@ impl Bench {
                 && let Some(name) = node.filename()
             {
                 let mut there = vec![0; status.len as usize];
-                self.scene
-                    .lab
-                    .disk(&name)?
-                    .content()
-                    .read(*offset, &mut there);
+                self.scene.lab.file(&name)?.read(*offset, &mut there);
                 same(
                     &there,
                     bytes,
@@ -164,8 +153,8 @@ impl Bench {
         drop((found, handle));
         scene.lab.graph.release(&node).await?;
         for layer in &layers {
-            let now = scene.lab.disk(&layer.name)?.content().to_bytes();
-            must(now == layer.content, || {
+            let now = scene.lab.disk(&layer.name)?.content();
+            must(now.all_bytes() == layer.content.all_bytes(), || {
                 format!("the backing file '{}' has changed", layer.name)
             })?;
         }
@@ -194,101 +183,29 @@ impl Bench {
     }
 }
 
-/// A directory that is removed when this is dropped.
-struct TempDir(PathBuf);
-
-impl TempDir {
-    fn new() -> std::io::Result<Self> {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let name = format!("iotests-{}-dir-{number}", std::process::id());
-        let path = std::env::temp_dir().join(name);
-        fs::create_dir(&path)?;
-        Ok(Self(path))
-    }
-
-    fn join(&self, name: &str) -> String {
-        self.0.join(name).to_string_lossy().into_owned()
-    }
+/// Images that the installed qemu-img has judged already.
+fn clean() -> &'static Mutex<HashSet<u64>> {
+    static CLEAN: OnceLock<Mutex<HashSet<u64>>> = OnceLock::new();
+    CLEAN.get_or_init(Mutex::default)
 }
 
-impl Drop for TempDir {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
+/// The disks of a case as files, for the installed tools.
+fn lay<'a>(scene: &'a Scene, disk: &Disk, layers: &[Layer]) -> Result<Laid<'a>, Failure> {
+    let laid = Laid::new(&scene.lab, &scene.format.name)?;
+    laid.put(disk.name(), &disk.content())?;
+    for layer in layers {
+        laid.put(&layer.name, &scene.lab.disk(&layer.name)?.content())?;
     }
-}
-
-/// Writes a disk's content to a file, holes as holes.
-fn put(path: &Path, content: &Content) -> std::io::Result<()> {
-    let mut file = fs::File::create(path)?;
-    file.set_len(content.len())?;
-    let mut at = 0;
-    while at < content.len() {
-        let (data, len) = content.run(at, content.len() - at);
-        if data {
-            let mut bytes = vec![0; len as usize];
-            content.read(at, &mut bytes);
-            file.seek(SeekFrom::Start(at))?;
-            file.write_all(&bytes)?;
-        }
-        at += len;
-    }
-    Ok(())
-}
-
-/// Formats that the installed qemu-img doesn't know, and images that it has judged already.
-#[derive(Default)]
-struct Asked {
-    unknown: HashSet<String>,
-    clean: HashSet<u64>,
-}
-
-fn asked() -> &'static Mutex<Asked> {
-    static ASKED: OnceLock<Mutex<Asked>> = OnceLock::new();
-    ASKED.get_or_init(Mutex::default)
-}
-
-/// The disks of a case as files, with the topmost's path, for the installed tools.
-struct Laid {
-    dir: TempDir,
-    top: String,
-}
-
-impl Laid {
-    fn new(scene: &Scene, disk: &Disk, layers: &[Layer]) -> Result<Self, Failure> {
-        let out = |error: std::io::Error| Failure(error.to_string());
-        let dir = TempDir::new().map_err(out)?;
-        put(&dir.0.join(disk.name()), &disk.content()).map_err(out)?;
-        for layer in layers {
-            let content = scene.lab.disk(&layer.name)?.content();
-            put(&dir.0.join(&layer.name), &content).map_err(out)?;
-        }
-        let top = dir.join(disk.name());
-        Ok(Self { dir, top })
-    }
-}
-
-/// Runs qemu-img. `None` when it isn't installed or doesn't know the format.
-fn qemu_img(format: &str, arguments: &[&str]) -> Result<Option<Said>, Failure> {
-    if asked().lock().unknown.contains(format) {
-        return Ok(None);
-    }
-    let said = run("qemu-img", arguments, "").map_err(|error| Failure(error.to_string()))?;
-    match said {
-        Some(said) if !said.text.contains("Unknown driver") => Ok(Some(said)),
-        _ => {
-            asked().lock().unknown.insert(format.to_owned());
-            Ok(None)
-        }
-    }
+    Ok(laid)
 }
 
 /// What the installed qemu-img finds: clean, and the same content. An image that it has seen already isn't shown to it again.
 fn ask_qemu(scene: &Scene, disk: &Disk, layers: &[Layer], model: &[u8]) -> Outcome {
     let format = scene.format.name.as_str();
-    let content = disk.content().to_bytes();
+    let content = disk.content();
     if format == "raw" {
         // What it could say of a raw image is plain to see.
+        let content = content.to_bytes();
         return same(
             &content,
             &model[..content.len().min(model.len())],
@@ -298,33 +215,21 @@ fn ask_qemu(scene: &Scene, disk: &Disk, layers: &[Layer], model: &[u8]) -> Outco
     }
     // A backing file that the image doesn't name can't be found by others.
     let named = layers.is_empty() || scene.lab.records_backing(format);
-    if !named || asked().lock().unknown.contains(format) {
+    if !named || !external::knows(format) {
         return Ok(());
     }
     let mut hasher = DefaultHasher::new();
-    (format, &content, model).hash(&mut hasher);
+    (format, content.all_bytes(), model).hash(&mut hasher);
     for layer in layers {
-        layer.content.hash(&mut hasher);
+        layer.content.all_bytes().hash(&mut hasher);
     }
     let key = hasher.finish();
-    if asked().lock().clean.contains(&key) {
+    if clean().lock().contains(&key) {
         return Ok(());
     }
-    let laid = Laid::new(scene, disk, layers)?;
-    let Some(check) = qemu_img(format, &["check", "-f", format, &laid.top])? else {
-        return Ok(());
-    };
-    must(matches!(check.status, Some(0 | 63)), || {
-        format!("qemu-img check: {}", check.text)
-    })?;
-    let raw = laid.dir.join("model");
-    fs::write(&raw, model).map_err(|error| Failure(error.to_string()))?;
-    let arguments = ["compare", "-f", format, "-F", "raw", &laid.top, &raw];
-    if let Some(compare) = qemu_img(format, &arguments)? {
-        must(compare.status == Some(0), || {
-            format!("qemu-img compare: {}", compare.text)
-        })?;
-    }
-    asked().lock().clean.insert(key);
+    let laid = lay(scene, disk, layers)?;
+    laid.check(disk.name(), false)?;
+    laid.compare(disk.name(), model)?;
+    clean().lock().insert(key);
     Ok(())
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use block_core::{RequestFlags, driver::Capabilities};
 
-use super::image::{ClusterKind, Image, Setup, owner};
+use super::image::{ClusterKind, Image, KEEPS_PLACES, Setup, owner};
 use crate::{
     case::{Case, CaseResult, Failure, Group, Scene, Verdict, ended},
     duties::Duty,
@@ -205,10 +205,14 @@ async fn old_write(scene: Arc<Scene>) -> CaseResult {
         image.guest.oracle().protect(at, cluster);
     }
     let after = image.counter("frees-deferred-by-pins");
+    let keeps_places = image.keeps_places();
     image.finish().await?;
     let (Some(before), Some(after)) = (before, after) else {
         return Ok(Verdict::NotCovered("the driver defers no frees".into()));
     };
+    if keeps_places {
+        return Ok(Verdict::NotCovered(KEEPS_PLACES.into()));
+    }
     let deferred = after - before;
     if scene.strict() && (parked == 0 || deferred == 0) {
         return Ok(Verdict::Inconclusive(format!(
@@ -251,10 +255,14 @@ async fn write_behind_claim(scene: Arc<Scene>) -> CaseResult {
         image.guest.oracle().protect(at, cluster);
     }
     let after = image.counter("frees-deferred-by-pins");
+    let keeps_places = image.keeps_places();
     image.finish().await?;
     let (Some(before), Some(after)) = (before, after) else {
         return Ok(Verdict::NotCovered("the driver defers no frees".into()));
     };
+    if keeps_places {
+        return Ok(Verdict::NotCovered(KEEPS_PLACES.into()));
+    }
     if scene.strict() && (!waited || parked == 0 || after == before) {
         return Ok(Verdict::Inconclusive(format!(
             "the second write waited: {waited}; {parked} were parked, {} frees deferred by pins",

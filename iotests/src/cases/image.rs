@@ -7,15 +7,15 @@ use std::sync::{
 };
 
 use block_core::{
-    BlockHandle, Node, Options, RequestFlags,
+    BlockHandle, ChildRole, Node, Options, RequestFlags,
     driver::Capabilities,
     image::{CheckMode, Progress},
 };
 
 use crate::{
     case::{Failure, Scene, Verdict},
-    external,
     lab::{Guest, after_discard},
+    laid,
     oracle::Oracle,
     pattern::{Seen, Stamp, stamped},
     storage::{Content, Disk},
@@ -36,6 +36,10 @@ pub mod owner {
     /// The one that comes after it.
     pub const LATER: u32 = 101;
 }
+
+/// Why a case about recycled clusters isn't covered ([`Image::keeps_places`]).
+pub(super) const KEEPS_PLACES: &str =
+    "each cluster of a data file has a place of its own, and none is recycled";
 
 /// What the target cluster is before the race.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -108,8 +112,8 @@ pub struct Image {
     /// Bytes of a cluster, at least 4096.
     pub cluster: u64,
     fresh: AtomicU64,
-    /// The bytes of the backing file's storage.
-    base: Option<Vec<u8>>,
+    /// What the backing file's storage holds.
+    base: Option<Content>,
 }
 
 impl Image {
@@ -181,7 +185,7 @@ impl Image {
         size: u64,
         cluster: u64,
         initial: Option<&[u8]>,
-        base: Option<Vec<u8>>,
+        base: Option<Content>,
     ) -> Result<Self, Failure> {
         let (lab, format) = (&scene.lab, &scene.format);
         lab.create(&format.name, FILE, size, &format.create, backing)
@@ -300,6 +304,11 @@ impl Image {
         self.node.tracker().waits()
     }
 
+    /// Guest data has its own place in a data file, which never goes to anybody else: nothing is recycled.
+    pub fn keeps_places(&self) -> bool {
+        self.node.edges().child(ChildRole::DataFile).is_some()
+    }
+
     /// A counter of the driver's, if it has one of that name.
     pub fn counter(&self, name: &str) -> Option<u64> {
         let counters = self.node.driver().counters();
@@ -393,7 +402,7 @@ impl Image {
         let guest = Guest::new(&scene.lab.attach(&node, "again")?, &oracle, owner::OLD);
         judge(&guest, "after closing and opening again", lenient).await?;
         if let Some(base) = base
-            && scene.lab.disk(BASE)?.content().to_bytes() != base
+            && scene.lab.disk(BASE)?.content().all_bytes() != base.all_bytes()
         {
             return Err("the backing file has changed".into());
         }
@@ -401,9 +410,8 @@ impl Image {
         scene.lab.graph.release(&node).await?;
         // Not in each of the thousands of runs of a cancellation, and not where a backing file would be missed.
         if scene.strict() && !setup.backing {
-            let bytes = scene.lab.disk(FILE)?.content().to_bytes();
-            external::check_bytes(&format.name, &bytes)
-                .map_err(|text| Failure(format!("qemu-img check: {text}")))?;
+            let content = scene.lab.disk(FILE)?.content();
+            laid::check(&scene.lab, &format.name, FILE, &content, false)?;
         }
         Ok(())
     }
@@ -434,8 +442,8 @@ pub async fn cluster_size(handle: &Arc<BlockHandle>) -> Result<u64, Failure> {
         .max(4096))
 }
 
-/// A backing file with data in every sector. Gives the bytes of its storage.
-async fn make_base(scene: &Arc<Scene>, size: u64) -> Result<Vec<u8>, Failure> {
+/// A backing file with data in every sector. Gives what its storage holds.
+async fn make_base(scene: &Arc<Scene>, size: u64) -> Result<Content, Failure> {
     let lab = &scene.lab;
     let format = &scene.format;
     lab.create(&format.name, BASE, size, &format.create, None)
@@ -448,5 +456,5 @@ async fn make_base(scene: &Arc<Scene>, size: u64) -> Result<Vec<u8>, Failure> {
     handle.flush().await?;
     drop(handle);
     lab.graph.release(&node).await?;
-    Ok(lab.disk(BASE)?.content().to_bytes())
+    Ok(lab.disk(BASE)?.content())
 }

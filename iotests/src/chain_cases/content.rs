@@ -245,6 +245,8 @@ async fn missing(scene: Arc<Scene>) -> Outcome {
     bench.close_only().await?;
     // The world without the base.
     let lab = crate::lab::Lab::new(&scene.lab.registry, crate::lab::LabOptions::default());
+    // It knows what images of the format are made of.
+    lab.create_options(&format, "none", &scene.format.create);
     lab.disks
         .insert(Disk::new(&name, scene.lab.disk(&name)?.content()));
     let options = Options::new();

@@ -326,7 +326,7 @@ async fn inside_clusters(scene: Arc<Scene>) -> Outcome {
         };
         let name = node.filename().unwrap_or_default();
         let mut there = vec![0; status.len as usize];
-        scene.lab.disk(&name)?.content().read(*at, &mut there);
+        scene.lab.file(&name)?.read(*at, &mut there);
         let expected = &bench.model[offset as usize..(offset + status.len) as usize];
         crate::bench::same(
             &there,
@@ -442,9 +442,11 @@ async fn holes(scene: Arc<Scene>) -> Outcome {
     bench.write(0, 4 * cluster).await?;
     bench.handle.flush().await?;
     let status = bench.handle.block_status(cluster, cluster).await?;
-    let Some((_, at)) = status.mapped else {
+    let Some((file, at)) = status.mapped else {
         return crate::bench::not_covered("block status tells no places");
     };
+    let place = scene.lab.disks.place(&file.filename().unwrap_or_default());
+    let at = at + place.map_or(0, |(_, base)| base);
     // Somebody trims the storage behind the image's back: what was there reads as zeroes.
     let mut content = bench.disk.content();
     content.punch(at, cluster);

@@ -253,11 +253,15 @@ async fn drains(scene: Arc<Scene>) -> CaseResult {
 async fn opens(scene: Arc<Scene>) -> CaseResult {
     let (lab, format) = (&scene.lab, &scene.format);
     probe(&scene).await?;
-    let content = lab.disk("probe")?.content().to_bytes();
+    let length = lab.disk("probe")?.content().len();
     let (registry, graph, name) = (lab.registry.clone(), lab.graph.clone(), format.name.clone());
+    let options = lab.options_for(&name, "probe", None, &Options::new());
     let open = scene.start(async move {
-        let how = block_core::registry::OpenOptions::default();
-        let opened = registry.open_file(&graph, "probe", Some(&name), Options::new(), how);
+        let how = block_core::registry::OpenOptions {
+            implicit: block_core::registry::ImplicitOpens::Permit,
+            ..block_core::registry::OpenOptions::default()
+        };
+        let opened = registry.open_file(&graph, "probe", Some(&name), options, how);
         let node = opened.await?;
         graph.release(&node).await
     });
@@ -268,7 +272,7 @@ async fn opens(scene: Arc<Scene>) -> CaseResult {
         return Err(format!("'{}' is left of an open that was dropped", node.name()).into());
     }
     let names = format.create.get("lazy_refcounts").is_none();
-    if !done && names && lab.disk("probe")?.content().to_bytes().len() != content.len() {
+    if !done && names && lab.disk("probe")?.content().len() != length {
         return Err("an open that was dropped changed the image's length".into());
     }
     let node = lab
@@ -287,7 +291,9 @@ async fn opens(scene: Arc<Scene>) -> CaseResult {
 
 async fn creates(scene: Arc<Scene>) -> CaseResult {
     let (lab, format) = (&scene.lab, &scene.format);
-    let options = format.create.clone().with("size", 1 << 20);
+    let options = lab
+        .create_options(&format.name, "probe", &format.create)
+        .with("size", 1 << 20);
     let (registry, graph, name) = (lab.registry.clone(), lab.graph.clone(), format.name.clone());
     let create = scene.start(async move { registry.create(&graph, &name, "probe", options).await });
     ended(create).await?;

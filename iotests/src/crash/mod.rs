@@ -28,7 +28,7 @@ use self::{
 use crate::{
     case::{Case, CaseResult, Failure, Group, Scene, Verdict},
     cases::{cluster_size, owner},
-    external,
+    laid,
     pattern::{Seen, stamped},
     storage::{Content, Disk, Watcher},
 };
@@ -362,20 +362,14 @@ impl Image {
     }
 
     fn ask_qemu(&self, cut: &Cut) -> Result<(), Failure> {
-        let format = &self.scene.format.name;
-        if !external::knows(format) || cut.contents.len() != 1 {
-            return Ok(());
-        }
-        let broken = |error: std::io::Error| Failure(error.to_string());
-        for content in cut.contents.values() {
-            let file = external::TempFile::new("cut", &content.to_bytes()).map_err(broken)?;
-            let said = external::check_file(format, file.path()).map_err(broken)?;
-            // 3 stands for leaks alone.
-            if let Some(said) = said
-                && !matches!(said.status, Some(0 | 3 | 63))
-            {
-                return Err(Failure(format!("qemu-img check: {}", said.text)));
-            }
+        for (name, content) in &cut.contents {
+            laid::check(
+                &self.scene.lab,
+                &self.scene.format.name,
+                name,
+                content,
+                true,
+            )?;
         }
         Ok(())
     }

@@ -275,7 +275,7 @@ async fn judge(
             ..OpenOptions::default()
         };
         let backing = backing.then_some(("base", format));
-        let options = lab.open_options(format, backing, &Options::new());
+        let options = lab.options_for(format, FILE, backing, &Options::new());
         let node = lab
             .registry
             .open_file(&lab.graph, FILE, Some(format), options, how)

@@ -12,7 +12,7 @@ use block_core::{
 use crate::{
     bench::{Bench, CallKind, Outcome, Probe, Stop, Topped, case, must, wrong},
     case::{Case, Group, Scene},
-    storage::OpKind,
+    storage::{BESIDE, OpInfo, OpKind},
 };
 
 pub(super) fn cases() -> Vec<Case> {
@@ -236,7 +236,11 @@ async fn below(scene: Arc<Scene>) -> Outcome {
     let through = probe.take();
     let reached = bench.disk.log_since(position);
     let writes = |kind| matches!(kind, OpKind::Write | OpKind::WriteZeroes | OpKind::Discard);
-    let stored = reached.iter().filter(|entry| writes(entry.op.kind)).count();
+    // Of the file that the filter is above, where an image has two.
+    let below = node.filename().unwrap_or_default();
+    let base = scene.lab.disks.place(&below).map_or(0, |(_, base)| base);
+    let here = |op: &OpInfo| writes(op.kind) && op.offset & BESIDE == base;
+    let stored = reached.iter().filter(|entry| here(&entry.op)).count();
     let seen = through
         .iter()
         .filter(|call| {

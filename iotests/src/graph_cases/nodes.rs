@@ -354,7 +354,7 @@ async fn replaced(scene: Arc<Scene>) -> Outcome {
     bench.handle.flush().await?;
     bench.handle = lab.attach(&bench.node, "guest")?;
     lab.graph.release(&copy).await?;
-    must(lab.graph.nodes().len() == 2, || {
+    must(lab.graph.nodes().len() == bench.own_nodes(), || {
         format!("left: {:?}", lab.graph.nodes())
     })?;
     bench.finish().await

@@ -5,6 +5,7 @@ use std::{panic::AssertUnwindSafe, sync::Arc};
 use block_core::{
     Capabilities, Error, Node, Options, RequestFlags,
     image::{CheckMode, Progress},
+    registry::ImplicitOpens,
 };
 use futures::FutureExt;
 use parking_lot::Mutex;
@@ -112,6 +113,13 @@ impl Victim {
         }))
     }
 
+    /// Only its own data file may be opened besides the image.
+    fn implicit(&self) -> ImplicitOpens {
+        let files = self.scene.lab.files_of(IMAGE, &self.whole);
+        let data: Vec<String> = files.into_iter().skip(1).map(|(name, _)| name).collect();
+        ImplicitOpens::Ask(Arc::new(move |name| data.iter().any(|data| data == name)))
+    }
+
     /// Uses an image with this damage.
     pub async fn try_out(&self, damaged: Content, how: Use, what: &str) -> Result<Fared, Failure> {
         what.clone_into(&mut self.trying.lock());
@@ -164,19 +172,16 @@ impl Victim {
         if how == Use::Look {
             options.set("read-only", true);
         }
+        let format = self.scene.format.name.as_str();
+        let options = lab.options_for(format, IMAGE, None, &options);
         let open = block_core::registry::OpenOptions {
             for_check: how == Use::Repair,
+            implicit: self.implicit(),
             ..block_core::registry::OpenOptions::default()
         };
         let opened = lab
             .registry
-            .open_file(
-                &lab.graph,
-                IMAGE,
-                Some(&self.scene.format.name),
-                options,
-                open,
-            )
+            .open_file(&lab.graph, IMAGE, Some(format), options, open)
             .await;
         let node = match opened {
             Ok(node) => node,

@@ -7,6 +7,7 @@ use block_core::{BlockHandle, Node, Options};
 use crate::{
     case::{Failure, Scene, Verdict},
     external::{self, Said, TempDir},
+    parts::{self, ToolImage},
     stack::{content, same, writer},
     storage::{Content, Disk},
 };
@@ -55,9 +56,8 @@ impl Bench {
     }
 
     /// Runs `qemu-img`.
-    #[allow(clippy::unused_self)]
     pub fn img(&self, arguments: &[&str]) -> Result<Said, Failure> {
-        external::run("qemu-img", arguments, "")
+        external::run_in(self.dir.path(), "qemu-img", arguments)
             .map_err(|error| Failure(error.to_string()))?
             .ok_or_else(|| Failure("qemu-img has gone".into()))
     }
@@ -72,15 +72,85 @@ impl Bench {
         Ok(said.text)
     }
 
+    /// Has `qemu-img` make an image with these options of creation, and with the data file and the key that images of the
+    /// format under test have; a disk is made of it as well. `more` are further arguments.
+    pub fn create(
+        &self,
+        name: &str,
+        options: &str,
+        more: &[&str],
+        size: Option<&str>,
+    ) -> Result<Said, Failure> {
+        let wanted = parts::alone(&self.scene.format.create);
+        let own = self.scene.lab.create_options(self.format(), name, &wanted);
+        let secret = parts::secret();
+        let mut all = parts::text(&own);
+        if !all.is_empty() && !options.is_empty() {
+            all.push(',');
+        }
+        all.push_str(options);
+        let path = self.path(name);
+        let mut arguments = vec!["create", "-f", self.format()];
+        arguments.extend(secret.iter().map(String::as_str));
+        if !all.is_empty() {
+            arguments.extend(["-o", &all]);
+        }
+        arguments.extend(more);
+        arguments.push(&path);
+        arguments.extend(size);
+        let said = self.img(&arguments)?;
+        if said.status == Some(0) {
+            self.import(name)?;
+        }
+        Ok(said)
+    }
+
+    /// How the tools are told of an image.
+    fn image(&self, name: &str) -> ToolImage {
+        let lab = &self.scene.lab;
+        lab.tool_image(self.format(), name, self.dir.path(), false)
+    }
+
+    /// Runs a command of `qemu-img` on an image.
+    pub fn img_on(&self, name: &str, command: &[&str]) -> Result<Said, Failure> {
+        self.img(&self.image(name).arguments(command))
+    }
+
+    /// Runs a command of `qemu-img` on an image, which has to succeed.
+    pub fn img_on_ok(&self, name: &str, command: &[&str]) -> Result<String, Failure> {
+        self.img_ok(&self.image(name).arguments(command))
+    }
+
+    /// Has `qemu-img` take an internal snapshot (`-c`) or apply one (`-a`).
+    pub fn snapshot(&self, name: &str, what: &str, snapshot: &str) -> Result<Said, Failure> {
+        let image = self.image(name);
+        self.img(&image.without_format(&["snapshot", what, snapshot]))
+    }
+
+    /// Has `qemu-img` give an image another size.
+    pub fn resize(&self, name: &str, size: &str) -> Result<Said, Failure> {
+        let image = self.image(name);
+        let mut arguments = image.arguments(&["resize"]);
+        arguments.push(size);
+        self.img(&arguments)
+    }
+
+    /// What `qemu-img info` says of an image, as JSON. It doesn't open what is below.
+    pub fn info(&self, name: &str) -> Result<String, Failure> {
+        let lab = &self.scene.lab;
+        let image = lab.tool_image(self.format(), name, self.dir.path(), true);
+        self.img_ok(&image.arguments(&["info", "--output=json"]))
+    }
+
     /// Runs commands of `qemu-io` on an image; all have to succeed.
     pub fn io(&self, name: &str, commands: &[&str]) -> Result<String, Failure> {
-        let path = self.path(name);
-        let mut arguments = vec!["-f", self.format()];
+        let image = self.image(name);
+        let mut arguments = Vec::new();
         for command in commands {
             arguments.extend(["-c", command]);
         }
-        arguments.push(&path);
-        let said = external::run("qemu-io", &arguments, "")
+        arguments.extend(image.options());
+        let said = external::run_in(self.dir.path(), "qemu-io", &arguments)
             .map_err(|error| Failure(error.to_string()))?
             .ok_or_else(|| Failure("qemu-io has gone".into()))?;
         let failed = said.text.contains("failed") || said.text.contains("error");
@@ -93,27 +163,39 @@ impl Bench {
     /// Makes a simulated disk of a real file.
     pub fn import(&self, name: &str) -> Result<Arc<Disk>, Failure> {
         let bytes = std::fs::read(self.file(name)).map_err(|error| Failure(error.to_string()))?;
-        let disk = Disk::new(name, Content::from_bytes(&bytes));
+        let mut content = Content::from_bytes(&bytes);
+        if let Some(data) = self.scene.lab.data_file(name)
+            && let Ok(bytes) = std::fs::read(self.file(&data))
+        {
+            content = content.with_beside(&Content::from_bytes(&bytes));
+        }
+        let disk = Disk::new(name, content);
         self.scene.lab.disks.insert(disk.clone());
         Ok(disk)
     }
 
     /// Makes a real file of a simulated disk.
     pub fn export(&self, name: &str) -> Result<(), Failure> {
-        let bytes = self.scene.lab.disk(name)?.content().to_bytes();
-        std::fs::write(self.file(name), bytes).map_err(|error| Failure(error.to_string()))
+        let lab = &self.scene.lab;
+        for (name, content) in lab.files_of(name, &lab.disk(name)?.content()) {
+            std::fs::write(self.file(&name), content.to_bytes())
+                .map_err(|error| Failure(error.to_string()))?;
+        }
+        Ok(())
     }
 
     /// What qemu-img reads from an image and all below it.
     pub fn seen_by_qemu(&self, name: &str) -> Result<Vec<u8>, Failure> {
-        let (from, to) = (self.path(name), self.path("seen.raw"));
-        self.img_ok(&["convert", "-f", self.format(), "-O", "raw", &from, &to])?;
+        let (image, to) = (self.image(name), self.path("seen.raw"));
+        let mut arguments = image.arguments(&["convert", "-O", "raw"]);
+        arguments.push(&to);
+        self.img_ok(&arguments)?;
         std::fs::read(self.file("seen.raw")).map_err(|error| Failure(error.to_string()))
     }
 
     /// qemu-img's check, if it has one for the format.
     pub fn check(&self, name: &str) -> Result<(), Failure> {
-        let said = self.img(&["check", "-f", self.format(), &self.path(name)])?;
+        let said = self.img_on(name, &["check"])?;
         match said.status {
             Some(0 | 63) => Ok(()),
             _ => Err(format!("qemu-img check: {}", said.text).into()),
@@ -122,8 +204,7 @@ impl Bench {
 
     /// Whether an image says that it wasn't closed, and that its refcounts may be stale.
     pub fn is_dirty(&self, name: &str) -> Result<bool, Failure> {
-        let path = self.path(name);
-        let text = self.img_ok(&["info", "-f", self.format(), "--output=json", &path])?;
+        let text = self.info(name)?;
         let json: serde_json::Value =
             serde_json::from_str(&text).map_err(|error| Failure(format!("{error}: {text}")))?;
         Ok(json["dirty-flag"].as_bool().unwrap_or(false))
@@ -132,8 +213,7 @@ impl Bench {
     /// qemu-img's check of an image that nobody has closed: after its repair, if it says that it needs one.
     pub fn check_unclosed(&self, name: &str) -> Result<(), Failure> {
         if self.is_dirty(name)? {
-            let path = self.path(name);
-            self.img_ok(&["check", "-r", "all", "-f", self.format(), &path])?;
+            self.img_on_ok(name, &["check", "-r", "all"])?;
         }
         self.check(name)
     }
@@ -173,13 +253,6 @@ impl Bench {
 
     /// The options of creation of the format under test, as `-o` has them.
     pub fn create_options(&self) -> String {
-        let options = self.scene.format.create.0.iter();
-        let pairs: Vec<String> = options
-            .map(|(key, value)| match value {
-                serde_json::Value::String(text) => format!("{key}={text}"),
-                other => format!("{key}={other}"),
-            })
-            .collect();
-        pairs.join(",")
+        parts::text(&self.scene.format.create)
     }
 }

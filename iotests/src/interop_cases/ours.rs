@@ -181,13 +181,7 @@ async fn cut(scene: Arc<Scene>) -> CaseResult {
             .disks
             .insert(crate::storage::Disk::new("cut", content));
         bench.export("cut")?;
-        let said = bench.img(&[
-            "check",
-            "--output=json",
-            "-f",
-            bench.format(),
-            &bench.path("cut"),
-        ])?;
+        let said = bench.img_on("cut", &["check", "--output=json"])?;
         let number = |key: &str| -> u64 {
             // What it found stands behind the JSON, on the other output.
             let end = said.text.rfind('}').map_or(0, |at| at + 1);
@@ -202,9 +196,11 @@ async fn cut(scene: Arc<Scene>) -> CaseResult {
         let lab = &scene.lab;
         let how = block_core::registry::OpenOptions {
             for_check: true,
+            implicit: block_core::registry::ImplicitOpens::Permit,
             ..block_core::registry::OpenOptions::default()
         };
         let options = block_core::Options::new().with("read-only", true);
+        let options = lab.options_for(bench.format(), "cut", None, &options);
         let node = lab
             .registry
             .open_file(&lab.graph, "cut", Some(bench.format()), options, how)
@@ -223,14 +219,7 @@ async fn cut(scene: Arc<Scene>) -> CaseResult {
             return Err(format!("after the cut: {wrong}").into());
         }
         // Exit status 0 when all is well, 2 and 3 would say that it isn't.
-        bench.img_ok(&[
-            "check",
-            "-r",
-            "all",
-            "-f",
-            bench.format(),
-            &bench.path("cut"),
-        ])?;
+        bench.img_on_ok("cut", &["check", "-r", "all"])?;
         bench.import("cut")?;
         let after = bench.agree("cut", "after qemu's repair").await?;
         same(&after, &before, "after qemu's repair")?;
@@ -272,7 +261,7 @@ async fn jobs_done(scene: Arc<Scene>) -> CaseResult {
     }
     let seen = bench.seen_by_qemu(&top)?;
     same(&seen, &before, "after a stream")?;
-    let text = bench.img_ok(&["info", "--output=json", &bench.path(&top)])?;
+    let text = bench.info(&top)?;
     let json: serde_json::Value =
         serde_json::from_str(&text).map_err(|error| crate::case::Failure(error.to_string()))?;
     let named = json["backing-filename"].as_str().unwrap_or_default();
@@ -337,8 +326,7 @@ async fn info(scene: Arc<Scene>) -> CaseResult {
     }
     let top = layer(layers - 1);
     let options = bench.create_options();
-    let path = bench.path(&top);
-    let text = bench.img_ok(&["info", "-f", bench.format(), "--output=json", &path])?;
+    let text = bench.info(&top)?;
     let json: serde_json::Value =
         serde_json::from_str(&text).map_err(|error| crate::case::Failure(error.to_string()))?;
     let ours = stack.guest.handle().info().await?;

@@ -90,13 +90,7 @@ async fn made(scene: Arc<Scene>, variant: &'static str) -> CaseResult {
         Err(verdict) => return Ok(verdict),
     };
     let size = "4195840";
-    let path = bench.path("theirs");
-    let mut arguments = vec!["create", "-f", bench.format()];
-    if !variant.is_empty() {
-        arguments.extend(["-o", variant]);
-    }
-    arguments.extend([path.as_str(), size]);
-    let said = bench.img(&arguments)?;
+    let said = bench.create("theirs", variant, &[], Some(size))?;
     if said.status != Some(0) {
         let why = format!("qemu-img knows no '{variant}' for the format");
         return Ok(Verdict::NotCovered(why));
@@ -202,17 +196,19 @@ async fn chain(scene: Arc<Scene>) -> CaseResult {
     let format = bench.format();
     let names = ["chain0", "chain1", "chain2"];
     for (n, size) in [(0, "1M"), (1, "2M"), (2, "3M")] {
-        let path = bench.path(names[n]);
-        if n == 0 {
-            bench.img_ok(&["create", "-f", format, &path, size])?;
+        let made = if n == 0 {
+            bench.create(names[n], "", &[], Some(size))?
         } else {
-            let below = names[n - 1];
-            let with_size = [
-                "create", "-f", format, "-b", below, "-F", format, &path, size,
-            ];
-            if bench.img(&with_size)?.status != Some(0) {
-                bench.img_ok(&with_size[..8])?;
+            let over = ["-b", names[n - 1], "-F", format];
+            let with_size = bench.create(names[n], "", &over, Some(size))?;
+            if with_size.status == Some(0) {
+                with_size
+            } else {
+                bench.create(names[n], "", &over, None)?
             }
+        };
+        if made.status != Some(0) {
+            return Err(format!("qemu-img create: {}", made.text).into());
         }
         // Before the next one is made: some formats take note of what is below.
         let pattern = format!("write -P {} {} 192k", 0x51 + n, n * 100 * 1024);
@@ -244,10 +240,12 @@ async fn snapshots(scene: Arc<Scene>) -> CaseResult {
         Ok(bench) => bench,
         Err(verdict) => return Ok(verdict),
     };
-    let path = bench.path("snapped");
-    bench.img_ok(&["create", "-f", bench.format(), &path, "1M"])?;
+    let made = bench.create("snapped", "", &[], Some("1M"))?;
+    if made.status != Some(0) {
+        return Err(format!("qemu-img create: {}", made.text).into());
+    }
     bench.io("snapped", &["write -P 5 0 128k"])?;
-    let said = bench.img(&["snapshot", "-c", "first", &path])?;
+    let said = bench.snapshot("snapped", "-c", "first")?;
     if said.status != Some(0) {
         return Ok(Verdict::NotCovered(
             "the format has no internal snapshots".into(),
@@ -284,7 +282,10 @@ async fn snapshots(scene: Arc<Scene>) -> CaseResult {
             if written.is_ok() {
                 bench.export("snapped")?;
                 bench.check("snapped")?;
-                bench.img_ok(&["snapshot", "-a", "first", &path])?;
+                let said = bench.snapshot("snapped", "-a", "first")?;
+                if said.status != Some(0) {
+                    return Err(format!("qemu-img snapshot: {}", said.text).into());
+                }
                 let back = bench.seen_by_qemu("snapped")?;
                 if back[..128 << 10].iter().any(|byte| *byte != 5) {
                     return Err("a write changed what a snapshot holds".into());
@@ -313,8 +314,7 @@ async fn resized(scene: Arc<Scene>) -> CaseResult {
         .await?;
     bench.close(node, handle).await?;
     bench.export("grown")?;
-    let path = bench.path("grown");
-    let said = bench.img(&["resize", "-f", bench.format(), &path, "40M"])?;
+    let said = bench.resize("grown", "40M")?;
     if said.status != Some(0) {
         return Ok(Verdict::NotCovered(
             "qemu-img doesn't resize the format".into(),

@@ -114,11 +114,13 @@ async fn into_itself(scene: Arc<Scene>) -> CaseResult {
     unchanged(&scene, stack, None, &before).await
 }
 
-fn bytes(scene: &Scene) -> Vec<(String, Vec<u8>)> {
+type Bytes = (Vec<u8>, Option<Vec<u8>>);
+
+fn bytes(scene: &Scene) -> Vec<(String, Bytes)> {
     let disks = scene.lab.disks.all();
     disks
         .iter()
-        .map(|disk| (disk.name().to_owned(), disk.content().to_bytes()))
+        .map(|disk| (disk.name().to_owned(), disk.content().all_bytes()))
         .collect()
 }
 

@@ -176,7 +176,9 @@ async fn storage(scene: Arc<Scene>) -> Outcome {
     let mut bench = Bench::new(&scene, 4).await?;
     bench.write(0, bench.size()).await?;
     let edges = bench.node.edges();
-    let Some(child) = edges.primary() else {
+    // A data file isn't the format's alone to describe.
+    let file = edges.child(block_core::ChildRole::File);
+    let Some(child) = file.or_else(|| edges.primary()) else {
         return crate::bench::not_covered("the image has no storage of its own");
     };
     let graph = &scene.lab.graph;

@@ -20,8 +20,8 @@ use super::commands::{Command, Layout, generate};
 use crate::{
     case::{Failure, FormatUnderTest},
     cases::cluster_size,
-    external,
     lab::{Guest, Lab, LabOptions, after_discard},
+    laid,
     oracle::{Mismatch, Oracle},
     sim::{CancelAt, DropWhen, Order},
     storage::{Content, Disk},
@@ -225,9 +225,9 @@ pub fn storm(registry: &Registry, format: &FormatUnderTest, config: &StormConfig
     if config.ask_qemu
         && broke.is_none()
         && let Some(disk) = lab.disks.get(FILE)
-        && let Err(text) = external::check_bytes(&format.name, &disk.content().to_bytes())
+        && let Err(text) = laid::check(&lab, &format.name, FILE, &disk.content(), false)
     {
-        report.lock().qemu_check = Some(text);
+        report.lock().qemu_check = Some(text.0);
     }
     drop(lab);
     let mut report = report.lock().clone();
@@ -369,6 +369,7 @@ async fn run(
         ..OpenOptions::default()
     };
     let read_only = Options::new().with("read-only", true);
+    let read_only = lab.options_for(&format.name, FILE, None, &read_only);
     let node = lab
         .registry
         .open_file(&lab.graph, FILE, Some(&format.name), read_only, how)
@@ -422,16 +423,7 @@ async fn after_cut(
         .entry("power-cuts".to_owned())
         .or_default() += 1;
     if config.ask_qemu {
-        let file = external::TempFile::new("cut", &content.to_bytes())
-            .map_err(|error| Failure(error.to_string()))?;
-        let said = external::check_file(&format.name, file.path())
-            .map_err(|error| Failure(error.to_string()))?;
-        // 3 stands for leaks alone.
-        if let Some(said) = said
-            && !matches!(said.status, Some(0 | 3 | 63))
-        {
-            return Err(Failure(format!("qemu-img check: {}", said.text)));
-        }
+        laid::check(lab, &format.name, CUT, &content, true)?;
     }
     lab.disks.insert(Disk::new(CUT, content));
     let node = lab.open(&format.name, CUT, None, &Options::new()).await?;

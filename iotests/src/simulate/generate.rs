@@ -4,9 +4,11 @@
 use block_core::driver::Capabilities;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 
+use crate::parts::{DATA_FILE, ENCRYPTION};
+
 use super::scenario::{
-    DATA_FILE, Dropped, ENCRYPTION, Fault, FaultKind, FaultOp, Fill, JobEnd, JobPlan, JobWork,
-    Layer, Phase, Queue, Scenario, Step, StepKind, Sync, Verb, Where,
+    Dropped, Fault, FaultKind, FaultOp, Fill, JobEnd, JobPlan, JobWork, Layer, Phase, Queue,
+    Scenario, Step, StepKind, Sync, Verb, Where,
 };
 
 /// What scenarios for a format may contain.

@@ -5,7 +5,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::storage::OpKind;
+use crate::{parts::ENCRYPTION, storage::OpKind};
 
 /// Images, and what happens to them, in one phase after the other.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -375,11 +375,6 @@ impl FaultKind {
         !matches!(self, Self::Delay(_))
     }
 }
-
-/// The option that gives an image a data file of its own. Its name is made of the image's, whatever the value.
-pub const DATA_FILE: &str = "data_file";
-/// The option that has an image encrypted.
-pub const ENCRYPTION: &str = "encrypt.format";
 
 impl Layer {
     /// Whether an option of creation is given.

@@ -11,7 +11,6 @@ use block_core::{
     driver::DriverKind,
     error::ErrorKind,
     registry::{ImplicitOpens, OpenOptions},
-    secret::Secret,
 };
 use parking_lot::Mutex;
 use serde_json::Value;
@@ -22,12 +21,13 @@ use super::{
     lengths::Lengths,
     progress::Progress,
     record::Recorder,
-    scenario::{DATA_FILE, ENCRYPTION, Layer, Phase, Scenario},
+    scenario::{Layer, Phase, Scenario},
     snapshots::Snapshots,
 };
 use crate::{
     lab::{Lab, LabOptions},
     oracle::Oracle,
+    parts::{self, DATA_FILE, ENCRYPTION, SECRET},
     storage::{Disk, DiskWatch, Disks, OpInfo},
 };
 
@@ -37,8 +37,6 @@ pub(super) const GUEST: PermissionSet = PermissionSet::new(
     Permissions::all(),
 );
 
-/// The id of the secret that encrypted images open with.
-const SECRET: &str = "secret";
 /// Options of creation whose use is counted.
 const COUNTED: [&str; 7] = [
     DATA_FILE,
@@ -50,9 +48,9 @@ const COUNTED: [&str; 7] = [
     "preallocation",
 ];
 
-/// The name of an image's data file.
+/// The name of an image's data file, which is a disk of its own here.
 pub(super) fn data_file(image: &str) -> String {
-    format!("{image}.data")
+    parts::data_file(image, "data")
 }
 
 /// What is the same in all phases of a run.
@@ -149,11 +147,6 @@ impl Setup {
         self.watch.clear();
         let lab = Lab::with_world(&self.registry, options, env, self.disks.clone());
         self.worlds.lock().push(Arc::downgrade(&lab.graph));
-        // There is nothing else in a new graph.
-        let _ = lab
-            .graph
-            .secrets()
-            .add(SECRET, Secret::new(b"simulated".to_vec()));
         if self.recorder.keeps_events() {
             super::timeline::watch_gates(&self.recorder, &lab.graph);
         }
@@ -223,8 +216,7 @@ impl Setup {
     /// Images that aren't encrypted don't mind.
     fn set_key(&self, options: &mut Options) {
         if self.scenario.is_encrypted() {
-            let key = Options::new().with("key-secret", SECRET);
-            options.set("encrypt", Value::Object(key.0));
+            options.set("encrypt", parts::key(false));
         }
     }
 

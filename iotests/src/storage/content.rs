@@ -1,9 +1,15 @@
 //! The bytes of a simulated disk: sparse, copy-on-write pages. No I/O, no faults, no time.
+//!
+//! An image may have a second file, which holds its guest data (an external data file). Both are in one content, the second
+//! at offsets from [`BESIDE`] on, so that whoever keeps, cuts, damages or restores an image has both at one moment.
 
 use std::{collections::BTreeMap, ops::Range, sync::Arc};
 
 /// Bytes of a page; holes are tracked at this granularity.
 pub const PAGE: u64 = 4096;
+
+/// Where an image's second file begins in its content. No image file is as long as that.
+pub const BESIDE: u64 = 1 << 62;
 
 type Page = Arc<[u8; PAGE as usize]>;
 
@@ -11,6 +17,8 @@ type Page = Arc<[u8; PAGE as usize]>;
 #[derive(Clone, Default)]
 pub struct Content {
     len: u64,
+    /// Bytes of the second file, if there is one.
+    beside: Option<u64>,
     pages: BTreeMap<u64, Page>,
 }
 
@@ -44,7 +52,7 @@ impl Content {
         content
     }
 
-    /// Length in bytes.
+    /// Length of the first file in bytes.
     pub fn len(&self) -> u64 {
         self.len
     }
@@ -54,22 +62,86 @@ impl Content {
         self.len == 0
     }
 
-    /// Bytes that are not in holes.
+    /// Bytes of both files that are not in holes.
     pub fn allocated(&self) -> u64 {
         self.pages.len() as u64 * PAGE
     }
 
-    /// Cuts off, or grows with a hole.
+    /// Bytes of the file at `base` (0 or [`BESIDE`]) that are not in holes.
+    pub(super) fn allocated_of(&self, base: u64) -> u64 {
+        let first = base / PAGE;
+        self.pages.range(first..first + BESIDE / PAGE).count() as u64 * PAGE
+    }
+
+    /// The length of the second file, if there is one.
+    pub fn beside_len(&self) -> Option<u64> {
+        self.beside
+    }
+
+    /// The second file alone.
+    pub fn beside(&self) -> Option<Self> {
+        let pages = self.pages.range(BESIDE / PAGE..);
+        Some(Self {
+            len: self.beside?,
+            beside: None,
+            pages: pages
+                .map(|(page, bytes)| (page - BESIDE / PAGE, bytes.clone()))
+                .collect(),
+        })
+    }
+
+    /// The same with `other`'s first file as its second.
+    #[must_use]
+    pub fn with_beside(mut self, other: &Self) -> Self {
+        self.pages.split_off(&(BESIDE / PAGE));
+        let pages = other.pages.range(..BESIDE / PAGE);
+        self.pages
+            .extend(pages.map(|(page, bytes)| (page + BESIDE / PAGE, bytes.clone())));
+        self.beside = Some(other.len);
+        self
+    }
+
+    /// The bytes of both files, to compare them with others.
+    pub fn all_bytes(&self) -> (Vec<u8>, Option<Vec<u8>>) {
+        (
+            self.to_bytes(),
+            self.beside().map(|beside| beside.to_bytes()),
+        )
+    }
+
+    /// The file that a change ends in at `end` is at least as long as that.
+    fn reaches(&mut self, end: u64) {
+        if end > BESIDE {
+            self.beside = Some(self.beside.unwrap_or(0).max(end - BESIDE));
+        } else {
+            self.len = self.len.max(end);
+        }
+    }
+
+    /// Cuts off, or grows with a hole. From [`BESIDE`] on it is the second file's length, which begins to be with it.
     pub fn set_len(&mut self, len: u64) {
-        if len < self.len {
-            self.pages.split_off(&len.div_ceil(PAGE));
+        let (base, old) = if len >= BESIDE {
+            (BESIDE, BESIDE + self.beside.unwrap_or(0))
+        } else {
+            (0, self.len)
+        };
+        if len < old {
+            let mut cut = self.pages.split_off(&len.div_ceil(PAGE));
+            if base == 0 {
+                let mut beside = cut.split_off(&(BESIDE / PAGE));
+                self.pages.append(&mut beside);
+            }
             if len % PAGE != 0
                 && let Some(page) = self.pages.get_mut(&(len / PAGE))
             {
                 Arc::make_mut(page)[(len % PAGE) as usize..].fill(0);
             }
         }
-        self.len = len;
+        if base == 0 {
+            self.len = len;
+        } else {
+            self.beside = Some(len - BESIDE);
+        }
     }
 
     /// Fills `out` from `offset`; zeroes beyond the end.
@@ -83,7 +155,7 @@ impl Content {
         }
     }
 
-    /// All of it.
+    /// All of the first file.
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut bytes = vec![0; self.len as usize];
         self.read(0, &mut bytes);
@@ -92,7 +164,7 @@ impl Content {
 
     /// Writes, and grows if need be.
     pub fn write(&mut self, offset: u64, data: &[u8]) {
-        self.len = self.len.max(offset + data.len() as u64);
+        self.reaches(offset + data.len() as u64);
         for (page, range, at) in pieces(offset, data.len() as u64) {
             let page = self
                 .pages
@@ -105,7 +177,7 @@ impl Content {
 
     /// Zeroes a range, grows if need be, and makes a hole of the pages that it covers.
     pub fn punch(&mut self, offset: u64, len: u64) {
-        self.len = self.len.max(offset + len);
+        self.reaches(offset + len);
         for (page, range, _) in pieces(offset, len) {
             if range.len() as u64 == PAGE {
                 self.pages.remove(&page);
@@ -171,6 +243,28 @@ mod tests {
         let bytes = content.to_bytes();
         assert!(bytes[..5000].iter().all(|byte| *byte == 7));
         assert!(bytes[5000..].iter().all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn two_files_of_an_image_grow_shrink_and_are_told_apart() {
+        let mut content = Content::from_bytes(&[1; 9000]);
+        assert!(content.beside().is_none());
+        content.set_len(BESIDE);
+        assert_eq!(content.beside_len(), Some(0));
+        content.write(BESIDE + 5000, &[2; 5000]);
+        content.set_len(100);
+        assert_eq!(content.len(), 100);
+        let beside = content.beside().unwrap();
+        assert_eq!((beside.len(), beside.allocated()), (10_000, 2 * PAGE));
+        assert_eq!(beside.to_bytes()[5000..], [2; 5000]);
+        assert_eq!(content.allocated_of(0), PAGE);
+        content.punch(BESIDE + 4096, 8192);
+        assert_eq!(content.allocated_of(BESIDE), 0);
+        assert_eq!(content.beside_len(), Some(12_288));
+        let copy = Content::from_bytes(&[3; 10]).with_beside(&beside);
+        assert_eq!(copy.all_bytes(), (vec![3; 10], Some(beside.to_bytes())));
+        content.set_len(BESIDE + 1);
+        assert_eq!((content.len(), content.beside_len()), (100, Some(1)));
     }
 
     #[test]

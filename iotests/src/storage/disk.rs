@@ -3,7 +3,10 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, OnceLock},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -11,7 +14,7 @@ use block_core::{env::Environment, error::ErrorKind};
 use parking_lot::Mutex;
 
 use super::{
-    content::Content,
+    content::{BESIDE, Content},
     rules::{Choose, Fate, HoldState, OpInfo, OpKind, Rules, Stage},
 };
 
@@ -26,6 +29,14 @@ pub(super) enum Change {
     Write(u64, Arc<Vec<u8>>),
     Punch(u64, u64),
     Resize(u64),
+}
+
+impl Change {
+    /// Where the file begins that it changes.
+    fn base(&self) -> u64 {
+        let (Self::Write(at, _) | Self::Punch(at, _) | Self::Resize(at)) = self;
+        at & BESIDE
+    }
 }
 
 /// Somebody who sees every request to a disk. Called from within the requests, without any lock of the disk's; must not
@@ -72,6 +83,10 @@ pub struct Disk {
     name: String,
     state: Mutex<State>,
     watch: OnceLock<Arc<dyn DiskWatch>>,
+    /// Guest data on it is encrypted: rules can't tell whose it is.
+    encrypted: AtomicBool,
+    /// The image on it is being made.
+    making: AtomicBool,
 }
 
 impl Disk {
@@ -85,7 +100,22 @@ impl Disk {
                 ..State::default()
             }),
             watch: OnceLock::new(),
+            encrypted: AtomicBool::new(false),
+            making: AtomicBool::new(false),
         })
+    }
+
+    /// Whether what is written can be told from what is in the storage.
+    pub fn shows_data(&self) -> bool {
+        !self.encrypted.load(Ordering::Relaxed)
+    }
+
+    fn visible(&self, choose: Choose) -> Choose {
+        if self.shows_data() {
+            choose
+        } else {
+            choose.on_noise()
+        }
     }
 
     /// From now on `watch` sees every request. There can be one.
@@ -109,9 +139,29 @@ impl Disk {
         &self.name
     }
 
-    /// Length in bytes.
+    /// Length of the image file in bytes.
     pub fn len(&self) -> u64 {
         self.state.lock().now.len()
+    }
+
+    /// Length of the file at `base` in bytes.
+    pub(super) fn len_of(&self, base: u64) -> u64 {
+        let state = self.state.lock();
+        if base == BESIDE {
+            state.now.beside_len().unwrap_or(0)
+        } else {
+            state.now.len()
+        }
+    }
+
+    /// Makes a second file of so many bytes beside the image, durably, in place of the one that was there.
+    pub(super) fn create_beside(&self, len: u64) {
+        let mut beside = Content::default();
+        beside.set_len(len);
+        let mut state = self.state.lock();
+        state.unflushed.retain(|change| change.base() != BESIDE);
+        state.durable = std::mem::take(&mut state.durable).with_beside(&beside);
+        state.now = std::mem::take(&mut state.now).with_beside(&beside);
     }
 
     /// Whether there is no byte on it.
@@ -195,6 +245,7 @@ impl Disk {
     /// Stops the chosen requests until they are let go. Dropping the [`Hold`] lets everything go.
     pub fn hold(self: &Arc<Self>, choose: Choose, stage: Stage) -> Hold {
         let hold = Arc::new(HoldState::default());
+        let choose = self.visible(choose);
         let mut state = self.state.lock();
         let rule = state.rules.add(choose, Fate::Hold(stage, hold.clone()));
         state.holds.push(hold.clone());
@@ -207,11 +258,13 @@ impl Disk {
 
     /// Makes the chosen requests take longer.
     pub fn delay(&self, choose: Choose, by: Duration) -> u64 {
+        let choose = self.visible(choose);
         self.state.lock().rules.add(choose, Fate::Delay(by))
     }
 
     /// Makes the chosen requests fail.
     pub fn fail(&self, choose: Choose, kind: ErrorKind, stage: Stage) -> u64 {
+        let choose = self.visible(choose);
         self.state.lock().rules.add(choose, Fate::Fail(kind, stage))
     }
 
@@ -305,7 +358,8 @@ impl Disk {
                 Some(Change::Write(_, data)) => Some(data.as_slice()),
                 _ => None,
             };
-            state.rules.judge(&op, data)
+            let making = self.making.load(Ordering::Relaxed);
+            state.rules.judge(&op, data, making)
         };
         state.in_flight.insert(op.id, (op, change));
         drop(state);
@@ -367,15 +421,16 @@ impl Disk {
         self.state.lock().now.run(offset, len)
     }
 
-    pub(super) fn allocated(&self) -> u64 {
-        self.state.lock().now.allocated()
+    pub(super) fn allocated_of(&self, base: u64) -> u64 {
+        self.state.lock().now.allocated_of(base)
     }
 
-    /// Makes everything durable that has taken effect.
-    pub(super) fn flush(&self) {
+    /// Makes everything durable that has taken effect in the file at `base`.
+    pub(super) fn flush(&self, base: u64) {
         let mut state = self.state.lock();
         let state = &mut *state;
-        for change in state.unflushed.drain(..) {
+        let of_file = |change: &mut Change| change.base() == base;
+        for change in state.unflushed.extract_if(.., of_file) {
             change_content(&mut state.durable, &change);
         }
     }
@@ -454,7 +509,30 @@ impl Drop for Hold {
 
 /// The disks of one simulated world, by file name.
 #[derive(Clone, Default)]
-pub struct Disks(Arc<Mutex<BTreeMap<String, Arc<Disk>>>>);
+pub struct Disks(Arc<Mutex<World>>);
+
+#[derive(Default)]
+struct World {
+    disks: BTreeMap<String, Arc<Disk>>,
+    beside: Option<String>,
+    encrypted: bool,
+    /// The image that is being made.
+    making: Option<String>,
+}
+
+/// As long as this lives, an image is being made.
+pub(crate) struct Making(Disks);
+
+impl Drop for Making {
+    fn drop(&mut self) {
+        let mut world = self.0.0.lock();
+        if let Some(name) = world.making.take()
+            && let Some(disk) = world.disks.get(&name)
+        {
+            disk.making.store(false, Ordering::Relaxed);
+        }
+    }
+}
 
 impl Disks {
     /// No disks.
@@ -464,21 +542,72 @@ impl Disks {
 
     /// The disk with that name.
     pub fn get(&self, name: &str) -> Option<Arc<Disk>> {
-        self.0.lock().get(name).cloned()
+        self.0.lock().disks.get(name).cloned()
     }
 
     /// Adds a disk, or replaces the one of that name for those who open it from now on.
     pub fn insert(&self, disk: Arc<Disk>) {
-        self.0.lock().insert(disk.name().to_owned(), disk);
+        let mut world = self.0.lock();
+        disk.encrypted.store(world.encrypted, Ordering::Relaxed);
+        let making = world.making.as_deref() == Some(disk.name());
+        disk.making.store(making, Ordering::Relaxed);
+        world.disks.insert(disk.name().to_owned(), disk);
     }
 
     /// All of them, by name.
     pub fn all(&self) -> Vec<Arc<Disk>> {
-        self.0.lock().values().cloned().collect()
+        self.0.lock().disks.values().cloned().collect()
     }
 
     /// What is in flight on any of them, in words.
     pub fn describe(&self) -> Vec<String> {
         self.all().iter().flat_map(|disk| disk.describe()).collect()
+    }
+
+    /// From now on a file `IMAGE.ending` is the second file of the disk `IMAGE`, if there is one, and no disk of its own.
+    pub fn keep_beside(&self, ending: &str) {
+        self.0.lock().beside = Some(ending.to_owned());
+    }
+
+    /// From now on guest data is stored encrypted: rules that look for what is written find the next write that looks like
+    /// noise instead.
+    pub fn hide_data(&self) {
+        let mut world = self.0.lock();
+        world.encrypted = true;
+        for disk in world.disks.values() {
+            disk.encrypted.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// From now on the image `name` is being made: what is written to it may be keys, but no data.
+    pub(crate) fn make(&self, name: &str) -> Making {
+        let mut world = self.0.lock();
+        world.making = Some(name.to_owned());
+        if let Some(disk) = world.disks.get(name) {
+            disk.making.store(true, Ordering::Relaxed);
+        }
+        drop(world);
+        Making(self.clone())
+    }
+
+    /// The disk that a file is on, and where in its content ([`BESIDE`]) the file begins. The second file of an image needn't
+    /// be there yet.
+    pub fn place(&self, file: &str) -> Option<(Arc<Disk>, u64)> {
+        let world = self.0.lock();
+        if let Some(disk) = world.disks.get(file) {
+            return Some((disk.clone(), 0));
+        }
+        let ending = world.beside.as_deref()?;
+        let image = file.strip_suffix(ending)?.strip_suffix('.')?;
+        Some((world.disks.get(image)?.clone(), BESIDE))
+    }
+
+    /// What a file holds now, if there is one.
+    pub fn file(&self, name: &str) -> Option<Content> {
+        let (disk, base) = self.place(name)?;
+        match base {
+            0 => Some(disk.content()),
+            _ => disk.content().beside(),
+        }
     }
 }

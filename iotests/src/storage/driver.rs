@@ -35,6 +35,9 @@ use crate::sim::yield_now;
 /// A node of simulated storage.
 pub struct TestStorage {
     disk: Arc<Disk>,
+    name: String,
+    /// Where in the disk's content the file begins.
+    base: u64,
     read_only: AtomicBool,
     alignment: u64,
 }
@@ -42,8 +45,15 @@ pub struct TestStorage {
 impl TestStorage {
     /// Storage on `disk`, whose requests must be aligned to `alignment` bytes.
     pub fn new(disk: Arc<Disk>, read_only: bool, alignment: u64) -> Self {
+        let name = disk.name().to_owned();
+        Self::of_file(disk, name, 0, read_only, alignment)
+    }
+
+    fn of_file(disk: Arc<Disk>, name: String, base: u64, read_only: bool, alignment: u64) -> Self {
         Self {
             disk,
+            name,
+            base,
             read_only: AtomicBool::new(read_only),
             alignment,
         }
@@ -105,7 +115,7 @@ impl TestStorage {
                 Fate::Hold(at, hold) if *at == stage => hold.stop(*op).await,
                 Fate::Delay(by) if stage == Stage::Before => request.env().sleep(*by).await,
                 Fate::Fail(kind, at) if *at == stage => {
-                    return Err(Error::from_kind(*kind).with_file(self.disk.name()));
+                    return Err(Error::from_kind(*kind).with_file(&self.name));
                 }
                 _ => {}
             }
@@ -162,7 +172,7 @@ impl BlockDriver for TestStorage {
     }
 
     fn length(&self, _: &Edges) -> u64 {
-        self.disk.len().next_multiple_of(self.alignment)
+        self.disk.len_of(self.base).next_multiple_of(self.alignment)
     }
 
     fn limits(&self, _: &Edges) -> Limits {
@@ -173,11 +183,11 @@ impl BlockDriver for TestStorage {
     }
 
     fn filename(&self) -> Option<String> {
-        Some(self.disk.name().to_owned())
+        Some(self.name.clone())
     }
 
     async fn read(self: Arc<Self>, request: Request, offset: u64, mut buf: IoBufMut) -> Result<()> {
-        let len = buf.len();
+        let (len, offset) = (buf.len(), self.base + offset);
         self.carry_out(
             &request,
             OpKind::Read,
@@ -200,7 +210,7 @@ impl BlockDriver for TestStorage {
         buf: IoBuf,
         _: RequestFlags,
     ) -> Result<()> {
-        let len = buf.len() as u64;
+        let (len, offset) = (buf.len() as u64, self.base + offset);
         let change = Change::Write(offset, Arc::new(buf.to_vec()));
         self.carry_out(
             &request,
@@ -220,6 +230,7 @@ impl BlockDriver for TestStorage {
         len: u64,
         _: RequestFlags,
     ) -> Result<()> {
+        let offset = self.base + offset;
         let change = Change::Punch(offset, len);
         self.carry_out(
             &request,
@@ -233,6 +244,7 @@ impl BlockDriver for TestStorage {
     }
 
     async fn discard(self: Arc<Self>, request: Request, offset: u64, len: u64) -> Result<()> {
+        let offset = self.base + offset;
         let change = Change::Punch(offset, len);
         self.carry_out(
             &request,
@@ -246,8 +258,11 @@ impl BlockDriver for TestStorage {
     }
 
     async fn flush(self: Arc<Self>, request: Request) -> Result<()> {
-        self.carry_out(&request, OpKind::Flush, 0, 0, None, |disk, _| disk.flush())
-            .await
+        let base = self.base;
+        self.carry_out(&request, OpKind::Flush, base, 0, None, |disk, _| {
+            disk.flush(base);
+        })
+        .await
     }
 
     async fn truncate(self: Arc<Self>, request: Request, length: u64, how: Truncate) -> Result<()> {
@@ -256,6 +271,7 @@ impl BlockDriver for TestStorage {
                 "Unsupported preallocation mode: metadata",
             ));
         }
+        let length = self.base + length;
         let change = Change::Resize(length);
         self.carry_out(
             &request,
@@ -275,7 +291,7 @@ impl BlockDriver for TestStorage {
         len: u64,
     ) -> Result<DriverStatus> {
         yield_now().await;
-        let (data, len) = self.disk.run(offset, len);
+        let (data, len) = self.disk.run(self.base + offset, len);
         let kind = if data {
             StatusFlags::DATA
         } else {
@@ -290,7 +306,7 @@ impl BlockDriver for TestStorage {
 
     async fn info(self: Arc<Self>, _: Request) -> Result<ImageInfo> {
         Ok(ImageInfo {
-            actual_size: Some(self.disk.allocated()),
+            actual_size: Some(self.disk.allocated_of(self.base)),
             ..ImageInfo::default()
         })
     }
@@ -359,12 +375,16 @@ impl DriverFactory for TestStorageFactory {
 
     async fn open(&self, context: OpenContext, options: Options) -> Result<Opened> {
         let options: NodeOptions = options.parse()?;
-        let disk = self.disks.get(&options.filename).ok_or_else(|| {
+        let place = self.disks.place(&options.filename);
+        let there =
+            place.filter(|(disk, base)| *base == 0 || disk.content().beside_len().is_some());
+        let (disk, base) = there.ok_or_else(|| {
             Error::from_kind(ErrorKind::NotFound)
                 .context(format_args!("Could not open '{}'", options.filename))
         })?;
         let alignment = options.alignment.unwrap_or(self.alignment);
-        let driver = TestStorage::new(disk, context.node.read_only, alignment);
+        let (name, read_only) = (options.filename, context.node.read_only);
+        let driver = TestStorage::of_file(disk, name, base, read_only, alignment);
         Ok(Opened {
             driver: Arc::new(driver),
             edges: Vec::new(),
@@ -381,8 +401,9 @@ impl DriverFactory for TestStorageFactory {
         };
         let mut content = Content::default();
         content.set_len(size);
-        match self.disks.get(&context.filename) {
-            Some(disk) => disk.restore(content),
+        match self.disks.place(&context.filename) {
+            Some((disk, 0)) => disk.restore(content),
+            Some((disk, _)) => disk.create_beside(size),
             None => self.disks.insert(Disk::new(&context.filename, content)),
         }
         Ok(())

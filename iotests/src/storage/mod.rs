@@ -9,6 +9,9 @@
 //! **What a power cut keeps** ([`Disk::power_cut`]): everything that was flushed, and any subset of what was written
 //! since, including what is still in flight, each write torn at sector boundaries.
 //!
+//! An image with an external data file is one [`Disk`] with two files ([`Disks::keep_beside`]): rules, the log, a power cut
+//! and everything that is kept of it reach both, the second at offsets from [`BESIDE`] on.
+//!
 //! It never hands out bytes that nobody wrote, and never fails by itself. Discarded ranges read as zeroes at once: the
 //! punch that comes too late for its new owner is seen.
 
@@ -18,7 +21,7 @@ mod driver;
 mod rules;
 
 pub use self::{
-    content::{Content, PAGE},
+    content::{BESIDE, Content, PAGE},
     disk::{Disk, DiskWatch, Disks, Hold, LogEntry, SECTOR, Watcher},
     driver::{TestStorage, TestStorageFactory},
     rules::{Choose, Fate, OpInfo, OpKind, Stage},

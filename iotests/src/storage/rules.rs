@@ -17,6 +17,8 @@ use std::{
 use block_core::error::ErrorKind;
 use parking_lot::Mutex;
 
+use super::content::BESIDE;
+
 /// What a request to the storage does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[allow(missing_docs)]
@@ -59,6 +61,7 @@ pub struct Choose {
     kinds: Vec<OpKind>,
     range: Option<Range<u64>>,
     containing: Option<Vec<u8>>,
+    noise: bool,
     skip: u64,
     times: Option<u64>,
 }
@@ -112,6 +115,18 @@ impl Choose {
         self
     }
 
+    /// The same where data may be stored encrypted, so that its owner doesn't show: also the next write of what looks like
+    /// noise, or each if whoever wrote it doesn't matter.
+    pub(super) fn on_noise(mut self) -> Self {
+        if let Some(needle) = &self.containing {
+            self.noise = true;
+            if needle.len() > 4 && self.times.is_none() {
+                self.times = Some(1);
+            }
+        }
+        self
+    }
+
     /// Only that many.
     #[must_use]
     pub fn times(mut self, times: u64) -> Self {
@@ -119,7 +134,7 @@ impl Choose {
         self
     }
 
-    fn matches(&self, op: &OpInfo, data: Option<&[u8]>) -> bool {
+    fn matches(&self, op: &OpInfo, data: Option<&[u8]>, making: bool) -> bool {
         if !self.kinds.is_empty() && !self.kinds.contains(&op.kind) {
             return false;
         }
@@ -131,11 +146,25 @@ impl Choose {
         }
         match &self.containing {
             None => true,
-            Some(needle) => {
-                data.is_some_and(|data| data.chunks(512).any(|s| s.starts_with(needle)))
-            }
+            Some(needle) => data.is_some_and(|data| {
+                data.chunks(512).any(|s| s.starts_with(needle))
+                    || self.noise && !making && is_noise(data)
+            }),
         }
     }
+}
+
+/// Whether these are sectors as a cipher leaves them: metadata is mostly zeroes.
+fn is_noise(data: &[u8]) -> bool {
+    data.len() >= 512
+        && data.chunks_exact(512).any(|sector| {
+            let mut seen = [false; 256];
+            for byte in sector {
+                seen[usize::from(*byte)] = true;
+            }
+            // Of random bytes 221 values are seen, give or take 6.
+            seen.iter().filter(|seen| **seen).count() > 180
+        })
 }
 
 /// At which side of its effect on the content something happens to a request.
@@ -165,7 +194,7 @@ pub struct OpInfo {
     pub id: u64,
     /// What it does.
     pub kind: OpKind,
-    /// Offset in the storage; for truncates the new length.
+    /// Offset in the storage; for truncates the new length. Both from [`BESIDE`] on for an image's second file.
     pub offset: u64,
     /// Length in bytes.
     pub len: u64,
@@ -173,18 +202,16 @@ pub struct OpInfo {
 
 impl std::fmt::Display for OpInfo {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (of, offset) = match self.offset.checked_sub(BESIDE) {
+            Some(offset) => (" of the data file", offset),
+            None => ("", self.offset),
+        };
         match self.kind {
-            OpKind::Flush => write!(f, "#{} flush", self.id),
-            OpKind::Truncate => write!(f, "#{} truncate to {:#x}", self.id, self.offset),
+            OpKind::Flush => write!(f, "#{} flush{of}", self.id),
+            OpKind::Truncate => write!(f, "#{} truncate{of} to {offset:#x}", self.id),
             kind => {
-                write!(
-                    f,
-                    "#{} {} at {:#x}+{:#x}",
-                    self.id,
-                    kind.name(),
-                    self.offset,
-                    self.len
-                )
+                let (id, kind, len) = (self.id, kind.name(), self.len);
+                write!(f, "#{id} {kind}{of} at {offset:#x}+{len:#x}")
             }
         }
     }
@@ -213,11 +240,12 @@ impl Rules {
         self.rules.clear();
     }
 
-    /// What happens to this request: the fates of every rule that chooses it, oldest rule first.
-    pub fn judge(&mut self, op: &OpInfo, data: Option<&[u8]>) -> Vec<Fate> {
+    /// What happens to this request: the fates of every rule that chooses it, oldest rule first. While an image is being made
+    /// (`making`), what looks like noise is a key.
+    pub fn judge(&mut self, op: &OpInfo, data: Option<&[u8]>, making: bool) -> Vec<Fate> {
         let mut fates = Vec::new();
         for (choose, fate) in self.rules.values_mut() {
-            if !choose.matches(op, data) {
+            if !choose.matches(op, data, making) {
                 continue;
             }
             if choose.skip > 0 {

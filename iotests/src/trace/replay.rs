@@ -25,8 +25,8 @@ use parking_lot::Mutex;
 use super::format::{Event, NodeInfo, Trace};
 use crate::{
     case::Failure,
-    external,
     lab::{Lab, LabOptions, after_discard},
+    laid,
     oracle::{Ended, Mismatch, Oracle},
     pattern::{SECTOR, stamped},
     sim::{Order, Running},
@@ -157,8 +157,8 @@ pub fn replay(registry: &Registry, trace: &Trace, how: &Replay) -> Result<Replay
         && let Some(disk) = lab.disks.get(FILE)
     {
         let format = how.format.as_deref().unwrap_or(&info.driver);
-        if let Err(text) = external::check_bytes(format, &disk.content().to_bytes()) {
-            replayed.wrong.push(format!("qemu-img check: {text}"));
+        if let Err(text) = laid::check(&lab, format, FILE, &disk.content(), false) {
+            replayed.wrong.push(text.0);
         }
     }
     replayed.polls = env.polls();
