@@ -181,6 +181,7 @@ fn info_shows_what_qemu_img_shows() {
         info --image-opts driver=qcow2,file.filename=a.qcow2
         info --image-opts driver=qcow2,file.filename=a.qcow2,lazy-refcounts=on
         info --image-opts -f raw driver=qcow2,file.filename=a.qcow2
+        info json:{"driver":"qcow2","file":{"driver":"file","filename":"a.qcow2"}}
         info --image a.qcow2
         info file:a.qcow2
         info bogus:a
