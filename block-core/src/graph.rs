@@ -387,8 +387,8 @@ impl Graph {
             if !change.edges.is_empty() {
                 // The nodes whose edges changed, and all above them.
                 let mut concerned: HashSet<u64> = change.edges.keys().copied().collect();
-                for id in permissions::bottom_up(&topology) {
-                    let Some(node) = topology.nodes.get(&id) else {
+                for id in plan.order.iter().rev() {
+                    let Some(node) = topology.nodes.get(id) else {
                         continue;
                     };
                     let is_above = || {
@@ -397,8 +397,8 @@ impl Graph {
                             .iter()
                             .any(|edge| concerned.contains(&edge.child.node().id()))
                     };
-                    if concerned.contains(&id) || is_above() {
-                        concerned.insert(id);
+                    if concerned.contains(id) || is_above() {
+                        concerned.insert(*id);
                         node.refresh_debugged();
                         node.refresh_limits();
                     }

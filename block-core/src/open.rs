@@ -540,7 +540,7 @@ pub(crate) async fn backing(
 ) -> Result<Option<Arc<Node>>> {
     let overlay_file = overlay.filename().unwrap_or_default();
     let mut below = context.clone();
-    below.chain.push(canonical(&overlay_file));
+    below.chain.push(canonical(&overlay_file).into());
     let name = name.filter(|name| !name.is_empty());
     let mut format = format.map(str::to_owned);
     let mut node = Options::new();
@@ -575,7 +575,8 @@ pub(crate) async fn backing(
     below.node.auto_read_only = false;
     below.probed = false;
     below.depth += 1;
-    if below.chain.contains(&canonical(&resolved)) {
+    let place = canonical(&resolved);
+    if below.chain.iter().any(|above| **above == *place) {
         return Err(Error::invalid(format!(
             "Backing file '{resolved}' creates an infinite loop."
         ))

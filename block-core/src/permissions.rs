@@ -3,6 +3,8 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
+    fmt,
+    hash::{BuildHasherDefault, Hasher},
     sync::{Arc, atomic::Ordering},
 };
 
@@ -14,7 +16,73 @@ use crate::{
 };
 
 /// What every node's parents together use and share after the change.
-pub(crate) type Plan = BTreeMap<u64, PermissionSet>;
+pub(crate) struct Plan {
+    sets: BTreeMap<u64, PermissionSet>,
+    /// All nodes, every one after all of its parents.
+    pub order: Vec<u64>,
+}
+
+/// Something by the id of a node. Every change of a graph looks at all of its nodes: in a chain of a thousand images, the time
+/// that opening it takes is spent here.
+type ById<T> = HashMap<u64, T, BuildHasherDefault<IdHasher>>;
+
+/// Ids are counted up, so that they spread by themselves.
+#[derive(Default)]
+struct IdHasher(u64);
+
+impl Hasher for IdHasher {
+    fn finish(&self) -> u64 {
+        // The table takes its tags from the top bits.
+        self.0.wrapping_mul(0x9e37_79b9_7f4a_7c15)
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.0 = self.0.rotate_left(8) ^ u64::from(*byte);
+        }
+    }
+    fn write_u64(&mut self, id: u64) {
+        self.0 = id;
+    }
+}
+
+/// Who uses a node: for messages.
+enum User<'a> {
+    Handle {
+        name: &'a str,
+        node: Arc<Node>,
+    },
+    Parent {
+        node: &'a Node,
+        edges: Arc<Edges>,
+        edge: usize,
+    },
+}
+
+impl fmt::Display for User<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Handle { name, node } => {
+                match *name {
+                    "" => f.write_str("an unnamed block device")?,
+                    name => write!(f, "block device '{name}'")?,
+                }
+                write!(f, " (uses node '{}' as 'root' child)", node.name())
+            }
+            Self::Parent { node, edges, edge } => {
+                write!(f, "node '{}'", node.name())?;
+                match edges.get(*edge) {
+                    Some(edge) => write!(
+                        f,
+                        " (uses node '{}' as '{}' child)",
+                        edge.child.node().name(),
+                        edge.name
+                    ),
+                    None => Ok(()),
+                }
+            }
+        }
+    }
+}
 
 fn edges_after(node: &Node, change: &Change) -> Arc<Edges> {
     change
@@ -24,16 +92,9 @@ fn edges_after(node: &Node, change: &Change) -> Arc<Edges> {
         .unwrap_or_else(|| node.edges())
 }
 
-/// All nodes, every one after all of its children.
-pub(crate) fn bottom_up(topology: &Topology) -> Vec<u64> {
-    let mut order = top_down(topology, &Change::default()).unwrap_or_default();
-    order.reverse();
-    order
-}
-
 /// All nodes, every one after all of its parents.
 fn top_down(topology: &Topology, change: &Change) -> Result<Vec<u64>> {
-    let mut waiting: HashMap<u64, usize> = topology.nodes.keys().map(|id| (*id, 0)).collect();
+    let mut waiting: ById<usize> = topology.nodes.keys().map(|id| (*id, 0)).collect();
     for node in topology.nodes.values() {
         for edge in edges_after(node, change).iter() {
             *waiting.entry(edge.child.node().id()).or_default() += 1;
@@ -73,7 +134,7 @@ const MAX_CHAIN: usize = crate::registry::Registry::MAX_DEPTH + 9;
 
 /// Refuses chains that are too deep to be read. `order` has every node after all of its parents.
 fn check_depth(topology: &Topology, change: &Change, order: &[u64]) -> Result<()> {
-    let mut depths: HashMap<u64, usize> = HashMap::new();
+    let mut depths: ById<usize> = ById::default();
     for id in order.iter().rev() {
         let Some(node) = topology.nodes.get(id) else {
             continue;
@@ -96,7 +157,7 @@ fn check_depth(topology: &Topology, change: &Change, order: &[u64]) -> Result<()
 /// Works the permissions out, or says who is in whose way.
 pub(crate) fn plan(topology: &Topology, change: &Change) -> Result<Plan> {
     // For each node: who its parents are (for messages), and what they use and share.
-    let mut wanted: HashMap<u64, Vec<(String, PermissionSet)>> = HashMap::new();
+    let mut wanted: ById<Vec<(User, PermissionSet)>> = ById::default();
     for root in topology.roots.values() {
         let node = change
             .root_nodes
@@ -108,29 +169,24 @@ pub(crate) fn plan(topology: &Topology, change: &Change) -> Result<Plan> {
             .get(&root.id)
             .copied()
             .unwrap_or_else(|| root.permissions());
-        let who = if root.name.is_empty() {
-            format!(
-                "an unnamed block device (uses node '{}' as 'root' child)",
-                node.name()
-            )
-        } else {
-            format!(
-                "block device '{}' (uses node '{}' as 'root' child)",
-                root.name,
-                node.name()
-            )
-        };
         refuse_closing(&node)?;
-        wanted.entry(node.id()).or_default().push((who, set));
+        let id = node.id();
+        let user = User::Handle {
+            name: &root.name,
+            node,
+        };
+        wanted.entry(id).or_default().push((user, set));
     }
-    let mut plan = Plan::new();
-    let order = top_down(topology, change)?;
-    check_depth(topology, change, &order)?;
-    for id in order {
-        let Some(node) = topology.nodes.get(&id) else {
+    let mut plan = Plan {
+        sets: BTreeMap::new(),
+        order: top_down(topology, change)?,
+    };
+    check_depth(topology, change, &plan.order)?;
+    for id in &plan.order {
+        let Some(node) = topology.nodes.get(id) else {
             continue;
         };
-        let parents = wanted.remove(&id).unwrap_or_default();
+        let parents = wanted.remove(id).unwrap_or_default();
         check_conflicts(node, &parents)?;
         let mut total = parents
             .iter()
@@ -142,7 +198,8 @@ pub(crate) fn plan(topology: &Topology, change: &Change) -> Result<Plan> {
             total.shared = Permissions::all();
             total.used &= Permissions::CONSISTENT_READ;
         }
-        for edge in edges_after(node, change).iter() {
+        let edges = edges_after(node, change);
+        for (at, edge) in edges.iter().enumerate() {
             let child = edge.child.node();
             if !node.closing.load(Ordering::SeqCst) {
                 refuse_closing(child)?;
@@ -152,15 +209,14 @@ pub(crate) fn plan(topology: &Topology, change: &Change) -> Result<Plan> {
                 set.shared = Permissions::all();
                 set.used &= Permissions::CONSISTENT_READ;
             }
-            let who = format!(
-                "node '{}' (uses node '{}' as '{}' child)",
-                node.name(),
-                child.name(),
-                edge.name
-            );
-            wanted.entry(child.id()).or_default().push((who, set));
+            let user = User::Parent {
+                node,
+                edges: edges.clone(),
+                edge: at,
+            };
+            wanted.entry(child.id()).or_default().push((user, set));
         }
-        plan.insert(id, total);
+        plan.sets.insert(*id, total);
     }
     Ok(plan)
 }
@@ -176,7 +232,7 @@ fn refuse_closing(node: &Node) -> Result<()> {
     Ok(())
 }
 
-fn check_conflicts(node: &Node, parents: &[(String, PermissionSet)]) -> Result<()> {
+fn check_conflicts(node: &Node, parents: &[(User, PermissionSet)]) -> Result<()> {
     for (at, (user, uses)) in parents.iter().enumerate() {
         for (other_at, (other, shares)) in parents.iter().enumerate() {
             let conflict = uses.used - shares.shared;
@@ -200,7 +256,7 @@ fn check_conflicts(node: &Node, parents: &[(String, PermissionSet)]) -> Result<(
 /// Tells every driver whose permissions change; when one refuses, those that agreed are told to forget it.
 pub(crate) fn apply(topology: &Topology, plan: &Plan) -> Result<()> {
     let mut prepared: Vec<&Arc<Node>> = Vec::new();
-    let changed = plan.iter().filter_map(|(id, set)| {
+    let changed = plan.sets.iter().filter_map(|(id, set)| {
         let node = topology.nodes.get(id)?;
         (node.permissions() != *set).then_some((node, *set))
     });

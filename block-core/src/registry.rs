@@ -167,7 +167,7 @@ pub struct OpenContext {
     /// The format was guessed by probing, not named by the user.
     pub probed: bool,
     /// The files of the overlays above, outermost first, to recognise loops.
-    pub(crate) chain: Vec<String>,
+    pub(crate) chain: Vec<Arc<str>>,
     /// How many nodes there are on the way from the top to this one.
     pub(crate) depth: usize,
     /// Children opened for this node so far: released when its own opening fails.
@@ -285,8 +285,9 @@ pub struct Registry {
 
 impl Registry {
     /// The longest backing chain that is opened: so many backing files below the top image. A bound for hostile images;
-    /// requests get along with a thread's stack of 2 MiB however long the chain is.
-    pub const MAX_DEPTH: usize = 256;
+    /// requests get along with a thread's stack of 2 MiB however long the chain is, but every change of a graph looks at
+    /// all of its nodes, so that the time that opening takes grows with the square of the length.
+    pub const MAX_DEPTH: usize = 512;
 
     /// An empty one.
     pub fn new() -> Self {

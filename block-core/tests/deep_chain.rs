@@ -179,3 +179,16 @@ fn a_chain_that_is_longer_than_the_bound_is_refused_and_leaves_no_node() {
     assert!(error.reason().contains("deeper than"), "{error}");
     assert_eq!(disk.graph.nodes().len(), Registry::MAX_DEPTH + 9);
 }
+
+#[test]
+fn the_deepest_chain_that_is_dropped_without_being_closed_needs_no_deep_stack() {
+    let thread = std::thread::Builder::new().stack_size(1 << 20);
+    let dropped = thread.spawn(|| {
+        let disk = disk(Memory::new(4096));
+        let (layers, top) = tower(&disk, Registry::MAX_DEPTH);
+        let lowest = Arc::downgrade(&layers[0]);
+        drop((layers, top, disk));
+        assert!(lowest.upgrade().is_none(), "a node is left");
+    });
+    dropped.unwrap().join().unwrap();
+}

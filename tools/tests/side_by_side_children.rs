@@ -117,3 +117,46 @@ fn filters_are_called_by_the_names_that_open_them() {
     );
     both.finish();
 }
+
+/// Images c000 to c513, each but the first over the one before it.
+const CHAIN: &str = r"
+qemu-img create -q -f qcow2 c000.qcow2 1M
+qemu-io -f qcow2 -c 'write -P 1 0 256k' c000.qcow2
+qemu-img create -q -f qcow2 -b c000.qcow2 -F qcow2 t.qcow2
+at=$(grep -abo c000.qcow2 t.qcow2 | cut -d: -f1)
+for n in $(seq 1 513); do
+    name=c$(printf %03d $n).qcow2; cp t.qcow2 $name
+    printf c%03d $((n - 1)) | dd status=none of=$name bs=1 seek=$at conv=notrunc
+done
+qemu-io -f qcow2 -c 'write -P 2 128k 64k' c100.qcow2
+qemu-io -f qcow2 -c 'write -P 3 512k 64k' c299.qcow2
+";
+
+#[test]
+fn a_chain_of_three_hundred_images_is_used_as_by_qemu_img_and_one_that_is_too_long_is_called_so() {
+    if !qemu_is_installed() {
+        return;
+    }
+    let mut both = SideBySide::new(CHAIN);
+    both.compare_all(
+        "info --backing-chain c299.qcow2
+        map --output=json c299.qcow2
+        convert -O raw c299.qcow2 whole.raw
+        commit -b c260.qcow2 c299.qcow2
+        info --backing-chain --output=json c260.qcow2",
+    );
+    both.same_content("raw", "whole.raw");
+    both.same_content("qcow2", "c260.qcow2");
+    let all = both.ours_alone("info --backing-chain c512.qcow2");
+    assert!(all.status.success(), "{all:?}");
+    for line in ["info --backing-chain c513.qcow2", "map c513.qcow2"] {
+        let refused = both.ours_alone(line);
+        assert_eq!(refused.status.code(), Some(1), "{line}");
+        let said = String::from_utf8_lossy(&refused.stderr);
+        assert!(
+            said.contains("The backing chain is deeper than 512 images"),
+            "{line}: {said}"
+        );
+    }
+    both.finish();
+}

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use block_core::{
-    BlockHandle, ChildRole, DriverKind, Node, Options, PermissionSet, image::ImageInfo,
+    BlockHandle, ChildRole, DriverKind, Node, Options, PermissionSet, Registry, image::ImageInfo,
     resolve_name,
 };
 use serde_json::{Map, Value, json};
@@ -45,8 +45,8 @@ pub const COMMAND: Command = Command {
     run: |session, parsed| session.run(execute(session, parsed)),
 };
 
-/// The longest chain that is followed.
-const MAX_CHAIN: usize = 256;
+/// The longest chain that is followed: as long as one that can be opened.
+const MAX_CHAIN: usize = Registry::MAX_DEPTH + 1;
 
 async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     let output = output_format(parsed, "info")?;
@@ -63,7 +63,13 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     let mut layers = Vec::new();
     let mut next = Some((image.name.to_owned(), image.format.map(str::to_owned)));
     while let Some((name, format)) = next.take() {
-        if seen.contains(&name) || seen.len() == MAX_CHAIN {
+        if seen.len() == MAX_CHAIN {
+            let most = Registry::MAX_DEPTH;
+            return Err(Failure::new(format!(
+                "The backing chain is deeper than {most} images"
+            )));
+        }
+        if seen.contains(&name) {
             return Err(Failure::new(format!(
                 "Backing file '{name}' creates an infinite loop."
             )));
