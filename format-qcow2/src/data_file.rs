@@ -36,6 +36,8 @@ pub(crate) async fn open(
     if !header.incompatible.contains(Incompatible::DATA_FILE) {
         return match options.take("data-file") {
             None | Some(serde_json::Value::Null) => Ok(None),
+            // No data file is looked at anyway.
+            Some(_) if context.how.no_data_file => Ok(None),
             Some(_) => Err(Error::invalid(
                 "'data-file' can only be set for images with an external data file",
             )),
@@ -152,6 +154,16 @@ impl Qcow2 {
                 zero: false,
             };
             data.truncate(new, how).await?;
+        }
+        Ok(())
+    }
+
+    /// Before the disk becomes smaller: a data file that doesn't even reach the new end gets to it, as a raw one has to be as
+    /// long as the disk by itself. Only ever longer.
+    pub async fn reach_data(&self, request: &Request, new: u64) -> Result<()> {
+        let data = self.data(request)?;
+        if data.length() < new {
+            data.truncate(new, Truncate::default()).await?;
         }
         Ok(())
     }

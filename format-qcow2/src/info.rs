@@ -10,14 +10,19 @@ use crate::{
 
 /// The information of an image with this header.
 pub fn image_info(header: &Header) -> ImageInfo {
+    let backing_filename = header.backing_file_name();
+    // A format that is left over says nothing.
+    let backing_format = backing_filename
+        .as_ref()
+        .and(header.extensions.backing_format.clone());
     ImageInfo {
         cluster_size: Some(header.geometry().cluster_size()),
         dirty: header.is_dirty(),
         encrypted: header.crypt_method != 0,
         compressed_plaintext: false,
         compressed: false,
-        backing_filename: header.backing_file_name(),
-        backing_format: header.extensions.backing_format.clone(),
+        backing_filename,
+        backing_format,
         actual_size: None,
         snapshots: Vec::new(),
         format_specific: Some(("qcow2".into(), format_specific(header))),
@@ -69,10 +74,11 @@ fn format_specific(header: &Header) -> Value {
         "refcount-bits": refcount_bits,
     });
     if let Some(map) = data.as_object_mut() {
+        // Also where a name is left over from another program; no file is opened for that.
+        if let Some(name) = &header.extensions.data_file {
+            map.insert("data-file".into(), String::from_utf8_lossy(name).into());
+        }
         if header.incompatible.contains(Incompatible::DATA_FILE) {
-            if let Some(name) = &header.extensions.data_file {
-                map.insert("data-file".into(), String::from_utf8_lossy(name).into());
-            }
             map.insert("data-file-raw".into(), header.has_raw_data_file().into());
         }
         map.insert("corrupt".into(), header.is_corrupt().into());

@@ -20,7 +20,8 @@ const WITHOUT_EFFECT: [&str; 6] = [
 /// length in bytes; ascending, disjoint).
 ///
 /// As in `qemu-img measure`, both numbers count all L2 tables, allocated or not, and what goes to an external data file
-/// counts as well. Options that don't matter for the size aren't looked at.
+/// counts as well. Options that don't matter for the size aren't looked at. What over a backing file has to read as zeroes
+/// is data to an image of version 2: there it belongs into `data`.
 pub fn measure(size: u64, data: &[(u64, u64)], mut options: Options) -> Result<Measure> {
     for name in WITHOUT_EFFECT {
         options.take(name);

@@ -277,6 +277,9 @@ impl Qcow2 {
 
     async fn shrink(self: &Arc<Self>, request: &Request, old: u64, new: u64) -> Result<()> {
         let size = self.geometry.cluster_size();
+        if self.geometry.has_data_file() {
+            self.reach_data(request, new).await?;
+        }
         // What is left of the last cluster must not come back when the disk grows again.
         let edge = new.next_multiple_of(size).min(old);
         // (A data file is cut off there.)

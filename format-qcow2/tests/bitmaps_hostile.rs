@@ -95,27 +95,13 @@ fn damages() -> Vec<Damage> {
         ),
         damage("too much data", |p| p.entry + 8, [0, 0, 0x20, 1], unfit),
         damage("unknown flag", |p| p.entry + 15, [8 | 2], unfit),
-        damage("extra_data_compatible", |p| p.entry + 15, [4 | 2], unfit),
         damage("unknown type", |p| p.entry + 16, [2], unfit),
-        damage("small granularity", |p| p.entry + 17, [8], unfit),
-        damage("large granularity", |p| p.entry + 17, [32], unfit),
+        damage("granularity too large", |p| p.entry + 17, [64], unfit),
         damage(
             "name too long",
             |p| p.entry + 18,
             [4, 0],
             "Broken bitmap directory",
-        ),
-        alone(damage(
-            "no name",
-            |p| p.entry + 18,
-            [0, 0],
-            "Bitmap '' doesn't satisfy the constraints",
-        )),
-        damage(
-            "extra data",
-            |p| p.entry + 20,
-            [0, 0, 0, 8],
-            "Bitmap extra data is not supported",
         ),
         damage(
             "name taken",

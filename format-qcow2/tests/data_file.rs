@@ -380,6 +380,51 @@ fn a_resize_takes_the_data_file_along_and_reveals_nothing() {
 }
 
 #[test]
+fn a_shrink_brings_a_data_file_that_is_too_short_to_the_new_size_as_qemu_img_does() {
+    let scratch = tempfile::tempdir().unwrap();
+    let (old, new) = (2 << 20, 700 << 10);
+    for kind in KINDS {
+        for len in [0, 100_000] {
+            let what = format!("{kind}, data file of {len} bytes");
+            let path = scratch.path().join("a.qcow2");
+            let data = scratch.path().join("data.raw");
+            let shrunk = |by_qemu: bool| {
+                create_by_qemu(&path, &format!("{kind},data_file={}", data.display()), old);
+                let rig = Rig::new();
+                rig.block_on(async {
+                    let handle = rig.open(&path, "").await.unwrap();
+                    write(&handle, 0, old, 5).await.unwrap();
+                    rig.close(handle).await.unwrap();
+                });
+                let file = std::fs::OpenOptions::new().write(true).open(&data).unwrap();
+                file.set_len(len).unwrap();
+                if by_qemu {
+                    qemu_img(&["resize", "--shrink", path.to_str().unwrap(), "700K"]);
+                } else {
+                    rig.block_on(async {
+                        let handle = rig.open(&path, "").await.unwrap();
+                        handle.truncate(new, Truncate::default()).await.unwrap();
+                        rig.close(handle).await.unwrap();
+                    });
+                }
+                assert_clean(&path);
+                let shown = contents(&path, scratch.path());
+                let held = std::fs::read(&data).unwrap();
+                std::fs::remove_file(&path).unwrap();
+                std::fs::remove_file(&data).unwrap();
+                (shown, held)
+            };
+            let (shown, held) = shrunk(false);
+            assert_eq!(held.len() as u64, new, "{what}");
+            assert_same(&shown, &held, &what);
+            let (theirs, their_file) = shrunk(true);
+            assert_same(&shown, &theirs, &format!("{what}, beside qemu-img"));
+            assert_same(&held, &their_file, &format!("{what}, the data files"));
+        }
+    }
+}
+
+#[test]
 fn a_discard_leaves_clusters_that_it_covers_in_part_as_they_are_whatever_the_data_file() {
     let scratch = tempfile::tempdir().unwrap();
     for kind in KINDS {

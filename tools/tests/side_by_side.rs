@@ -110,12 +110,26 @@ fn create_says_and_makes_what_qemu_img_does() {
         create -f raw -o preallocation=bogus x 1M
         create -f vmdk -o subformat=bogus x 1M
         info --image-opts driver=qcow2,file.filename=a.qcow2,detect-zeroes=bogus
+        info --image-opts driver=qcow2,file.filename=a.qcow2,detect-zeroes=unmap
+        info --image-opts driver=qcow2,file.filename=a.qcow2,detect-zeroes=unmap,discard=unmap
+        info --image-opts driver=qcow2,file.filename=a.qcow2,file.detect-zeroes=unmap
+        check --image-opts driver=qcow2,file.filename=a.qcow2,detect-zeroes=unmap
+        map --image-opts driver=qcow2,file.filename=a.qcow2,detect-zeroes=unmap,discard=ignore
+        resize --image-opts driver=qcow2,file.filename=a.qcow2,detect-zeroes=unmap 64M
+        snapshot -l --image-opts driver=qcow2,file.filename=a.qcow2,detect-zeroes=unmap
+        create -f qcow2 unmapped.qcow2 64M
+        convert --image-opts --target-image-opts -n driver=qcow2,file.filename=a.qcow2 driver=qcow2,file.filename=unmapped.qcow2,detect-zeroes=unmap
         info --image-opts driver=qcow2,file.filename=a.qcow2,discard=bogus
         info --image-opts driver=qcow2,file.filename=a.qcow2,file.aio=bogus
         info --image-opts driver=qcow2,file.filename=a.qcow2,file.locking=bogus
         bogus
         ",
     );
+    for more in ["", r#""discard":"unmap","#] {
+        both.compare(&format!(
+            r#"map json:{{"driver":"qcow2","detect-zeroes":"unmap",{more}"file":{{"driver":"file","filename":"a.qcow2"}}}}"#
+        ));
+    }
     for (format, name) in [
         ("qcow2", "m1.qcow2"),
         ("qcow2", "m2.qcow2"),

@@ -19,6 +19,12 @@ qemu-io -f qcow2 -c 'write -c -P 7 0 1M' z.qcow2
 qemu-img create -q -f qcow2 -b a.qcow2 -F qcow2 o.qcow2 6M
 qemu-io -f qcow2 -c 'write -P 8 5M 64k' o.qcow2
 truncate -s 3M r.raw; printf x | dd status=none of=r.raw bs=1 seek=1000000 conv=notrunc
+patch() { printf $2 | dd status=none of=$1 bs=1 seek=$3 conv=notrunc; }
+qemu-img create -q -f qcow2 -o data_file=e.raw left1.qcow2 1M; patch left1.qcow2 '\0' 79
+qemu-img create -q -f qcow2 -b a.qcow2 -F qcow2 left2.qcow2 1M; patch left2.qcow2 '\0\0\0\0\0\0\0\0\0\0\0\0' 8
+for size in '\0\001' '\001\377' '\002\0'; do
+    name=tiny$((tiny++)).qcow2; qemu-img create -q -f qcow2 -o cluster_size=512 $name 512; patch $name $size 30
+done
 ";
 
 #[test]
@@ -36,6 +42,18 @@ fn images_with_a_data_file_or_zstd_are_handled_as_qemu_img_does() {
         info --output=json d3.qcow2
         info z.qcow2
         info --output=json z.qcow2
+        info left1.qcow2
+        info --output=json left1.qcow2
+        info left2.qcow2
+        info --output=json left2.qcow2
+        info --backing-chain left2.qcow2
+        info --image-opts driver=qcow2,file.filename=a.qcow2,data-file.filename=e.raw
+        info --image-opts driver=qcow2,file.filename=a.qcow2,data-file.filename=nope
+        map --image-opts driver=qcow2,file.filename=a.qcow2,data-file.filename=e.raw
+        check --image-opts driver=qcow2,file.filename=a.qcow2,data-file.filename=e.raw
+        check --output=json tiny0.qcow2
+        check --output=json tiny1.qcow2
+        check --output=json tiny2.qcow2
         check d1.qcow2
         check --output=json d2.qcow2
         check d3.qcow2
@@ -164,6 +182,16 @@ fn measure_gives_qemu_imgs_numbers_for_every_combination_of_options() {
                 continue;
             }
             both.compare(&format!("measure --output=json -O qcow2{list} {file}"));
+        }
+        for list in [
+            "backing_file=a.qcow2",
+            "backing_file=,compat=0.10",
+            "backing_file=nope,cluster_size=512,compat=0.10",
+            "backing_file=a.qcow2,extended_l2=on",
+            "backing_file=a.qcow2,preallocation=full",
+            "backing_fmt=qcow2,compat=0.10",
+        ] {
+            both.compare(&format!("measure --output=json -O qcow2 -o {list} {file}"));
         }
         both.compare(&format!("measure -O raw {file}"));
         both.compare(&format!("measure -O vmdk {file}"));

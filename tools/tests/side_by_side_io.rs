@@ -476,3 +476,62 @@ fn an_image_that_cannot_be_opened_is_called_by_its_name_where_it_has_one() {
     }
     both.finish();
 }
+
+#[test]
+fn vm_state_is_read_and_written_in_the_same_words() {
+    if !qemu_is_installed() {
+        return;
+    }
+    let mut both = SideBySide::new(
+        "qemu-img create -q -f qcow2 -o cluster_size=4k a.qcow2 1M
+        qemu-img create -q -f qcow2 -o compat=0.10 b.qcow2 1M
+        qemu-img create -q -f qcow2 -o cluster_size=16k,extended_l2=on c.qcow2 1M
+        qemu-img create -q -f raw r.raw 1M
+        qemu-img create -q -f vmdk v.vmdk 1M",
+    );
+    for (format, name) in [
+        ("qcow2", "a.qcow2"),
+        ("qcow2", "b.qcow2"),
+        ("qcow2", "c.qcow2"),
+        ("raw", "r.raw"),
+        ("vmdk", "v.vmdk"),
+    ] {
+        for line in [
+            "read -b -v 0 512",
+            "read -b 0 16",
+            "write -b 100 512",
+            "write -b 0 100",
+            "write -b -P 5 512 10k",
+            "read -bv 0 1k",
+            "read -b -P 5 512 10k",
+            "read -b -P 6 512 10k",
+            "read -b -P 0 16k 64k",
+            "read -b -P 0 1G 4k",
+            "read -bq 0 4k",
+            "read -bC 16k 512",
+            "write -bz 0 4k",
+            "write -bc -P 9 20k 4k",
+            "read -b -P 9 20k 4k",
+            "write -bf 0 4k",
+            "write -bzc 0 4k",
+            "write -bzf 0 4k",
+            "write -b -u 0 4k",
+            "write -b -n 0 4k",
+            "write -bq 0 4k",
+            "write -b -P 7 4M 8k",
+            "read -b -P 7 4M 8k",
+            "writev -b 0 4k",
+            "readv -b 0 4k",
+            "aio_write -b 0 4k",
+            "write -b",
+            "read -b 0",
+            "read -P 0 0 1M",
+        ] {
+            both.io(&["-f", format, "-c", line, name], "");
+        }
+        both.io(&["-r", "-f", format, "-c", "read -b 0 512", name], "");
+        both.io(&["-r", "-f", format, "-c", "write -b 0 512", name], "");
+        both.same_content(format, name);
+    }
+    both.finish();
+}

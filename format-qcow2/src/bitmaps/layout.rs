@@ -16,8 +16,10 @@ const MAX_TABLE: u32 = 0x800_0000;
 pub const MAX_DATA: u64 = 0x2000_0000;
 /// The only type of bitmap: dirty tracking.
 const DIRTY_TRACKING: u8 = 1;
-/// The smallest and the largest granularity, as powers of two.
-const GRANULARITY: std::ops::RangeInclusive<u8> = 9..=31;
+/// The smallest and the largest granularity, as powers of two, of a bitmap that can be used.
+pub const GRANULARITY: std::ops::RangeInclusive<u8> = 9..=31;
+/// The largest granularity that there may be.
+const MAX_GRANULARITY: u8 = 63;
 /// The bits of a table entry that hold an offset.
 const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 /// Selects all ones where a table entry has no offset.
@@ -31,6 +33,8 @@ bitflags! {
         const IN_USE = 1 << 0;
         /// Writes are to be recorded.
         const AUTO = 1 << 1;
+        /// It may be used although nobody knows what its extra data says.
+        const EXTRA_DATA_COMPATIBLE = 1 << 2;
         const _ = !0;
     }
 }
@@ -48,6 +52,8 @@ pub struct DirectoryEntry {
     pub granularity_bits: u8,
     /// The name's bytes, as the image has them.
     pub name: Vec<u8>,
+    /// Extra data, which nobody here understands.
+    pub extra: Vec<u8>,
 }
 
 /// An entry of a bitmap table: where a cluster of bits is.
@@ -67,7 +73,7 @@ pub fn table_entries_for(geometry: Geometry, size: u64, granularity_bits: u8) ->
     geometry.clusters_for(bits.div_ceil(8))
 }
 
-/// Bytes that an entry with a name of `name` bytes takes in the directory.
+/// Bytes that an entry with a name of `name` bytes, and no extra data, takes in the directory.
 pub fn entry_len(name: usize) -> u64 {
     (FIXED + name).next_multiple_of(8) as u64
 }
@@ -96,6 +102,14 @@ impl DirectoryEntry {
         !self.flags.contains(BitmapFlags::IN_USE)
     }
 
+    /// Whether it is a bitmap that can be used here. Others are valid, too, with a granularity or a name that nobody else has, or with
+    /// extra data that changes what it means: they are left as they are.
+    pub fn is_ours(&self) -> bool {
+        GRANULARITY.contains(&self.granularity_bits)
+            && (1..=MAX_NAME).contains(&self.name.len())
+            && (self.extra.is_empty() || self.flags.contains(BitmapFlags::EXTRA_DATA_COMPATIBLE))
+    }
+
     fn encode(&self, out: &mut Vec<u8>) {
         out.extend_from_slice(&self.table.0.to_be_bytes());
         out.extend_from_slice(&self.table_entries.to_be_bytes());
@@ -103,7 +117,8 @@ impl DirectoryEntry {
         out.push(DIRTY_TRACKING);
         out.push(self.granularity_bits);
         out.extend_from_slice(&(self.name.len() as u16).to_be_bytes());
-        out.extend_from_slice(&[0; 4]);
+        out.extend_from_slice(&(self.extra.len() as u32).to_be_bytes());
+        out.extend_from_slice(&self.extra);
         out.extend_from_slice(&self.name);
         out.resize(out.len().next_multiple_of(8), 0);
     }
@@ -119,21 +134,13 @@ impl DirectoryEntry {
         let Some(whole) = usize::try_from(len).ok().and_then(|len| bytes.get(..len)) else {
             return Err(broken(bytes.len()));
         };
-        if extra != 0 {
-            return Err(
-                Error::unsupported("Bitmap extra data is not supported").with_field(
-                    "extra_data_size",
-                    extra,
-                    "0",
-                ),
-            );
-        }
         let entry = Self {
             table: HostOffset(u64::from_be_bytes(be(whole, 0))),
             table_entries: u32::from_be_bytes(be(whole, 8)),
             flags: BitmapFlags::from_bits_retain(u32::from_be_bytes(be(whole, 12))),
             granularity_bits: whole[17],
-            name: whole[FIXED..FIXED + name_size].to_vec(),
+            name: whole[FIXED + extra as usize..][..name_size].to_vec(),
+            extra: whole[FIXED..FIXED + extra as usize].to_vec(),
         };
         let unfit = |field: &str, value: u64, allowed: String| {
             Err(Error::invalid(format!(
@@ -158,26 +165,23 @@ impl DirectoryEntry {
                 format!("1..={most}"),
             );
         }
-        let known = BitmapFlags::IN_USE | BitmapFlags::AUTO;
+        let known = BitmapFlags::IN_USE | BitmapFlags::AUTO | BitmapFlags::EXTRA_DATA_COMPATIBLE;
         if !known.contains(entry.flags) {
             return unfit(
                 "flags",
                 u64::from(entry.flags.bits()),
-                "in_use (bit 0) and auto (bit 1)".into(),
+                "in_use (bit 0), auto (bit 1) and extra_data_compatible (bit 2)".into(),
             );
         }
         if whole[16] != DIRTY_TRACKING {
             return unfit("type", u64::from(whole[16]), "1".into());
         }
-        if !GRANULARITY.contains(&entry.granularity_bits) {
+        if entry.granularity_bits > MAX_GRANULARITY {
             return unfit(
                 "granularity_bits",
                 u64::from(entry.granularity_bits),
-                "9..=31".into(),
+                format!("0..={MAX_GRANULARITY}"),
             );
-        }
-        if !(1..=MAX_NAME).contains(&name_size) {
-            return unfit("name_size", name_size as u64, format!("1..={MAX_NAME}"));
         }
         let needed = table_entries_for(geometry, disk, entry.granularity_bits);
         // The stale table of an inconsistent bitmap may be of another disk size.
@@ -207,8 +211,7 @@ fn broken(left: usize) -> Error {
 /// Reads a directory of `count` bitmaps of a disk of `disk` bytes.
 ///
 /// # Errors
-/// EINVAL with the field: an entry that breaks a rule, names that aren't unique, fewer or more entries than `count`;
-/// ENOTSUP for extra data.
+/// EINVAL with the field: an entry that breaks a rule, names that aren't unique, fewer or more entries than `count`.
 pub fn decode_directory(
     mut bytes: &[u8],
     count: u32,
@@ -339,6 +342,7 @@ mod tests {
             flags: BitmapFlags::AUTO,
             granularity_bits: 16,
             name: b"b0".to_vec(),
+            extra: Vec::new(),
         }
     }
 
@@ -361,7 +365,7 @@ mod tests {
     #[test]
     fn every_field_of_an_entry_is_checked_and_named() {
         type Damage = fn(&mut Vec<u8>);
-        let cases: [(Damage, &str, &str); 16] = [
+        let cases: [(Damage, &str, &str); 12] = [
             (|b| b[5] = 0, "constraints", "bitmap_table_offset"),
             (|b| b[6] = 2, "constraints", "bitmap_table_offset"),
             (|b| b[0] = 1, "constraints", "bitmap_table_offset"),
@@ -373,33 +377,18 @@ mod tests {
                 "Could not read bitmap 'b0' from image",
                 "bitmap_table_size",
             ),
-            (|b| b[15] = 6, "constraints", "flags"),
             (|b| b[15] = 10, "constraints", "flags"),
             (|b| b[16] = 2, "constraints", "type"),
-            (|b| b[17] = 8, "constraints", "granularity_bits"),
-            (|b| b[17] = 32, "constraints", "granularity_bits"),
+            (|b| b[17] = 64, "constraints", "granularity_bits"),
             (
                 |b| b[18] = 4,
                 "Broken bitmap directory",
                 "bitmap_directory_size",
             ),
             (
-                |b| b[23] = 6,
-                "Bitmap extra data is not supported",
-                "extra_data_size",
-            ),
-            (
                 |b| b.truncate(24),
                 "Broken bitmap directory",
                 "bitmap_directory_size",
-            ),
-            (
-                |b| {
-                    b[19] = 0;
-                    b.truncate(24);
-                },
-                "constraints",
-                "name_size",
             ),
         ];
         for (n, (damage, reason, field)) in cases.into_iter().enumerate() {
@@ -426,6 +415,42 @@ mod tests {
         assert!(reason(&bytes[..40], 2).starts_with("Broken"));
         let twice = encode_directory(&[entry(), entry()]);
         assert_eq!(reason(&twice, 2), "Bitmap already exists: b0");
+    }
+
+    #[test]
+    fn what_others_may_store_is_read_and_written_as_it_is() {
+        let with = |change: fn(&mut DirectoryEntry)| {
+            let mut entry = entry();
+            change(&mut entry);
+            entry
+        };
+        let ours = [
+            with(|entry| entry.flags |= BitmapFlags::EXTRA_DATA_COMPATIBLE),
+            with(|entry| {
+                entry.flags |= BitmapFlags::EXTRA_DATA_COMPATIBLE;
+                entry.extra = vec![7; 13];
+            }),
+        ];
+        let foreign = [
+            with(|entry| entry.extra = vec![7; 13]),
+            with(|entry| {
+                entry.granularity_bits = 8;
+                entry.table_entries = table_entries_for(geometry(), DISK, 8) as u32;
+            }),
+            with(|entry| entry.granularity_bits = 32),
+            with(|entry| entry.granularity_bits = 63),
+            with(|entry| entry.name = vec![b'x'; 1024]),
+            with(|entry| entry.name.clear()),
+        ];
+        for (expected, entries) in [(true, &ours[..]), (false, &foreign[..])] {
+            for entry in entries {
+                let bytes = encode_directory(std::slice::from_ref(entry));
+                assert_eq!(bytes.len() % 8, 0);
+                let read = decode_directory(&bytes, 1, geometry(), DISK).unwrap();
+                assert_eq!(read, std::slice::from_ref(entry));
+                assert_eq!(entry.is_ours(), expected, "{entry:?}");
+            }
+        }
     }
 
     #[test]

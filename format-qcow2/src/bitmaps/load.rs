@@ -39,6 +39,9 @@ impl Qcow2 {
         let writable = !self.is_read_only();
         self.drop_stale(file, &mut meta, writable).await?;
         let entries = read_directory(file, &meta.header).await?;
+        if writable {
+            check_recordable(&entries)?;
+        }
         let mut seen = NumberSet::default();
         let mut loaded = Vec::with_capacity(entries.len());
         for entry in &entries {
@@ -65,6 +68,7 @@ impl Qcow2 {
         }
         self.drop_stale(file, meta, true).await?;
         let entries = read_directory(file, &meta.header).await?;
+        check_recordable(&entries)?;
         if self.is_read_only() {
             self.metadata.forget_bitmaps();
             self.claim_directory(&meta.header)?;
@@ -99,11 +103,12 @@ impl Qcow2 {
         let Some(pointer) = meta.header.extensions.bitmaps else {
             return Ok(entries);
         };
-        if entries.iter().all(|entry| !entry.is_consistent()) {
+        let to_mark = |entry: &DirectoryEntry| entry.is_consistent() && entry.is_ours();
+        if !entries.iter().any(to_mark) {
             return Ok(entries);
         }
         let failure = &self.writeback.failure;
-        for entry in &mut entries {
+        for entry in entries.iter_mut().filter(|entry| to_mark(entry)) {
             entry.flags |= BitmapFlags::IN_USE;
         }
         publish::write_bit(file, failure, &mut meta.header, false).await?;
@@ -124,8 +129,11 @@ impl Qcow2 {
         seen: &mut NumberSet,
     ) -> Result<NamedBitmap> {
         let name = entry.display_name();
-        let bits = DirtyBitmap::new(self.length(), 1 << entry.granularity_bits)?;
-        if !entry.is_consistent() {
+        let (least, most) = layout::GRANULARITY.into_inner();
+        let granularity_bits = entry.granularity_bits.clamp(least, most);
+        let bits = DirtyBitmap::new(self.length(), 1 << granularity_bits)?;
+        if !entry.is_consistent() || !entry.is_ours() {
+            // It can be listed and removed.
             return Ok(NamedBitmap::new(name, bits).persistent().inconsistent());
         }
         let table = read_table(file, entry, self.geometry, seen).await?;
@@ -220,6 +228,29 @@ impl Qcow2 {
         let first = pointer.directory_offset >> self.geometry.cluster_bits();
         Some(first..first + self.geometry.clusters_for(pointer.directory_size))
     }
+}
+
+/// Nobody may write to a disk of which writes are to be recorded in a bitmap that can't be kept up to date here.
+fn check_recordable(entries: &[DirectoryEntry]) -> Result<()> {
+    let records = |entry: &&DirectoryEntry| {
+        entry.is_consistent() && entry.flags.contains(BitmapFlags::AUTO) && !entry.is_ours()
+    };
+    let Some(entry) = entries.iter().find(records) else {
+        return Ok(());
+    };
+    let error = Error::unsupported(format!(
+        "Bitmap '{}' can't be kept up to date: the image can only be opened read-only",
+        entry.display_name()
+    ));
+    let error = if entry.extra.is_empty() {
+        let (least, most) = layout::GRANULARITY.into_inner();
+        let allowed = format!("granularity_bits of {least}..={most}, a name of 1 to 1023 bytes");
+        error.with_field("granularity_bits", entry.granularity_bits, allowed)
+    } else {
+        let allowed = "0, or the flag extra_data_compatible";
+        error.with_field("extra_data_size", entry.extra.len(), allowed)
+    };
+    Err(error)
 }
 
 /// Reads the directory that the header points to; none when the autoclear bit says that it isn't to be trusted.

@@ -66,6 +66,13 @@ impl Stored {
         self.0.lock().entries.clone()
     }
 
+    /// Bytes of the directory that extra data takes, at most.
+    fn extra_len(&self) -> u64 {
+        let state = self.0.lock();
+        let lens = state.entries.iter().map(|entry| entry.extra.len());
+        lens.map(|len| len.next_multiple_of(8) as u64).sum()
+    }
+
     /// What `info` shows of them, with qemu-img's keys; `None` when there are none.
     pub fn info(&self) -> Option<Value> {
         let entries = self.entries();

@@ -74,6 +74,7 @@ impl Qcow2 {
             .iter()
             .map(|bitmap| layout::entry_len(bitmap.name().len()))
             .sum::<u64>()
+            + self.bitmaps.extra_len()
             + layout::entry_len(name.len());
         if directory > extensions::MAX_BITMAP_DIRECTORY {
             return Err(Error::new(
@@ -143,16 +144,18 @@ impl Qcow2 {
                 continue;
             }
             replaced.extend(known.cloned());
-            let name = known.map_or_else(
-                || bitmap.name().as_bytes().to_vec(),
-                |entry| entry.name.clone(),
-            );
-            let entry = self
-                .write_bitmap(file, &mut meta, &bitmap, name, in_use, &mut taken)
+            let mut entry = self
+                .write_bitmap(file, &mut meta, &bitmap, in_use, &mut taken)
                 .await
                 .map_err(|error| {
                     error.context(format!("Can't store bitmap '{}'", bitmap.name()))
                 })?;
+            if let Some(known) = known {
+                // What isn't understood goes along.
+                entry.name.clone_from(&known.name);
+                entry.extra.clone_from(&known.extra);
+                entry.flags |= known.flags & BitmapFlags::EXTRA_DATA_COMPATIBLE;
+            }
             entries.push(entry);
         }
         self.switch_directory(request, &mut meta, Written { entries, taken }, &replaced)
@@ -217,7 +220,6 @@ impl Qcow2 {
         file: &Child,
         meta: &mut Meta,
         bitmap: &NamedBitmap,
-        name: Vec<u8>,
         in_use: bool,
         taken: &mut Vec<(Kinds, Allocation)>,
     ) -> Result<DirectoryEntry> {
@@ -274,7 +276,8 @@ impl Qcow2 {
             table_entries,
             flags,
             granularity_bits: bits.granularity().trailing_zeros() as u8,
-            name,
+            name: bitmap.name().as_bytes().to_vec(),
+            extra: Vec::new(),
         })
     }
 

@@ -22,8 +22,10 @@ use crate::layout::{
 /// Bytes of a directory entry without extra data and name.
 const FIXED: usize = 24;
 const IN_USE: u32 = 1;
-const KNOWN_FLAGS: u32 = 0b11;
-const MAX_NAME: u16 = 1023;
+const EXTRA_DATA_COMPATIBLE: u32 = 4;
+const KNOWN_FLAGS: u32 = 0b111;
+/// The largest granularity, as a power of two; larger and smaller ones than what can be used are valid.
+const MAX_GRANULARITY: u8 = 63;
 const MAX_TABLE: u32 = 0x0800_0000;
 /// The most bytes of a bitmap's data.
 const MAX_DATA: u64 = 0x2000_0000;
@@ -77,6 +79,10 @@ impl Entry {
 
     /// How many of the bits in the last cluster of data are about the disk, if not all.
     fn bits_in_last(&self, disk_size: u64, cluster_size: u64) -> Option<u64> {
+        if self.extra_size != 0 && self.flags & EXTRA_DATA_COMPATIBLE == 0 {
+            // Nobody knows what they say.
+            return None;
+        }
         let bits = disk_size.div_ceil(1 << self.granularity);
         let before = (u64::from(self.table_size) - 1) * cluster_size * 8;
         let last = bits.checked_sub(before)?;
@@ -109,7 +115,7 @@ impl Entry {
                 self.flags & !KNOWN_FLAGS != 0,
                 "flags",
                 self.flags.into(),
-                "in_use (bit 0) and auto (bit 1)",
+                "in_use (bit 0), auto (bit 1) and extra_data_compatible (bit 2)",
             )
         })
         .or_else(|| {
@@ -122,26 +128,18 @@ impl Entry {
         })
         .or_else(|| {
             rule(
-                !(9..=31).contains(&self.granularity),
+                self.granularity > MAX_GRANULARITY,
                 "granularity_bits",
                 self.granularity.into(),
-                "9 to 31",
+                "0 to 63",
             )
         })
         .or_else(|| {
             rule(
-                self.name.is_empty() || self.name.len() > MAX_NAME.into(),
+                self.name.is_empty(),
                 "name_size",
                 self.name.len() as u64,
-                "1 to 1023",
-            )
-        })
-        .or_else(|| {
-            rule(
-                self.extra_size != 0,
-                "extra_data_size",
-                self.extra_size.into(),
-                "0",
+                "at least 1",
             )
         })
         .or_else(|| {

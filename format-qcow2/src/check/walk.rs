@@ -197,7 +197,7 @@ impl<'a> Walk<'a> {
             compressed: false,
         };
         let cluster_size = walk.shape.cluster_size();
-        report.total_clusters = header.size.div_ceil(cluster_size);
+        report.total_clusters = header.disk_size().div_ceil(cluster_size);
         walk.count_metadata(Kind::Header, 0, cluster_size, 1, report)?;
         // Before all that can make room for it.
         if let Some(luks) = header.extensions.luks {

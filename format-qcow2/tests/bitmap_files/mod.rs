@@ -58,7 +58,8 @@ pub fn stored(data: &[u8]) -> Vec<StoredBitmap> {
         let entries = be32(data, entry + 8) as usize;
         let granularity = 1u64 << data[entry + 17];
         let name_len = usize::from(u16::from_be_bytes([data[entry + 18], data[entry + 19]]));
-        let name = &data[entry + 24..entry + 24 + name_len];
+        let extra = be32(data, entry + 20) as usize;
+        let name = &data[entry + 24 + extra..entry + 24 + extra + name_len];
         let count = disk.div_ceil(granularity) as usize;
         let mut bits = Vec::with_capacity(count);
         for n in 0..entries {
@@ -81,7 +82,7 @@ pub fn stored(data: &[u8]) -> Vec<StoredBitmap> {
             entry,
             table,
         });
-        entry += (24 + name_len).next_multiple_of(8);
+        entry += (24 + extra + name_len).next_multiple_of(8);
     }
     assert_eq!(
         entry, end,

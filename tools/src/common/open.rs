@@ -47,6 +47,8 @@ pub struct Access {
     pub for_check: bool,
     /// Nothing but what the image says of itself is wanted.
     pub metadata_only: bool,
+    /// The node takes discards unless its options say otherwise.
+    pub unmap: bool,
     /// Cache mode.
     pub cache: CacheMode,
 }
@@ -145,6 +147,9 @@ async fn attempt(
         for (key, value) in node.0 {
             options.set_default(&key, value);
         }
+        if ignores_discards(&options, access) {
+            options.set("discard", "ignore");
+        }
         let named = options.get_str("driver").map(str::to_owned);
         common(&mut options, access);
         for (key, value) in more {
@@ -165,7 +170,11 @@ async fn attempt(
         }
         let probed = image.format.is_none() && !image.name.starts_with("json:");
         if let Some(json) = image.name.strip_prefix("json:") {
-            warn_of_empty_backing(qemu, &Options::from_json(json)?);
+            let options = Options::from_json(json)?;
+            warn_of_empty_backing(qemu, &options);
+            if ignores_discards(&options, access) {
+                node.set("discard", "ignore");
+            }
         }
         let opened = session
             .registry
@@ -196,6 +205,14 @@ async fn attempt(
             Err(error)
         }
     }
+}
+
+/// Whether the node is to ignore discards for want of an option. Most commands of qemu-img have it so. As they send none, it
+/// matters only to zeroes that are detected, which can't unmap then: that is refused.
+fn ignores_discards(options: &Options, access: Access) -> bool {
+    !access.unmap
+        && options.get_str("detect-zeroes") == Some("unmap")
+        && options.get("discard").is_none()
 }
 
 /// `driver=qcow2,file.filename=x`; a first word without a key names a node, as in qemu.

@@ -134,6 +134,7 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
         no_data_file: !session.program.is_qemu(),
         for_check: true,
         metadata_only: false,
+        unmap: false,
         cache,
     };
     let more: &[(&str, &str)] = if parsed.has("compressed") {

@@ -63,6 +63,7 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     let quiet = parsed.has("quiet");
     let access = Access {
         write: true,
+        unmap: true,
         cache,
         ..Access::default()
     };

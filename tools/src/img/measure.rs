@@ -160,6 +160,11 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
             failure.and(format!("Invalid options for file format '{format}'"))
         })?;
     }
+    if file.is_some() && options.get("backing_file").is_some() {
+        // Zeroes that hide what a backing file has take clusters where the new image can't say that they are zeroes. As with
+        // qemu-img, everything counts, whatever the version.
+        data = vec![(0, length)];
+    }
     // What is stored where doesn't change the size.
     let values = |known| options.known_to(known);
     let measure = match target {

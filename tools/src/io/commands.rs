@@ -351,7 +351,16 @@ async fn read(session: &Session, given: &Given, vectored: bool) -> Answer {
     let handle = handle(session)?;
     let (mut report, parts) = prepare_read(given, vectored)?;
     if given.has('b') {
-        return refuse("reading the VM state is not supported yet");
+        check_sectors(report.offset, report.total)?;
+        report.begun = Instant::now();
+        let len = report.total as usize;
+        return match session
+            .drive(handle.read_vm_state(report.offset, len))
+            .await
+        {
+            Ok(data) => Ok(report.finish(&data)),
+            Err(error) => Ok(failed("read", &error)),
+        };
     }
     let flags = if session
         .image
@@ -390,10 +399,23 @@ fn aio_read(session: &Session, given: &Given) -> Answer {
     Ok(Done)
 }
 
+/// VM state is read and written in whole sectors.
+fn check_sectors(offset: u64, count: u64) -> Result<(), Refused> {
+    for (value, name) in [(offset, "offset"), (count, "count")] {
+        if value % 512 != 0 {
+            return refuse(format!(
+                "{value} is not a sector-aligned value for '{name}'"
+            ));
+        }
+    }
+    Ok(())
+}
+
 /// What a write writes.
 enum Payload {
     Data(IoBuf),
     Zeroes,
+    VmState(IoBuf),
 }
 
 struct WritePlan {
@@ -415,6 +437,7 @@ impl WritePlan {
                     .await
             }
             Payload::Data(data) => handle.write(self.offset, data, self.flags).await,
+            Payload::VmState(data) => handle.write_vm_state(self.offset, data).await,
         };
         match result {
             Err(error) => {
@@ -497,7 +520,7 @@ fn prepare_write(given: &Given, command: WriteCommand) -> Result<WritePlan, Refu
     };
     let (offset, total, parts) = ranges(given, limit)?;
     if given.has('b') {
-        return refuse("writing the VM state is not supported yet");
+        check_sectors(offset, total)?;
     }
     let payload = if zero {
         Payload::Zeroes
@@ -511,6 +534,14 @@ fn prepare_write(given: &Given, command: WriteCommand) -> Result<WritePlan, Refu
             all.append(IoBuf::from(part));
         }
         Payload::Data(all)
+    };
+    let payload = match payload {
+        Payload::Data(data) if given.has('b') => {
+            // That isn't compressed.
+            flags -= RequestFlags::WRITE_COMPRESSED;
+            Payload::VmState(data)
+        }
+        other => other,
     };
     Ok(WritePlan {
         offset,

@@ -86,6 +86,7 @@ impl Target {
         }
         let access = Access {
             write: true,
+            unmap: true,
             cache: request.cache,
             ..Access::default()
         };
