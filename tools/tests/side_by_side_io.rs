@@ -535,3 +535,69 @@ fn vm_state_is_read_and_written_in_the_same_words() {
     }
     both.finish();
 }
+
+#[test]
+fn what_is_written_with_snapshot_goes_nowhere() {
+    if !qemu_is_installed() {
+        return;
+    }
+    let mut both = SideBySide::new(
+        "qemu-img create -q -f qcow2 a.qcow2 1M
+        qemu-io -f qcow2 -c 'write -P 1 0 1M' a.qcow2 > /dev/null
+        qemu-img create -q -f raw r.raw 1000
+        mkdir dir",
+    );
+    let before = both.ours_alone("info --output=json a.qcow2").stdout;
+    for line in [
+        "write -P 5 0 64k\nread -P 5 0 64k\nread -P 1 64k 64k\nmap\ninfo\n",
+        "truncate 2M\nlength\nwrite -z 1M 4k\nread -P 0 1M 4k\ndiscard 0 64k\nread -P 0 0 64k\n",
+    ] {
+        both.io(&["-s", "-f", "qcow2", "a.qcow2"], line);
+        both.io(&["--snapshot", "-n", "-f", "qcow2", "a.qcow2"], line);
+        both.io(&["-s", "-r", "-f", "qcow2", "a.qcow2"], line);
+    }
+    both.io(
+        &[],
+        "open -s a.qcow2\nwrite -P 9 0 4k\nread -P 9 0 4k\nclose\nopen a.qcow2\nread -P 1 0 4k\n",
+    );
+    both.io(
+        &["-s", "-f", "raw", "r.raw"],
+        "length\nwrite -P 3 0 512\nread -P 3 0 512\n",
+    );
+    both.io(&["-s", "-f", "raw", "-c", "length", "nope"], "");
+    both.io(
+        &[
+            "-s",
+            "--image-opts",
+            "-c",
+            "length",
+            "driver=qcow2,file.filename=a.qcow2",
+        ],
+        "",
+    );
+    assert!(both.ours_alone("info --output=json a.qcow2").stdout == before);
+    both.io(&["-c", "read -P 1 0 1M", "a.qcow2"], "");
+    both.same_content("qcow2", "a.qcow2");
+    both.finish();
+}
+
+#[test]
+fn the_temporary_file_of_a_snapshot_is_gone_at_once() {
+    let blk = support::Alone::new();
+    assert_eq!(blk.blk(&["create", "-q", "-f", "raw", "a.raw", "1M"]).0, 0);
+    let dir = tempfile::tempdir().unwrap();
+    let run = |tmp: &std::path::Path| {
+        let args = ["io", "-s", "-f", "raw", "-c", "write 0 64k", "a.raw"];
+        blk.command(&args).env("TMPDIR", tmp).output().unwrap()
+    };
+    let done = run(dir.path());
+    assert!(done.status.success(), "{done:?}");
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    let refused = run(&dir.path().join("nowhere"));
+    assert_eq!(refused.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(
+        said.contains("Could not open temporary file") && said.contains("nowhere"),
+        "{said}"
+    );
+}

@@ -44,7 +44,8 @@ impl Header {
         Ok(())
     }
 
-    /// Refuses tables that lie beyond the end of a file of `file_len` bytes. QEMU opens such images and fails later.
+    /// Refuses tables that lie beyond the end of a file of `file_len` bytes by a cluster or more. QEMU opens such images, reads zeroes there,
+    /// and fails later.
     pub fn check_inside(&self, file_len: u64) -> Result<()> {
         // A file may end within the last sector of a table; its rest reads as zeroes.
         let end = file_len.next_multiple_of(512);
@@ -60,7 +61,10 @@ impl Header {
                 &allowed(reftable),
             ));
         }
-        if self.l1_size > 0 && !inside(self.l1_table_offset, self.l1_bytes()) {
+        // Entries that were never written needn't be there: as a check counts them, the table may begin its last cluster where the
+        // file ends.
+        let l1_last = (self.l1_bytes().saturating_sub(1)) & !(self.geometry().cluster_size() - 1);
+        if self.l1_size > 0 && !inside(self.l1_table_offset, l1_last) {
             return Err(invalid(
                 "Active L1 table is beyond the end of the file",
                 "l1_table_offset",

@@ -57,6 +57,11 @@ impl DriverFactory for ThirdPartyFactory {
         DriverKind::Format
     }
 
+    fn has_backing(&self) -> bool {
+        // Its images don't name one: it comes with the options.
+        true
+    }
+
     fn probe(&self, head: &[u8], _: &str) -> u32 {
         if head.starts_with(MAGIC) { 100 } else { 0 }
     }

@@ -826,9 +826,6 @@ async fn open(session: &mut Session, program: &str, given: &Given) -> Answer {
     if session.image.is_some() {
         return Err(reported("file open already, try 'help close'"));
     }
-    if given.has('s') {
-        return refuse("snapshot=on is not supported yet");
-    }
     let name = match given.rest.as_slice() {
         [] if given.has('o') => None,
         [name] => Some(name.as_str()),
@@ -838,6 +835,7 @@ async fn open(session: &mut Session, program: &str, given: &Given) -> Answer {
         read_only: given.has('r'),
         copy_on_read: given.has('C'),
         force_share: given.has('U'),
+        snapshot: given.has('s'),
         cache: given
             .value('t')
             .map(str::to_owned)

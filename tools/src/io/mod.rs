@@ -174,7 +174,7 @@ fn parse(program: &str, args: &[String]) -> Result<Parsed, Wrong> {
             'U' => parsed.how.force_share = true,
             'I' => parsed.how.image_opts = true,
             'O' => parsed.objects.push(Secret::new(value)),
-            's' => return Err(format!("{program}: --snapshot is not supported yet").into()),
+            's' => parsed.how.snapshot = true,
             _ => {}
         }
     }

@@ -1,6 +1,6 @@
 //! What a qemu-io session has open: one image, its handle, and the requests that run beside the command line.
 
-use std::{cell::RefCell, future::Future, pin::Pin, sync::Arc, task::Poll};
+use std::{cell::RefCell, future::Future, path::PathBuf, pin::Pin, sync::Arc, task::Poll};
 
 use block_core::{
     BlockHandle, Error, Graph, Node, OpenOptions, Options, PermissionSet, Permissions, Registry,
@@ -23,6 +23,8 @@ pub struct OpenHow {
     pub copy_on_read: bool,
     /// Share the image with everybody.
     pub force_share: bool,
+    /// What is written goes to a temporary file that nobody sees again.
+    pub snapshot: bool,
     /// Cache mode.
     pub cache: Option<String>,
     /// `ignore` or `unmap`.
@@ -105,7 +107,7 @@ impl Session {
     /// What the drivers report; the reason names the file.
     pub async fn open(&mut self, name: Option<&str>, how: &OpenHow) -> Result<()> {
         let mut node = Options::new();
-        node.set("read-only", how.read_only);
+        node.set("read-only", how.read_only || how.snapshot);
         if how.force_share {
             node.set("force-share", true);
         }
@@ -175,6 +177,17 @@ impl Session {
             let _ = self.graph.release(&opened).await;
             return Err(Error::invalid("Can't use copy-on-read on read-only device"));
         }
+        let opened = if how.snapshot {
+            match self.open_overlay(&opened).await {
+                Ok(overlay) => overlay,
+                Err(error) => {
+                    let _ = self.graph.release(&opened).await;
+                    return Err(error);
+                }
+            }
+        } else {
+            opened
+        };
         match self.attach(&opened, how) {
             Ok(handle) => {
                 handle.set_write_through(write_through);
@@ -191,6 +204,40 @@ impl Session {
                 Err(error)
             }
         }
+    }
+
+    /// An empty image over `node`, in a file that has no name any more when this returns: in the directory that `TMPDIR` names, or
+    /// in /var/tmp.
+    async fn open_overlay(&self, node: &Arc<Node>) -> Result<Arc<Node>> {
+        let directory = std::env::var_os("TMPDIR").unwrap_or_else(|| "/var/tmp".into());
+        let file = tempfile::Builder::new()
+            .prefix("vl.")
+            .tempfile_in(&directory);
+        let file = file.map_err(|error| {
+            let name = PathBuf::from(&directory).join("vl.XXXXXX");
+            let context = format!("Could not open temporary file '{}'", name.display());
+            Error::from(error).context(context)
+        })?;
+        let path = file.path().to_string_lossy().into_owned();
+        let size = node.length().next_multiple_of(512);
+        let create = Options::new().with("size", size);
+        self.registry
+            .create(&self.graph, "qcow2", &path, create)
+            .await?;
+        let mut storage = Options::new();
+        storage.set("driver", "file");
+        storage.set("filename", path);
+        let mut cache = Options::new();
+        cache.set("no-flush", true);
+        let mut options = Options::new();
+        options.set("driver", "qcow2");
+        options.set("file", serde_json::Value::Object(storage.0));
+        options.set("cache", serde_json::Value::Object(cache.0));
+        options.set("discard", "unmap");
+        options.set("backing", node.name());
+        self.registry
+            .open(&self.graph, options, OpenOptions::default())
+            .await
     }
 
     fn attach(&self, node: &Arc<Node>, how: &OpenHow) -> Result<BlockHandle> {

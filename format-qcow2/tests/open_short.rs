@@ -1,0 +1,49 @@
+//! An image whose file ends where the last cluster of its L1 table begins: nothing was ever written there, and check calls it clean.
+
+mod common;
+
+use common::{storage::Storage, *};
+
+#[test]
+fn an_l1_table_whose_last_cluster_is_not_there_yet_is_read_and_written() {
+    const DISK: u64 = 5 << 20;
+    for options in ["cluster_size=512", "cluster_size=512,compat=0.10"] {
+        let mut data = image_bytes(options, DISK);
+        let entries = u32::from_be_bytes(data[36..40].try_into().unwrap()) as usize;
+        let l1 = be64(&data, 40) as usize;
+        let clusters = (entries * 8).div_ceil(512);
+        assert!(clusters == 3 && l1 + 1536 >= data.len(), "{options}");
+        data.truncate(l1 + 1024);
+        let scratch = tempfile::tempdir().unwrap();
+        let path = scratch.path().join("a.qcow2");
+        std::fs::write(&path, &data).unwrap();
+        assert_clean(&path);
+
+        let storage = Storage::new(data);
+        assert_eq!(check_bytes(&storage), (0, 0), "{options}");
+        let rig = Rig::new();
+        rig.block_on(async {
+            let handle = rig.open_storage(&storage, "read-only=on").await.unwrap();
+            let disk = handle.read(0, DISK as usize).await.unwrap();
+            assert!(disk.iter().all(|byte| *byte == 0));
+            rig.close(handle).await.unwrap();
+            let handle = rig.open_storage(&storage, "").await.unwrap();
+            write(&handle, 0, DISK, 7).await.unwrap();
+            rig.close(handle).await.unwrap();
+        });
+        assert_eq!(check_bytes(&storage), (0, 0), "{options}");
+        std::fs::write(&path, &storage.state.lock().data).unwrap();
+        assert_clean(&path);
+        let disk = contents(&path, scratch.path());
+        assert!(
+            disk.len() as u64 == DISK && disk.iter().all(|byte| *byte == 7),
+            "{options}"
+        );
+
+        // Two clusters missing are a hole in what is known of the disk.
+        let mut data = image_bytes(options, DISK);
+        data.truncate(l1 + 511);
+        let error = rig.block_on(rig.open_storage(&Storage::new(data), "read-only=on"));
+        assert_eq!(error.unwrap_err().field().unwrap().name, "l1_table_offset");
+    }
+}
