@@ -98,7 +98,11 @@ impl Target {
         let handle = open::open_nested(session, image, access, own).await?;
         let node = handle.node();
         let capabilities = node.driver().capabilities();
-        if request.compress && !capabilities.contains(Capabilities::COMPRESSED) {
+        // A qcow2 image with a data file can't, though others can: as with qemu-img, its first write says so.
+        if request.compress
+            && !capabilities.contains(Capabilities::COMPRESSED)
+            && node.driver().name() != "qcow2"
+        {
             return Err(no_compression());
         }
         let info = handle.info().await?;
