@@ -91,6 +91,7 @@ mod settings;
 mod snapshots;
 #[cfg(not(loom))]
 mod trim;
+#[cfg(not(loom))]
 mod vm_state;
 #[cfg(not(loom))]
 mod writeback;
