@@ -333,10 +333,7 @@ impl Commit {
         // The end of another job may give the filter one more overlay, whose header has to be rewritten, too.
         let turns = self.turns.clone();
         let _turn = turns.finalising.lock().await;
-        self.driver.stop();
-        self.transfer = None;
-        self.inconsistent.clear();
-        self.freeze = None;
+        self.let_go();
         // Both ways show the same content: the header may go first, and a crash in between does no harm.
         for overlay in self.graph.parents(&self.filter) {
             let names_backing = overlay.edges().iter().any(|edge| {
@@ -353,15 +350,22 @@ impl Commit {
         Ok(())
     }
 
+    /// Gives back what the graph was asked for. In this order: a filter that has stopped reads whole disks for its parents, and what
+    /// somebody else changes in the graph meanwhile must find nobody who says that there is none.
+    fn let_go(&mut self) {
+        self.inconsistent.clear();
+        self.driver.stop();
+        // With this handle gone the filter's permissions are worked out anew.
+        self.transfer = None;
+        self.freeze = None;
+    }
+
     async fn withdraw(&mut self) {
         if self.withdrawn {
             return;
         }
         self.withdrawn = true;
-        self.driver.stop();
-        self.transfer = None;
-        self.inconsistent.clear();
-        self.freeze = None;
+        self.let_go();
         if self.merged {
             let keeper = self.graph.attach(&self.base, PermissionSet::NONE, "");
             chain::retire(&self.graph, &self.filter, false).await;
