@@ -469,9 +469,10 @@ impl Mirror {
     }
 
     async fn switch_over(&mut self) -> Result<()> {
+        // First: a filter that has stopped reads these as whole disks for its parents, in everybody's eyes.
+        self.inconsistent.clear();
         self.state.stop();
         self.freeze = None;
-        self.inconsistent.clear();
         self.transfer = None;
         if self.target_backing == TargetBacking::FromSource {
             let backing = match self.sync {
@@ -501,10 +502,11 @@ impl Mirror {
             return;
         }
         self.withdrawn = true;
+        // As in `switch_over`.
+        self.inconsistent.clear();
         self.state.stop();
         self.transfer = None;
         self.freeze = None;
-        self.inconsistent.clear();
         if self.pivoted {
             // The old chain may hold the target as its base: it must not go with it.
             let keeper = self.graph.attach(&self.target, PermissionSet::NONE, "");
