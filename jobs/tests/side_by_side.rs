@@ -5,7 +5,7 @@ mod common;
 
 use std::sync::Arc;
 
-use block_core::{BlockDriver, Node, Result};
+use block_core::{BlockDriver, Node, PermissionSet, Result};
 use common::{Bench, LENGTH, Layer, assert_same, guest::Guest, run};
 use jobs::{BackupOptions, CommitOptions, Job, JobKind, JobOptions, MirrorOptions, StreamOptions};
 
@@ -299,5 +299,36 @@ fn a_read_only_layer_that_two_commits_write_to_is_read_only_again_when_both_have
             let found = handle.read(0, LENGTH as usize).await.expect("readable");
             assert_same(&found, &content, "the guest's disk");
         });
+    }
+}
+
+/// The layers between top and base are marked as no whole disks as long as a commit writes to the base; its filter reads them as such
+/// again when it is over. Who changes the graph at that moment must find the one without the other.
+#[test]
+fn the_graph_can_be_changed_at_every_moment_of_a_commit_and_of_its_end() {
+    for turn in 0..60 {
+        for work in [Commit("E", "D"), Commit("E", "C"), Commit("F", "D")] {
+            run(|bench| async move {
+                let (chain, content) = bench.chain(&CHAIN).await;
+                let handle = bench.guest_handle(&chain[5].node);
+                let job = work.start(&bench, true, false).await.expect("the job");
+                let (watched, lowest) = (job.clone(), chain[0].node.clone());
+                let graph = bench.graph.clone();
+                let others = std::thread::spawn(move || {
+                    let mut changes = 0;
+                    while !watched.status().is_over() {
+                        drop(graph.attach(&lowest, PermissionSet::NONE, "other")?);
+                        changes += 1;
+                    }
+                    Result::Ok(changes)
+                });
+                end(&job, work).await.expect("success");
+                let changes = others.join().expect("no panic");
+                let changes = changes.unwrap_or_else(|error| panic!("{turn}, {work:?}: {error}"));
+                assert!(changes > 0, "{turn}, {work:?}");
+                let found = handle.read(0, LENGTH as usize).await.expect("readable");
+                assert_same(&found, &content, "the guest's disk");
+            });
+        }
     }
 }
