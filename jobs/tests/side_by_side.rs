@@ -315,12 +315,12 @@ fn the_graph_can_be_changed_at_every_moment_of_a_commit_and_of_its_end() {
                 let (watched, lowest) = (job.clone(), chain[0].node.clone());
                 let graph = bench.graph.clone();
                 let others = std::thread::spawn(move || {
-                    let mut changes = 0;
+                    let mut changes = 0u64;
                     while !watched.status().is_over() {
                         drop(graph.attach(&lowest, PermissionSet::NONE, "other")?);
                         changes += 1;
                     }
-                    Result::Ok(changes)
+                    Result::<u64>::Ok(changes)
                 });
                 end(&job, work).await.expect("success");
                 let changes = others.join().expect("no panic");
