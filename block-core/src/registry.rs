@@ -38,6 +38,13 @@ pub struct CreateOption {
     pub help: &'static str,
 }
 
+impl CreateOption {
+    /// The same, in a line.
+    pub const fn new(name: &'static str, kind: &'static str, help: &'static str) -> Self {
+        Self { name, kind, help }
+    }
+}
+
 /// Sizes that a new image would need, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]

@@ -44,7 +44,7 @@ fn vm_state_is_read_and_written_as_qemu_io_does_and_the_disk_stays_as_it_is() {
         let rig = Rig::new();
         let image = scratch.path().join("a.qcow2");
         let name = image.to_str().unwrap();
-        qemu_img(&["create", "-q", "-f", "qcow2", "-o", kind, name, "3M"]);
+        create_by_qemu(&image, kind, 3 << 20);
         tool(
             "qemu-io",
             &[
@@ -180,7 +180,7 @@ fn snapshots_keep_vm_state_and_its_size() {
     for kind in KINDS {
         let image = scratch.path().join("a.qcow2");
         let name = image.to_str().unwrap();
-        qemu_img(&["create", "-q", "-f", "qcow2", "-o", kind, name, "1M"]);
+        create_by_qemu(&image, kind, 1 << 20);
         rig.block_on(async {
             let handle = rig.open(&image, "").await.unwrap();
             write(&handle, 0, 1 << 20, 3).await.unwrap();
@@ -224,16 +224,7 @@ fn another_size_of_the_disk_drops_vm_state_and_the_new_range_reads_as_zeroes() {
         for (new, zero) in [(40 << 20, false), (40 << 20, true), (1 << 20, false)] {
             let rig = Rig::new();
             let image = scratch.path().join("a.qcow2");
-            qemu_img(&[
-                "create",
-                "-q",
-                "-f",
-                "qcow2",
-                "-o",
-                kind,
-                image.to_str().unwrap(),
-                "3M",
-            ]);
+            create_by_qemu(&image, kind, 3 << 20);
             rig.block_on(async {
                 let handle = rig.open(&image, "").await.unwrap();
                 write(&handle, 0, 3 << 20, 3).await.unwrap();
@@ -303,16 +294,7 @@ fn vm_state_is_refused_where_there_is_no_place_for_it() {
     let image = scratch.path().join("a.qcow2");
     let data = scratch.path().join("a.data");
     let options = format!("data_file={},data_file_raw=on", data.display());
-    qemu_img(&[
-        "create",
-        "-q",
-        "-f",
-        "qcow2",
-        "-o",
-        &options,
-        image.to_str().unwrap(),
-        "1M",
-    ]);
+    create_by_qemu(&image, &options, 1 << 20);
     rig.block_on(async {
         let handle = rig.open(&image, "").await.unwrap();
         let error = handle.write_vm_state(0, vec![1; 512]).await.unwrap_err();
@@ -323,16 +305,7 @@ fn vm_state_is_refused_where_there_is_no_place_for_it() {
     });
     assert_eq!(std::fs::metadata(&data).unwrap().len(), 1 << 20);
 
-    qemu_img(&[
-        "create",
-        "-q",
-        "-f",
-        "qcow2",
-        "-o",
-        "cluster_size=512",
-        image.to_str().unwrap(),
-        "1M",
-    ]);
+    create_by_qemu(&image, "cluster_size=512", 1 << 20);
     rig.block_on(async {
         let handle = rig.open(&image, "").await.unwrap();
         for at in [1 << 50, i64::MAX as u64 - 511, u64::MAX - 511] {
@@ -359,7 +332,7 @@ fn vm_state_goes_into_an_external_data_file_that_is_not_raw() {
         "cluster_size=4k,data_file={}",
         scratch.path().join("a.data").display()
     );
-    qemu_img(&["create", "-q", "-f", "qcow2", "-o", &options, name, "1M"]);
+    create_by_qemu(&image, &options, 1 << 20);
     rig.block_on(async {
         let handle = rig.open(&image, "").await.unwrap();
         write(&handle, 0, 1 << 20, 3).await.unwrap();

@@ -110,19 +110,12 @@ impl DriverFactory for LedgerFactory {
     }
 
     fn create_options(&self) -> &'static [CreateOption] {
-        const fn option(
-            name: &'static str,
-            kind: &'static str,
-            help: &'static str,
-        ) -> CreateOption {
-            CreateOption { name, kind, help }
-        }
         const {
             &[
-                option("backing_file", "str", "File name of a base image"),
-                option("backing_fmt", "str", "Image format of the base image"),
-                option("cluster_size", "size", "Cluster size, 64k if not given"),
-                option("size", "size", "Virtual disk size"),
+                CreateOption::new("backing_file", "str", "File name of a base image"),
+                CreateOption::new("backing_fmt", "str", "Image format of the base image"),
+                CreateOption::new("cluster_size", "size", "Cluster size, 64k if not given"),
+                CreateOption::new("size", "size", "Virtual disk size"),
             ]
         }
     }

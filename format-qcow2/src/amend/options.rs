@@ -14,60 +14,56 @@ use crate::{
 
 /// The options, for help texts.
 pub const OPTIONS: &[CreateOption] = &[
-    option("backing_file", "str", "File name of a base image"),
-    option("backing_fmt", "str", "Image format of the base image"),
-    option(
+    CreateOption::new("backing_file", "str", "File name of a base image"),
+    CreateOption::new("backing_fmt", "str", "Image format of the base image"),
+    CreateOption::new(
         "compat",
         "str",
         "Compatibility level (v2 [0.10] or v3 [1.1])",
     ),
-    option("data_file", "str", "File name of an external data file"),
-    option(
+    CreateOption::new("data_file", "str", "File name of an external data file"),
+    CreateOption::new(
         "data_file_raw",
         "bool (on/off)",
         "The external data file must stay valid as a raw image",
     ),
-    option(
+    CreateOption::new(
         "encrypt.iter-time",
         "num",
         "Time to spend in PBKDF in milliseconds",
     ),
-    option(
+    CreateOption::new(
         "encrypt.keyslot",
         "num",
         "Select a single keyslot to modify explicitly",
     ),
-    option(
+    CreateOption::new(
         "encrypt.new-secret",
         "str",
         "New secret to set in the matching keyslots. Empty string to erase",
     ),
-    option(
+    CreateOption::new(
         "encrypt.old-secret",
         "str",
         "Select all keyslots that match this password",
     ),
-    option(
+    CreateOption::new(
         "encrypt.state",
         "str",
         "Select new state of affected keyslots (active/inactive)",
     ),
-    option(
+    CreateOption::new(
         "lazy_refcounts",
         "bool (on/off)",
         "Postpone refcount updates",
     ),
-    option(
+    CreateOption::new(
         "refcount_bits",
         "num",
         "Width of a reference count entry in bits",
     ),
-    option("size", "size", "Virtual disk size"),
+    CreateOption::new("size", "size", "Virtual disk size"),
 ];
-
-const fn option(name: &'static str, kind: &'static str, help: &'static str) -> CreateOption {
-    CreateOption { name, kind, help }
-}
 
 /// What the image is to be.
 #[derive(Debug, Clone, PartialEq, Eq)]

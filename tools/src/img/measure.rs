@@ -1,6 +1,7 @@
 //! `blk measure`: how large a new image would get.
 
 use block_core::DriverFactory;
+use format_qcow2::bitmaps::layout::bitmaps_size;
 use serde_json::{Value, json};
 
 use super::{
@@ -101,7 +102,7 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     let mut data = Vec::new();
     let mut length = size.unwrap_or(0);
     // Bitmaps; `None` where there can't be any.
-    let mut bitmaps: Option<Vec<(u64, u64)>> = None;
+    let mut bitmaps: Option<Vec<(u64, usize)>> = None;
     if let Some(name) = file {
         let image = args::image(parsed, name, "format")?;
         let access = Access {
@@ -181,7 +182,7 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     let cluster = options.get_size("cluster_size").unwrap_or(1 << 16);
     let bitmaps = bitmaps
         .filter(|_| takes)
-        .map(|bitmaps| bitmaps_size(length, cluster, &bitmaps));
+        .map(|bitmaps| bitmaps_size(cluster, length, bitmaps));
     match output {
         OutputFormat::Human => {
             say!("required size: {}", measure.required);
@@ -205,30 +206,15 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
 }
 
 /// Granularity, and bytes of the name, of each bitmap that `info` lists. As with qemu-img, those that turn out to be inconsistent count.
-fn bitmaps_of(listed: &Value) -> Vec<(u64, u64)> {
+fn bitmaps_of(listed: &Value) -> Vec<(u64, usize)> {
     let listed = listed.as_array().into_iter().flatten();
     listed
         .map(|bitmap| {
             let name = bitmap["name"].as_str().unwrap_or_default();
             let granularity = bitmap["granularity"].as_u64();
-            (granularity.unwrap_or(1 << 16), name.len() as u64)
+            (granularity.unwrap_or(1 << 16), name.len())
         })
         .collect()
-}
-
-/// What bitmaps of a disk take in a qcow2 image when all of their clusters are there: data, tables, directory.
-fn bitmaps_size(length: u64, cluster: u64, bitmaps: &[(u64, u64)]) -> u64 {
-    const ENTRY_HEAD: u64 = 24;
-    let cluster = cluster.max(1);
-    let mut directory = 0;
-    let mut size = 0;
-    for (granularity, name) in bitmaps {
-        let bits = length.div_ceil((*granularity).max(1));
-        let clusters = bits.div_ceil(8).div_ceil(cluster);
-        size += clusters * cluster + (clusters * 8).next_multiple_of(cluster);
-        directory += (ENTRY_HEAD + name).next_multiple_of(8);
-    }
-    size + u64::next_multiple_of(directory, cluster)
 }
 
 /// Where there is data that isn't known to be zero.

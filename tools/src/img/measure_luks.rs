@@ -11,32 +11,28 @@ use crypto::{EncryptionFormat, passphrase};
 
 /// The create options of the target.
 pub const OPTIONS: [CreateOption; 9] = [
-    option("cipher-alg", "str", "Name of encryption cipher algorithm"),
-    option("cipher-mode", "str", "Name of encryption cipher mode"),
-    option("hash-alg", "str", "Name of encryption hash algorithm"),
-    option("iter-time", "num", "Time to spend in PBKDF in milliseconds"),
-    option("ivgen-alg", "str", "Name of IV generator algorithm"),
-    option(
+    CreateOption::new("cipher-alg", "str", "Name of encryption cipher algorithm"),
+    CreateOption::new("cipher-mode", "str", "Name of encryption cipher mode"),
+    CreateOption::new("hash-alg", "str", "Name of encryption hash algorithm"),
+    CreateOption::new("iter-time", "num", "Time to spend in PBKDF in milliseconds"),
+    CreateOption::new("ivgen-alg", "str", "Name of IV generator algorithm"),
+    CreateOption::new(
         "ivgen-hash-alg",
         "str",
         "Name of IV generator hash algorithm",
     ),
-    option(
+    CreateOption::new(
         "key-secret",
         "str",
         "ID of the secret that provides the keyslot passphrase",
     ),
-    option(
+    CreateOption::new(
         "preallocation",
         "str",
         "Preallocation mode (allowed values: off, falloc, full)",
     ),
-    option("size", "size", "Virtual disk size"),
+    CreateOption::new("size", "size", "Virtual disk size"),
 ];
-
-const fn option(name: &'static str, kind: &'static str, help: &'static str) -> CreateOption {
-    CreateOption { name, kind, help }
-}
 
 /// Bytes of a container for a disk of `size` bytes.
 ///
