@@ -51,13 +51,14 @@ async fn status(scene: Arc<Scene>, kind: ClusterKind) -> CaseResult {
     let (target, cluster) = (image.target(), image.cluster);
     let handle = image.guest.handle();
     if kind == ClusterKind::Unallocated
+        && crate::parts::ending(&scene.format.create).is_some()
         && handle
             .block_status(target, cluster)
             .await?
             .flags
             .contains(StatusFlags::DATA)
     {
-        let why = "every cluster of a new image has its place";
+        let why = "in a raw data file every cluster of a new image has its place";
         return Ok(Verdict::NotCovered(why.into()));
     }
     if let Err(verdict) = image.prepare(kind, target).await? {
