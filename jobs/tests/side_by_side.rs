@@ -3,7 +3,11 @@
 
 mod common;
 
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, AtomicUsize, Ordering},
+    mpsc,
+};
 
 use block_core::{BlockDriver, Node, PermissionSet, Result};
 use common::{Bench, LENGTH, Layer, assert_same, guest::Guest, run};
@@ -306,29 +310,43 @@ fn a_read_only_layer_that_two_commits_write_to_is_read_only_again_when_both_have
 /// again when it is over. Who changes the graph at that moment must find the one without the other.
 #[test]
 fn the_graph_can_be_changed_at_every_moment_of_a_commit_and_of_its_end() {
-    for turn in 0..60 {
-        for work in [Commit("E", "D"), Commit("E", "C"), Commit("F", "D")] {
+    let works = [Commit("E", "D"), Commit("E", "C"), Commit("F", "D")];
+    let (turns, changes) = (60, AtomicUsize::new(0));
+    for turn in 0..turns {
+        for work in works {
+            let changes = &changes;
             run(|bench| async move {
                 let (chain, content) = bench.chain(&CHAIN).await;
                 let handle = bench.guest_handle(&chain[5].node);
-                let job = work.start(&bench, true, false).await.expect("the job");
-                let (watched, lowest) = (job.clone(), chain[0].node.clone());
-                let graph = bench.graph.clone();
+                let (graph, lowest) = (bench.graph.clone(), chain[0].node.clone());
+                let over = Arc::new(AtomicBool::new(false));
+                let seen_over = over.clone();
+                let (ready, begun) = mpsc::channel();
+                // The changes begin before the job does, however late the thread gets a processor.
                 let others = std::thread::spawn(move || {
-                    let mut changes = 0u64;
-                    while !watched.status().is_over() {
+                    let mut count = 0;
+                    while !seen_over.load(Ordering::Relaxed) {
                         drop(graph.attach(&lowest, PermissionSet::NONE, "other")?);
-                        changes += 1;
+                        if count == 0 {
+                            let _ = ready.send(());
+                        }
+                        count += 1;
                     }
-                    Result::<u64>::Ok(changes)
+                    Result::<usize>::Ok(count)
                 });
-                end(&job, work).await.expect("success");
-                let changes = others.join().expect("no panic");
-                let changes = changes.unwrap_or_else(|error| panic!("{turn}, {work:?}: {error}"));
-                assert!(changes > 0, "{turn}, {work:?}");
+                begun.recv().expect("a first change");
+                let job = work.start(&bench, true, false).await.expect("the job");
+                let ended = end(&job, work).await;
+                over.store(true, Ordering::Relaxed);
+                let count = others.join().expect("no panic");
+                let count = count.unwrap_or_else(|error| panic!("{turn}, {work:?}: {error}"));
+                ended.unwrap_or_else(|error| panic!("{turn}, {work:?}: {error}"));
+                changes.fetch_add(count, Ordering::Relaxed);
                 let found = handle.read(0, LENGTH as usize).await.expect("readable");
                 assert_same(&found, &content, "the guest's disk");
             });
         }
     }
+    // One in each turn came before the job.
+    assert!(changes.into_inner() > turns * works.len());
 }
