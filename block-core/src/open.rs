@@ -569,16 +569,17 @@ pub(crate) async fn backing(
         return Ok(None);
     }
     within_depth(&below)?;
-    let resolved = permit(context, &overlay_file, name)?;
+    let found = permit(&context.how, &overlay_file, name)?;
     below.node = context.node.for_child();
     below.node.read_only = true;
     below.node.auto_read_only = false;
     below.probed = false;
     below.depth += 1;
-    let place = canonical(&resolved);
-    if below.chain.iter().any(|above| **above == *place) {
+    let place = canonical(&found.name);
+    if found.is_path && below.chain.iter().any(|above| **above == *place) {
         return Err(Error::invalid(format!(
-            "Backing file '{resolved}' creates an infinite loop."
+            "Backing file '{}' creates an infinite loop.",
+            found.name
         ))
         .with_file(overlay_file)
         .with_field(
@@ -587,15 +588,22 @@ pub(crate) async fn backing(
             "a file that is not in the chain above",
         ));
     }
-    let storage = path_options(&resolved);
-    let opening = async move { open_storage(&below, storage, format.as_deref(), node).await };
+    let shown = found.name.clone();
+    let opening = async move {
+        let format = format.as_deref();
+        if found.is_path {
+            open_storage(&below, path_options(&found.name), format, node).await
+        } else {
+            open_name(&below, &found.name, format, node).await
+        }
+    };
     match context.nest.open(&context.graph, opening).await {
         Ok(node) => {
             context.opened.lock().push(node.clone());
             Ok(Some(node))
         }
         Err(error) if is_too_deep(&error) => Err(error),
-        Err(error) => Err(of_backing(error.with_file(resolved).with_field(
+        Err(error) => Err(of_backing(error.with_file(shown).with_field(
             "backing file name",
             name,
             "the name of a file that can be opened",
@@ -647,20 +655,36 @@ fn is_too_deep(error: &Error) -> bool {
 
 /// Opens another file that an image names, as bare storage.
 pub(crate) async fn named(context: &OpenContext, owner: &Node, name: &str) -> Result<Arc<Node>> {
-    let resolved = permit(context, &owner.filename().unwrap_or_default(), name)?;
+    let place = permit(&context.how, &owner.filename().unwrap_or_default(), name)?;
+    let options = place.options(&context.registry)?;
     let mut below = context.clone();
     below.node = context.node.for_child();
     below.probed = false;
     below.depth += 1;
-    let options = path_options(&resolved);
     let opening = async move { open_in(&below, options, Wanted::Storage).await };
     let node = context
         .nest
         .open(&context.graph, opening)
         .await
-        .map_err(|error| error.with_file(resolved))?;
+        .map_err(|error| error.with_file(place.name))?;
     context.opened.lock().push(node.clone());
     Ok(node)
+}
+
+/// What an image names, and may be opened.
+struct NamedPlace {
+    /// The path, or the name as it stands in the image.
+    name: String,
+    is_path: bool,
+}
+
+impl NamedPlace {
+    fn options(&self, registry: &Registry) -> Result<Options> {
+        if self.is_path {
+            return Ok(path_options(&self.name));
+        }
+        filename_options(registry, &self.name)
+    }
 }
 
 /// A path, whatever it looks like.
@@ -668,8 +692,8 @@ fn path_options(path: &str) -> Options {
     Options::new().with("driver", "file").with("filename", path)
 }
 
-/// Resolves a name that an image holds to a path, and asks whether it may be opened.
-fn permit(context: &OpenContext, owner: &str, name: &str) -> Result<String> {
+/// Finds out what a name that an image holds stands for, and asks whether it may be opened.
+fn permit(how: &OpenOptions, owner: &str, name: &str) -> Result<NamedPlace> {
     let refuse = |why: &str| {
         Err(Error::new(
             ErrorKind::AccessDenied,
@@ -677,40 +701,62 @@ fn permit(context: &OpenContext, owner: &str, name: &str) -> Result<String> {
         )
         .with_file(owner))
     };
-    if name.starts_with("json:") {
-        return refuse("a JSON file name inside an image");
-    }
-    let has_protocol = name
-        .split_once(':')
-        .is_some_and(|(prefix, _)| !prefix.contains('/') && prefix != "file");
-    if has_protocol {
-        return refuse("a protocol name inside an image");
-    }
-    let mut resolved = resolve_name(owner, name);
-    if has_prefix(&resolved) {
-        // A path, also for whoever is asked about it.
-        resolved.insert_str(0, "./");
-    }
-    match &context.how.implicit {
-        ImplicitOpens::Permit => Ok(resolved),
-        ImplicitOpens::Ask(ask) if ask(&resolved) => Ok(resolved),
+    let of_options = |what: &str| {
+        let why = format!("{what} inside an image chooses what is opened");
+        refuse(&why).map_err(|error| {
+            error.with_field(IMAGE_NAME, name, "a path, where the image isn't trusted")
+        })
+    };
+    let place = match prefix(name) {
+        None | Some("file") => {
+            let mut path = resolve_name(owner, name);
+            if let Some(plain) = path.strip_prefix("file:") {
+                path = plain.to_owned();
+            }
+            if prefix(&path).is_some() {
+                // A path, also for whoever is asked about it.
+                path.insert_str(0, "./");
+            }
+            NamedPlace {
+                name: path,
+                is_path: true,
+            }
+        }
+        Some(_) if how.options_in_names => NamedPlace {
+            name: name.to_owned(),
+            is_path: false,
+        },
+        Some("json") => return of_options("a JSON file name"),
+        Some(_) => return of_options("a protocol name"),
+    };
+    match &how.implicit {
+        ImplicitOpens::Permit => Ok(place),
+        ImplicitOpens::Ask(ask) if ask(&place.name) => Ok(place),
         ImplicitOpens::Ask(_) | ImplicitOpens::Deny => {
             refuse("the caller doesn't allow files that images name")
         }
     }
 }
 
-/// Whether a file name would be taken for `json:…` or `protocol:…`.
-fn has_prefix(name: &str) -> bool {
-    name.split_once(':')
-        .is_some_and(|(prefix, _)| !prefix.contains('/'))
+/// The file name to open for `name`, which the image `owner` holds.
+pub(crate) fn permitted_name(how: &OpenOptions, owner: &str, name: &str) -> Result<String> {
+    permit(how, owner, name).map(|place| place.name)
 }
 
-/// A name in an image is relative to the directory of that image.
+/// What an error calls a name in an image that isn't a path.
+const IMAGE_NAME: &str = "file name in an image";
+
+/// What stands before the colon of `json:…` or `protocol:…`.
+fn prefix(name: &str) -> Option<&str> {
+    let (prefix, _) = name.split_once(':')?;
+    (!prefix.contains('/')).then_some(prefix)
+}
+
+/// What a name in the image `owner` stands for. A path is relative to the directory of that image; `json:…`, and what begins
+/// with a protocol (`file:…`, too), stands as it is.
 pub fn resolve_name(owner: &str, name: &str) -> String {
-    let name = name.strip_prefix("file:").unwrap_or(name);
     let path = Path::new(name);
-    if path.is_absolute() {
+    if path.is_absolute() || prefix(name).is_some() {
         return name.to_owned();
     }
     match Path::new(owner).parent() {

@@ -130,9 +130,10 @@ pub enum ImplicitOpens {
     /// Only what the options name.
     #[default]
     Deny,
-    /// Whatever the image names, except `json:` and protocol strings inside images.
+    /// Whatever the image names.
     Permit,
-    /// The function is given the resolved name.
+    /// The function is given the path, or the name as it stands in the image where that isn't one
+    /// ([`OpenOptions::options_in_names`]).
     Ask(Arc<dyn Fn(&str) -> bool + Send + Sync>),
 }
 
@@ -151,6 +152,9 @@ impl fmt::Debug for ImplicitOpens {
 pub struct OpenOptions {
     /// May files that images name be opened?
     pub implicit: ImplicitOpens,
+    /// May the names in images be more than paths: `json:{…}`, or `PROTOCOL:…`? Whoever wrote such an image chooses drivers and their
+    /// options, and so what is opened (a device, a server); they are refused unless this is set, whatever `implicit` says.
+    pub options_in_names: bool,
     /// Don't open backing files.
     pub no_backing: bool,
     /// Don't open external data files: the image says what it says of itself, but its guest data can't be had.
@@ -160,6 +164,17 @@ pub struct OpenOptions {
     /// Nothing but what the image says of itself is wanted: encrypted images are opened without their keys, and fail all
     /// requests for encrypted data.
     pub metadata_only: bool,
+}
+
+impl OpenOptions {
+    /// The file name that [`Registry::open_file`] takes for `name`, which stands in the image `owner`: what the opening of that image
+    /// would do with it.
+    ///
+    /// # Errors
+    /// `AccessDenied` for a file that the opening would refuse.
+    pub fn permitted_name(&self, owner: &str, name: &str) -> Result<String> {
+        open::permitted_name(self, owner, name)
+    }
 }
 
 /// What a driver's `open` may use.
@@ -207,8 +222,8 @@ impl OpenContext {
     }
 
     /// Opens the backing file: what the options say under `backing` wins over what the image names. `name` is as it
-    /// stands in the image `overlay`; a relative one is resolved against the overlay's directory. It is always a path:
-    /// what looks like JSON or a protocol is refused.
+    /// stands in the image `overlay`; a relative path is resolved against the overlay's directory, `file:PATH` against the process's.
+    /// JSON and other protocols are refused unless [`OpenOptions::options_in_names`] says otherwise.
     pub async fn open_backing(
         &self,
         options: &mut Options,

@@ -223,6 +223,53 @@ fn a_name_in_an_image_never_becomes_json_or_another_protocol() {
 }
 
 #[test]
+fn names_that_choose_what_is_opened_are_followed_where_images_are_trusted() {
+    let json = r#"json:{"driver":"host_device","filename":"/dev/sda"}"#;
+    for (name, opened) in [
+        (json, "host_device /dev/sda"),
+        (r#"json:{"driver":"overlay","file.filename":"b"}"#, "file b"),
+        ("host_device:/dev/sda", "host_device /dev/sda"),
+        ("a:b", ""),
+    ] {
+        let asked: Arc<Mutex<Vec<String>>> = Arc::default();
+        let house = house(move |file| (file == "dir/top").then(|| name.to_owned()));
+        let told = asked.clone();
+        let how = |is_allowed: bool| {
+            let told = told.clone();
+            OpenOptions {
+                implicit: ImplicitOpens::Ask(Arc::new(move |name| {
+                    told.lock().push(name.to_owned());
+                    is_allowed
+                })),
+                options_in_names: true,
+                ..OpenOptions::default()
+            }
+        };
+        let open = |how| {
+            let options = Options::new();
+            let opening = house
+                .registry
+                .open_file(&house.graph, "dir/top", None, options, how);
+            block_on(opening)
+        };
+        let error = open(how(false)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::AccessDenied, "{error}");
+        assert_eq!(house.opened.lock().split_off(0), ["file dir/top"]);
+        match open(how(true)) {
+            Ok(_) => assert_eq!(*house.opened.lock(), ["file dir/top", opened]),
+            Err(error) => {
+                assert!(opened.is_empty(), "{error}");
+                assert!(
+                    error.to_string().contains("Unknown protocol 'a'"),
+                    "{error}"
+                );
+            }
+        }
+        assert_eq!(*asked.lock(), [name, name]);
+    }
+}
+
+#[test]
 fn who_is_asked_about_a_name_is_told_the_path_that_is_opened() {
     let asked: Arc<Mutex<Vec<String>>> = Arc::default();
     let house = house(|file| (file == "dir/top").then(|| "file:a:b".to_owned()));
@@ -238,8 +285,9 @@ fn who_is_asked_about_a_name_is_told_the_path_that_is_opened() {
         .registry
         .open_file(&house.graph, "dir/top", None, Options::new(), how);
     block_on(opening).unwrap();
-    assert_eq!(*asked.lock(), ["dir/a:b"]);
-    assert_eq!(*house.opened.lock(), ["file dir/top", "file dir/a:b"]);
+    // As it has a protocol before it, it isn't relative to the image.
+    assert_eq!(*asked.lock(), ["./a:b"]);
+    assert_eq!(*house.opened.lock(), ["file dir/top", "file ./a:b"]);
 }
 
 #[test]

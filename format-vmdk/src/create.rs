@@ -311,6 +311,7 @@ async fn read_parent_cid(context: &CreateContext, name: &str) -> Result<u32> {
     let name = resolve_name(&context.filename, name);
     let how = OpenOptions {
         implicit: ImplicitOpens::Permit,
+        options_in_names: false,
         no_backing: true,
         no_data_file: false,
         for_check: false,

@@ -19,6 +19,7 @@ mod live;
 use std::process::ExitCode;
 
 use common::{
+    image_names,
     output::{complain, say, write_out},
     program::Program,
     trace,
@@ -55,7 +56,7 @@ fn main() -> ExitCode {
             return ExitCode::from(1);
         }
     };
-    ExitCode::from(dispatch(program, &args))
+    ExitCode::from(dispatch(program, &image_names::take(args)))
 }
 
 fn dispatch(program: Program, args: &[String]) -> u8 {
@@ -136,10 +137,13 @@ fn help(program: Program) {
     if program == Program::Blk {
         say!(
             "  --trace FILE   record the requests of every image that the command opens; 'iotests replay FILE' runs\n                 \
-             them again under the simulator\n  --trace-hashes with --trace: record a hash of what is written"
+             them again under the simulator\n  --trace-hashes with --trace: record a hash of what is written\n  --trust-image-names\n                 \
+             follow names in images (of backing files, data files, extents) that are more than paths: json:{{…}} and\n                 \
+             PROTOCOL:… choose drivers and options, and so what is opened"
         );
     }
     say!(
-        "\nEnvironment:\n  RUST_LOG       what is logged to standard error (error, warn, info, debug, trace)"
+        "\nEnvironment:\n  RUST_LOG       what is logged to standard error (error, warn, info, debug, trace)\n  \
+         BLK_TRUST_IMAGE_NAMES=1\n                 as blk --trust-image-names"
     );
 }

@@ -139,3 +139,75 @@ fn options_of_a_backing_file_are_for_images_that_can_have_one_and_for_commands_t
     );
     both.finish();
 }
+
+/// Images in a directory of their own that name others by more than a path relative to themselves.
+const NAMING: &str = r#"
+mkdir d
+for file in b.raw d/b.raw; do qemu-img create -q $file 1M; done
+qemu-io -f raw -c 'write -P 3 0 1M' -c 'write -P 4 64k 64k' b.raw
+qemu-io -f raw -c 'write -P 5 0 1M' d/b.raw
+qemu-img create -q -f qcow2 q.qcow2 1M; qemu-io -c 'write -P 6 128k 64k' q.qcow2
+make() {
+    qemu-img create -q -f qcow2 -u d/"$1" 512k; qemu-io -c "write -P 7 0 64k" d/"$1"
+    qemu-img rebase -u -b "$2" -F "$3" d/"$1"
+}
+make part 'json:{"driver":"raw","offset":65536,"size":524288,"file":{"driver":"file","filename":"b.raw"}}' raw
+make dotted 'json:{"driver":"qcow2","file.driver":"file","file.filename":"q.qcow2"}' qcow2
+make above 'json:{"driver":"qcow2","file":{"driver":"file","filename":"d/part"}}' qcow2
+make file file:b.raw raw
+make debug blkdebug::b.raw raw
+make nbd nbd:localhost:1 raw
+make bad 'json:{"driver":"raw","file":' raw
+make none 'json:{"driver":"raw","file":{"driver":"file","filename":"nowhere"}}' raw
+"#;
+
+#[test]
+fn names_in_images_may_be_options_and_stand_as_they_are() {
+    if !qemu_is_installed() {
+        return;
+    }
+    let mut both = SideBySide::made_twice(NAMING);
+    for image in ["part", "dotted", "above", "file", "debug"] {
+        both.compare_all(&format!(
+            "info d/{image}
+            info --output=json d/{image}
+            info --backing-chain d/{image}
+            map d/{image}
+            map --output=json d/{image}
+            check d/{image}
+            convert -O raw d/{image} {image}.out
+            compare d/{image} {image}.out
+            compare d/{image} b.raw
+            create -f qcow2 -b d/{image} -F qcow2 {image}.over
+            convert -O raw {image}.over {image}.out
+            rebase -b ../q.qcow2 -F qcow2 d/{image}
+            info d/{image}
+            convert -O raw d/{image} {image}.out"
+        ));
+        both.same_content("raw", &format!("{image}.out"));
+    }
+    for image in ["bad", "none"] {
+        both.compare(&format!("info d/{image}"));
+        both.silently(&format!("convert -O raw d/{image} x"));
+        both.silently(&format!("info --backing-chain d/{image}"));
+    }
+    both.compare("info d/nbd");
+    let json = r#"json:{"driver":"raw","offset":65536,"size":524288,"file.filename":"b.raw"}"#;
+    both.compare_all(&format!(
+        "create -f qcow2 -b {json} -F raw d/new
+        create -f qcow2 -b file:b.raw -F raw d/new2
+        create -f qcow2 -b blkdebug::b.raw -F raw d/new3
+        info --backing-chain d/new
+        info --backing-chain d/new2
+        convert -O raw d/new new.out
+        rebase -b {json} -F raw d/file
+        info d/file
+        convert -O raw d/file file.out
+        commit d/new
+        commit d/file"
+    ));
+    both.same_content("raw", "new.out");
+    both.same_content("raw", "file.out");
+    both.same_content("raw", "b.raw");
+    both.finish();
+}

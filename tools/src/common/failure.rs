@@ -151,5 +151,11 @@ fn with_hint(error: &Error) -> String {
     if reason.ends_with("is inconsistent and cannot be used") {
         reason.push_str("\nTry block-dirty-bitmap-remove to delete this bitmap from disk");
     }
+    if error.field().is_some_and(|field| field.name == IMAGE_NAME) {
+        reason.push_str("\nblk --trust-image-names, or BLK_TRUST_IMAGE_NAMES=1 in the environment, follows such names");
+    }
     reason
 }
+
+/// What the core calls a name in an image that isn't a path.
+const IMAGE_NAME: &str = "file name in an image";

@@ -3,6 +3,7 @@
 pub mod cache;
 pub mod failure;
 pub mod getopt;
+pub mod image_names;
 pub mod json;
 pub mod object;
 pub mod open;

@@ -6,7 +6,7 @@ use block_core::{
 };
 use serde_json::Value;
 
-use super::{cache::CacheMode, failure::Failure, output::complain, session::Session};
+use super::{cache::CacheMode, failure::Failure, image_names, output::complain, session::Session};
 
 /// An image as the command line names it.
 #[derive(Debug, Clone, Copy)]
@@ -120,6 +120,15 @@ pub async fn open_with(
     attempt(session, image, access, Options::new(), more).await
 }
 
+/// Files that images name are opened; what such a name may be is for the command line to say.
+pub fn follows_names() -> OpenOptions {
+    OpenOptions {
+        implicit: ImplicitOpens::Permit,
+        options_in_names: image_names::are_trusted(),
+        ..OpenOptions::default()
+    }
+}
+
 async fn attempt(
     session: &Session,
     image: ImageSpec<'_>,
@@ -128,11 +137,11 @@ async fn attempt(
     more: &[(&str, &str)],
 ) -> block_core::Result<BlockHandle> {
     let how = OpenOptions {
-        implicit: ImplicitOpens::Permit,
         no_backing: access.no_backing,
         no_data_file: access.no_data_file,
         for_check: access.for_check,
         metadata_only: access.metadata_only,
+        ..follows_names()
     };
     let is_protocol = |driver: &str| {
         session

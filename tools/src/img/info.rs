@@ -88,8 +88,12 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
             options_in_name(session, &name, format.as_deref())
         };
         let layer = Layer::read(session, &handle, &options).await?;
+        let owner = handle.node().filename().unwrap_or_default();
         handle.close().await?;
-        if follow && let Some(backing) = layer.full_backing.clone() {
+        if follow && let Some(backing) = &layer.info.backing_filename {
+            let backing = open::follows_names()
+                .permitted_name(&owner, backing)
+                .map_err(|error| Failure::open(&name, &error))?;
             next = Some((backing, layer.info.backing_format.clone()));
         }
         seen.push(name);

@@ -4,11 +4,11 @@ use std::{cell::RefCell, future::Future, path::PathBuf, pin::Pin, sync::Arc, tas
 
 use block_core::{
     BlockHandle, Error, Graph, Node, OpenOptions, Options, PermissionSet, Permissions, Registry,
-    Result, registry::ImplicitOpens,
+    Result,
 };
 use futures::{StreamExt, stream::FuturesUnordered};
 
-use crate::common::open::{warn_of_empty_backing, warn_of_probed_raw};
+use crate::common::open::{follows_names, warn_of_empty_backing, warn_of_probed_raw};
 
 /// How an image is to be opened.
 #[derive(Debug, Clone, Default)]
@@ -128,10 +128,7 @@ impl Session {
                 node.set(&key, value);
             }
         }
-        let opens = OpenOptions {
-            implicit: ImplicitOpens::Permit,
-            ..OpenOptions::default()
-        };
+        let opens = follows_names();
         let mut probed = how.format.is_none();
         let opened = match name.filter(|_| !how.image_opts) {
             None => {

@@ -9,9 +9,10 @@ use block_core::{
     BlockHandle, Error, Graph, Node, OpenOptions, Options, PermissionSet, Permissions, Registry,
     Result,
     image::{CheckMode, CheckReport, Progress},
-    registry::ImplicitOpens,
 };
 use serde_json::{Value, json};
+
+use crate::common::open::follows_names;
 
 use super::{
     guest::{Guest, Load, check},
@@ -62,13 +63,6 @@ fn device() -> PermissionSet {
 }
 
 impl Lab {
-    fn how() -> OpenOptions {
-        OpenOptions {
-            implicit: ImplicitOpens::Permit,
-            ..OpenOptions::default()
-        }
-    }
-
     /// The path of an image of this run.
     pub fn path(&self, name: &str) -> PathBuf {
         self.scratch.join(format!("{name}.qcow2"))
@@ -101,7 +95,13 @@ impl Lab {
     pub async fn open(&self, path: &Path, format: &str, read_only: bool) -> Result<Arc<Node>> {
         let node = Options::new().with("read-only", read_only);
         self.registry
-            .open_file(&self.graph, &text(path), Some(format), node, Self::how())
+            .open_file(
+                &self.graph,
+                &text(path),
+                Some(format),
+                node,
+                follows_names(),
+            )
             .await
     }
 
@@ -165,7 +165,7 @@ impl Lab {
         let how = OpenOptions {
             no_backing: true,
             for_check: true,
-            ..Self::how()
+            ..follows_names()
         };
         let node = self
             .registry
@@ -210,7 +210,10 @@ impl Disk {
             .into_iter()
             .collect(),
         );
-        let node = lab.registry.open(&lab.graph, options, Lab::how()).await?;
+        let node = lab
+            .registry
+            .open(&lab.graph, options, follows_names())
+            .await?;
         lab.graph.move_handle(&self.handle, &node).await?;
         Ok(node)
     }

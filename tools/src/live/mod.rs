@@ -16,7 +16,7 @@ use std::{
     time::Duration,
 };
 
-use block_core::{Environment, OpenOptions, Options, PermissionSet, Permissions};
+use block_core::{Environment, Options, PermissionSet, Permissions};
 use clap::Parser;
 use futures::future::{Either, select};
 use parking_lot::Mutex;
@@ -30,6 +30,7 @@ use self::{
     table::Table,
 };
 use crate::common::{
+    open::follows_names,
     output::{complain, say},
     program::Program,
     session::Session,
@@ -306,10 +307,7 @@ async fn inspect(session: &Session, base: &Path, format: Option<&str>) -> Step<(
             &text(base),
             format,
             Options::new().with("read-only", true),
-            OpenOptions {
-                implicit: block_core::registry::ImplicitOpens::Permit,
-                ..OpenOptions::default()
-            },
+            follows_names(),
         )
         .await
         .map_err(failed)?;
