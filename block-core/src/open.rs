@@ -671,6 +671,31 @@ pub(crate) async fn named(context: &OpenContext, owner: &Node, name: &str) -> Re
     Ok(node)
 }
 
+/// The name to open for the data file `name` of the image `owner`: beside that image or, if it isn't there, where the program runs.
+pub(crate) fn data_file(context: &OpenContext, owner: &str, name: &str) -> Result<String> {
+    let beside = resolve_name(owner, name);
+    if beside == name {
+        return Ok(beside);
+    }
+    let Ok(protocol) = context.registry.get("file") else {
+        return Ok(name.to_owned());
+    };
+    let identity = |path: &str| protocol.file_identity(&path_options(path));
+    match (identity(&beside), identity(name)) {
+        (None, Some(_)) => Ok(format!("file:{name}")),
+        (Some(a), Some(b)) if a != b => {
+            let field = "'data-file.filename' that says which";
+            let error = Error::invalid(format!(
+                "The data file may be '{beside}', beside the image, or '{name}', where the program runs"
+            ));
+            Err(error
+                .with_file(owner)
+                .with_field("data file name", name, field))
+        }
+        _ => Ok(name.to_owned()),
+    }
+}
+
 /// What an image names, and may be opened.
 struct NamedPlace {
     /// The path, or the name as it stands in the image.

@@ -80,6 +80,13 @@ pub trait DriverFactory: Send + Sync + 'static {
         None
     }
 
+    /// Which file a protocol's options name, if it is there: the same for all names of one file. `None` also where that can't be told
+    /// without opening it. May look at a directory.
+    fn file_identity(&self, options: &Options) -> Option<u128> {
+        let _ = options;
+        None
+    }
+
     /// Whether images of this format can have a backing file; for others, options of one are refused before
     /// [`Self::open`] sees them. Unless it says otherwise, those that can be created with one.
     fn has_backing(&self) -> bool {
@@ -235,7 +242,13 @@ impl OpenContext {
     }
 
     /// Opens the external data file as bare storage: what the options say under `data-file` wins over `name`, which stands in
-    /// the image `owner` and is treated like a backing file's. `None` when neither names one, or none is to be opened.
+    /// the image `owner`. `None` when neither names one, or none is to be opened.
+    ///
+    /// A relative name is one in the directory of the image, as a backing file's is, or, where there is no such file, one that is
+    /// relative to where the program runs, as QEMU takes it.
+    ///
+    /// # Errors
+    /// Also EINVAL when there are two such files.
     pub async fn open_data_file(
         &self,
         options: &mut Options,
@@ -249,7 +262,9 @@ impl OpenContext {
         match (explicit, name) {
             (Some(child), _) => open::child(self, Some(child), "data-file").await,
             (None, Some(name)) if !name.is_empty() => {
-                open::named(self, owner, name).await.map(Some)
+                let owner_file = owner.filename().unwrap_or_default();
+                let place = open::data_file(self, &owner_file, name)?;
+                open::named(self, owner, &place).await.map(Some)
             }
             (None, _) => Ok(None),
         }

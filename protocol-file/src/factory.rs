@@ -1,6 +1,9 @@
 //! What programs register: the `file` and `host_device` drivers. They share engines and passed descriptors.
 
-use std::{os::fd::OwnedFd, sync::Arc};
+use std::{
+    os::{fd::OwnedFd, unix::fs::MetadataExt},
+    sync::Arc,
+};
 
 use async_trait::async_trait;
 use block_core::{
@@ -245,6 +248,11 @@ impl DriverFactory for FileFactory {
 
     async fn open(&self, context: OpenContext, options: Options) -> Result<Opened> {
         Self::open(self, false, context, options).await
+    }
+
+    fn file_identity(&self, options: &Options) -> Option<u128> {
+        let found = std::fs::metadata(strip_prefix(options.get_str("filename")?)).ok()?;
+        Some(u128::from(found.dev()) << 64 | u128::from(found.ino()))
     }
 
     fn create_options(&self) -> &'static [CreateOption] {

@@ -209,3 +209,80 @@ fn measure_gives_qemu_imgs_numbers_for_every_combination_of_options() {
     );
     both.finish();
 }
+
+/// An image in `d` whose data file qemu has made where it ran; there is no data file beside the image.
+const ELSEWHERE: &str = r"
+mkdir d
+qemu-img create -q -f qcow2 -o data_file=x.raw d/a.qcow2 1M
+qemu-io -c 'write -P 1 64k 64k' d/a.qcow2
+";
+
+#[test]
+fn a_relative_data_file_is_found_where_the_program_runs_and_beside_the_image() {
+    if !qemu_is_installed() {
+        return;
+    }
+    let commands = "info d/a.qcow2
+        check d/a.qcow2
+        map --output=json d/a.qcow2
+        compare d/a.qcow2 r.raw
+        resize d/a.qcow2 2M
+        convert -O raw d/a.qcow2 out.raw";
+    let like = "truncate -s 1M r.raw; qemu-io -f raw -c 'write -P 1 64k 64k' r.raw";
+    let mut both = SideBySide::new(&format!("{ELSEWHERE}{like}"));
+    both.compare_all(commands);
+    both.same_content("raw", "out.raw");
+    both.finish();
+
+    let made = "create -f qcow2 -o data_file=x.raw d/a.qcow2 1M
+        info d/a.qcow2
+        create -f qcow2 -o data_file=file:d/y.raw d/b.qcow2 1M
+        info d/b.qcow2
+        convert -O qcow2 -o data_file=d/z.raw,data_file_raw=on r.raw d/c.qcow2
+        info d/c.qcow2
+        compare d/c.qcow2 r.raw
+        create -f qcow2 -o data_file=nowhere/x.raw d/e.qcow2 1M";
+    let mut both = SideBySide::new(&format!("mkdir d; {like}"));
+    both.compare_all(made);
+    for file in ["x.raw", "d/y.raw", "d/z.raw"] {
+        both.same_content("raw", file);
+    }
+    both.finish();
+
+    // Where it is a link to the same file there is no doubt.
+    let both = SideBySide::new(&format!("{ELSEWHERE}{like}; ln -s ../x.raw d/x.raw"));
+    for command in ["compare d/a.qcow2 r.raw", "check d/a.qcow2"] {
+        assert!(both.ours_alone(command).status.success(), "{command}");
+    }
+
+    // Beside the image, as a backing file is, it is found from everywhere.
+    let both = SideBySide::new(&format!("{ELSEWHERE}{like}; mv x.raw d"));
+    let compared = both.ours_alone("compare d/a.qcow2 r.raw");
+    assert!(compared.status.success(), "{compared:?}");
+
+    // Two that may be meant, or none.
+    for (change, words) in [
+        (
+            "cp x.raw d",
+            "The data file may be 'd/x.raw', beside the image, or 'x.raw', where the program runs",
+        ),
+        (
+            "rm x.raw",
+            "Could not open 'd/x.raw': No such file or directory",
+        ),
+    ] {
+        let both = SideBySide::new(&format!("{ELSEWHERE}{change}"));
+        let refused = both.ours_alone("convert -O raw d/a.qcow2 out.raw");
+        assert_eq!(refused.status.code(), Some(1));
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(said.contains(words), "{said}");
+        let options =
+            "driver=qcow2,file.filename=d/a.qcow2,data-file.driver=file,data-file.filename=x.raw";
+        let given = both.ours_alone(&format!("convert --image-opts -O raw {options} out.raw"));
+        assert_eq!(
+            given.status.success(),
+            change.starts_with("cp"),
+            "{given:?}"
+        );
+    }
+}

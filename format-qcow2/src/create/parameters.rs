@@ -32,7 +32,7 @@ pub struct Parameters {
     pub codec: Codec,
     /// Whether L2 entries are extended: 32 subclusters in each cluster.
     pub extended_l2: bool,
-    /// The external data file's name for the header.
+    /// The external data file: made beside the image, as `file:PATH` where the program runs. The header gets the path.
     pub data_file: Option<String>,
     /// Whether the data file by itself has to be a raw image of the disk.
     pub data_file_raw: bool,

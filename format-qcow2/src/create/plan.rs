@@ -211,10 +211,11 @@ impl Plan {
                     offset: self.luks_offset().0,
                     len: parameters.encryption.map_or(0, |format| format.area_len()),
                 }),
-                data_file: parameters
-                    .data_file
-                    .as_ref()
-                    .map(|name| name.as_bytes().to_vec()),
+                data_file: parameters.data_file.as_deref().map(|name| {
+                    // Of where it is made the image keeps nothing.
+                    let name = name.strip_prefix("file:").unwrap_or(name);
+                    name.as_bytes().to_vec()
+                }),
                 ..Extensions::default()
             },
         }

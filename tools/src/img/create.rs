@@ -1,6 +1,6 @@
 //! `blk create`: makes a new image.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use block_core::{ErrorKind, Options, resolve_name};
 
@@ -157,9 +157,18 @@ pub async fn make(
     session: &Session,
     format: &str,
     filename: &str,
-    options: Options,
+    mut options: Options,
 ) -> block_core::Result<()> {
     let registry = &session.registry;
+    if session.program.is_qemu()
+        && let Some(name) = options.get_str("data_file")
+        && !Path::new(name).is_absolute()
+        && !name.contains(':')
+    {
+        // As qemu-img makes it: where it runs, not beside the image.
+        let here = format!("file:{name}");
+        options.set("data_file", here);
+    }
     let place = registry.filename_options(filename)?;
     let path = match (place.get_str("driver"), place.get_str("filename")) {
         (None | Some("file"), Some(path)) => Some(PathBuf::from(path)),
