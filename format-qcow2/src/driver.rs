@@ -129,6 +129,7 @@ impl Qcow2 {
         let mut meta = self.meta.lock().await;
         let mut header = header_update::read_header(file).await?;
         header.check_open(false, false)?;
+        header.check_inside(file.length(), false)?;
         prepare_for_writing(file, &mut header).await?;
         self.reload(&mut meta, request).await?;
         self.take_over_bitmaps(file, &mut meta).await?;

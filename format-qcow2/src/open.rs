@@ -23,7 +23,10 @@ use crate::{
     alloc::allocator::Orphans,
     amend,
     bitmaps::Stored,
-    cache::slices::{SliceCache, load_refcounts},
+    cache::{
+        refcounts::RefcountStore,
+        slices::{SliceCache, load_refcounts},
+    },
     claims::Claims,
     compress::Codec,
     counters::Counters,
@@ -137,7 +140,7 @@ async fn outline(
     header.check_open(read_only, context.how.for_check)?;
     let data = data_file::open(context, options, file, &header).await?;
     if !context.how.for_check {
-        header.check_inside(child.length())?;
+        header.check_inside(child.length(), read_only)?;
     }
     let backing = options.take("backing");
     let encryption = Encryption::open(context, options, &header, &child).await?;
@@ -183,7 +186,16 @@ async fn open_image(
     if !read_only && !context.how.for_check {
         prepare_for_writing(&child, &mut header).await?;
     }
-    let refcounts = load_refcounts(&child, &header, settings.refcount_blocks()).await?;
+    let capacity = settings.refcount_blocks();
+    let refcounts = match load_refcounts(&child, &header, capacity).await {
+        Err(error) if read_only && !context.how.for_check => {
+            // Nothing that is only read needs them, and the data may be there: it can be saved. Before the image is written to they
+            // are read again.
+            tracing::warn!("qcow2: the refcount table of '{name}' can't be read: {error}");
+            RefcountStore::unread(header.geometry(), capacity)
+        }
+        loaded => loaded?,
+    };
     let snapshots = match snapshots::load(&child, &header).await {
         // A check looks for itself, and repairs.
         Err(_) if context.how.for_check => Vec::new(),

@@ -114,6 +114,15 @@ impl RefcountStore {
         }
     }
 
+    /// For an image whose table isn't known, and isn't written to.
+    pub fn unread(geometry: Geometry, capacity: usize) -> Self {
+        let nowhere = TablePlace {
+            offset: HostOffset(0),
+            clusters: 0,
+        };
+        Self::with_table(geometry, nowhere, Vec::new(), capacity)
+    }
+
     /// Where the blocks are, by table index; 0: there is none.
     pub fn table(&self) -> &[u64] {
         &self.table

@@ -330,13 +330,14 @@ fn a_raw_data_file_without_a_data_file_is_refused() {
 #[test]
 fn tables_beyond_the_file_are_named() {
     let fine = header();
-    fine.check_inside(196_616).unwrap();
+    fine.check_inside(196_616, false).unwrap();
     let mut beyond = header();
     beyond.refcount_table_offset = HostOffset(1 << 30);
-    let error = beyond.check_inside(196_616).unwrap_err();
+    let error = beyond.check_inside(196_616, false).unwrap_err();
     assert_eq!(error.field().unwrap().name, "refcount_table_offset");
-    fine.check_inside(65536 * 3).unwrap();
-    let error = fine.check_inside(65536 * 3 - 512).unwrap_err();
+    beyond.check_inside(196_616, true).unwrap();
+    fine.check_inside(65536 * 3, false).unwrap();
+    let error = fine.check_inside(65536 * 3 - 512, true).unwrap_err();
     assert_eq!(error.field().unwrap().name, "l1_table_offset");
 }
 

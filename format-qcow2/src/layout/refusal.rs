@@ -44,16 +44,19 @@ impl Header {
         Ok(())
     }
 
-    /// Refuses tables that lie beyond the end of a file of `file_len` bytes by a cluster or more. QEMU opens such images, reads zeroes there,
-    /// and fails later.
-    pub fn check_inside(&self, file_len: u64) -> Result<()> {
+    /// Refuses tables that lie beyond the end of a file of `file_len` bytes by a cluster or more; who only reads needs no refcounts.
+    /// QEMU opens such images, reads zeroes there, and fails later.
+    pub fn check_inside(&self, file_len: u64, read_only: bool) -> Result<()> {
         // A file may end within the last sector of a table; its rest reads as zeroes.
         let end = file_len.next_multiple_of(512);
         let inside =
             |offset: HostOffset, len: u64| offset.0.checked_add(len).is_some_and(|at| at <= end);
         let allowed = |len: u64| format!("at most {:#x}", end.saturating_sub(len));
         let reftable = self.refcount_table_bytes();
-        if reftable > 0 && !inside(self.refcount_table_offset, self.geometry().cluster_size()) {
+        if !read_only
+            && reftable > 0
+            && !inside(self.refcount_table_offset, self.geometry().cluster_size())
+        {
             return Err(invalid(
                 "Reference count table is beyond the end of the file",
                 "refcount_table_offset",
