@@ -29,6 +29,7 @@ pub(crate) struct Counters {
     pub(crate) zeroes: Count,
     pub(crate) discards: Count,
     pub(crate) copies: Count,
+    pub(crate) known_data: Count,
 }
 
 impl Counters {
@@ -43,6 +44,7 @@ impl Counters {
             ("zero-writes", self.zeroes.get()),
             ("discards", self.discards.get()),
             ("range-copies", self.copies.get()),
+            ("known-data", self.known_data.get()),
         ]
     }
 }

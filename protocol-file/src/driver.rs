@@ -547,7 +547,12 @@ impl BlockDriver for FileDriver {
         len: u64,
     ) -> Result<DriverStatus> {
         let file = self.file.load_full();
-        let extent = if file.is_regular() && !file.refusals.seek_data.is_set() {
+        let extent = if let Some(known) = space::known_extent_at(&file, offset, len) {
+            self.counters.known_data.add();
+            known
+        } else if inline::may_wait(&file, self.inline) {
+            space::extent_at(&file, offset, len)
+        } else if file.is_regular() && !file.refusals.seek_data.is_set() {
             self.blocking(request.producer(), move |file| {
                 Ok(space::extent_at(file, offset, len))
             })

@@ -26,6 +26,11 @@ pub(crate) enum Attempt {
     Left(usize),
 }
 
+/// Whether a short blocking call may be made on the task that asks.
+pub(crate) fn may_wait(file: &OpenFile, mode: Inline) -> bool {
+    mode == Inline::Always && file.is_regular() && !file.is_direct()
+}
+
 /// How requests of `len` bytes are to be tried: the flags of the call, or not at all.
 #[inline]
 fn flags(file: &OpenFile, mode: Inline, len: usize, refused: bool) -> Option<i32> {

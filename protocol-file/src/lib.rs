@@ -28,6 +28,7 @@ mod factory;
 mod fd_sets;
 mod image_lock;
 mod inline;
+mod known_data;
 mod open_file;
 mod options;
 mod space;

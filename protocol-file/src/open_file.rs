@@ -19,6 +19,7 @@ use block_core::{
 
 use crate::{
     fd_sets::FdSets,
+    known_data::KnownData,
     sys::{self, AccessMode},
 };
 
@@ -106,6 +107,7 @@ pub(crate) struct OpenFile {
     block_size: u64,
     identity: (u64, u64),
     pub(crate) refusals: Refusals,
+    pub(crate) known_data: KnownData,
     /// Buffered writes with RWF_NOWAIT are known to work.
     pub(crate) nowait_write_works: Known,
 }
@@ -224,6 +226,7 @@ impl OpenHow {
             block_size,
             identity: (metadata.dev(), metadata.ino()),
             refusals: probe_nowait(&file, self.direct),
+            known_data: KnownData::default(),
             nowait_write_works: Known::default(),
             file,
         })
@@ -340,6 +343,7 @@ impl OpenFile {
             block_size: 4096,
             identity: (0, 0),
             refusals: Refusals::default(),
+            known_data: KnownData::default(),
             nowait_write_works: Known::default(),
         }
     }

@@ -1,6 +1,6 @@
 //! What a file or device can do with ranges besides reading and writing them: zeroing, discarding, layout, copying,
-//! resizing. Every function here blocks, and is called on a thread of the pool. "Not supported" (EOPNOTSUPP) is
-//! returned only when nothing has been changed.
+//! resizing. Nearly every function here blocks, and is called on a thread of the pool. "Not supported" (EOPNOTSUPP) is
+//! returned only when nothing has been changed. Whatever may make a hole says so to the file's `known_data`.
 
 use std::{io, os::fd::AsFd};
 
@@ -45,6 +45,7 @@ pub(crate) fn write_zeroes(
     if len == 0 {
         return Ok(());
     }
+    let _forget = file.known_data.forgotten_at_the_end();
     match file.kind() {
         FileKind::Regular => zero_in_file(file, offset, len, may_unmap),
         FileKind::Block => zero_on_device(file, offset, len, may_unmap),
@@ -150,6 +151,7 @@ fn map_unsupported<T>(result: io::Result<T>) -> io::Result<T> {
 
 /// Gives the space of a range back. A file's range reads as zeroes afterwards, a device's as anything.
 pub(crate) fn discard(file: &OpenFile, offset: u64, len: u64) -> io::Result<()> {
+    let _forget = file.known_data.forgotten_at_the_end();
     let result = match file.kind() {
         FileKind::Regular => {
             let len = file.query_length()?.saturating_sub(offset).min(len);
@@ -182,6 +184,7 @@ pub(crate) fn extent_at(file: &OpenFile, offset: u64, len: u64) -> Extent {
         return Extent::Data(len);
     }
     let unit = file.offset_alignment();
+    let look = file.known_data.look();
     match sys::seek_data(file.as_fd(), offset) {
         // Nothing but a hole up to the end of the file, or beyond it.
         Err(error) if error.raw_os_error() == Some(libc::ENXIO) => Extent::Hole(len),
@@ -201,12 +204,23 @@ pub(crate) fn extent_at(file: &OpenFile, offset: u64, len: u64) -> Extent {
         }
         Ok(_) => match sys::seek_hole(file.as_fd(), offset) {
             Ok(hole) if hole > offset => {
-                Extent::Data((hole - offset).next_multiple_of(unit).min(len))
+                file.known_data.learn(look, offset..hole);
+                known_data(offset, hole, unit, len)
             }
             // Somebody punched it in between, or the file system makes no sense: data is always safe to say.
             _ => Extent::Data(len),
         },
     }
+}
+
+/// What a file is at `offset`, as far as that is known without looking at it.
+pub(crate) fn known_extent_at(file: &OpenFile, offset: u64, len: u64) -> Option<Extent> {
+    let end = file.known_data.end(offset)?;
+    Some(known_data(offset, end, file.offset_alignment(), len))
+}
+
+fn known_data(offset: u64, end: u64, unit: u64, len: u64) -> Extent {
+    Extent::Data((end - offset).next_multiple_of(unit).min(len))
 }
 
 /// Copies between files in the kernel, sharing blocks where the file system can.
@@ -217,6 +231,7 @@ pub(crate) fn copy_range(
     to_offset: u64,
     len: u64,
 ) -> io::Result<()> {
+    let _forget = to.known_data.forgotten_at_the_end();
     if !from.is_regular() || !to.is_regular() || to.refusals.copy_range.is_set() {
         return Err(unsupported());
     }
@@ -353,6 +368,7 @@ pub(crate) fn write_buffer_zeroes(file: &OpenFile, offset: u64, len: u64) -> io:
 /// Changes the length of a regular file. What is added reads as zeroes. When the space can't be had, the file has its
 /// old length again.
 pub(crate) fn resize(file: &OpenFile, length: u64, preallocation: Preallocation) -> io::Result<()> {
+    let _forget = file.known_data.forgotten_at_the_end();
     let old = file.query_length()?;
     if length <= old || preallocation == Preallocation::Off {
         return retry(|| file.set_len(length));

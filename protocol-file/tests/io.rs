@@ -301,6 +301,76 @@ fn block_status_follows_holes_and_data() {
     }
 }
 
+/// The status of a 4 KiB block: whether there is data, and how often that was known without looking.
+fn is_data(handle: &BlockHandle, at: u64) -> (bool, u64) {
+    let status = block_on(handle.block_status(at, 4096)).unwrap();
+    assert_eq!(status.len, 4096);
+    (status.is_data(), counter(handle, "known-data"))
+}
+
+#[test]
+fn data_that_is_known_isnt_looked_for_again_until_something_may_have_made_a_hole() {
+    const K64: u64 = 64 << 10;
+    for place in PLACES {
+        for inline in ["never", "always"] {
+            let bed = Bed::new(place);
+            let name = bed.file("a", 1 << 20);
+            let handle = bed.open(json!({"filename": name, "inline": inline}));
+            let from_memory = || is_data(&handle, 0).1;
+            let zero = |at, flags| block_on(handle.write_zeroes(at, K64, flags)).unwrap();
+            let resize = |length| {
+                let how = Truncate {
+                    preallocation: Preallocation::Off,
+                    exact: true,
+                    zero: false,
+                };
+                block_on(handle.truncate(length, how)).unwrap();
+            };
+            type Change<'a> = (&'a str, Box<dyn Fn() + 'a>, u64);
+            let changes: [Change<'_>; 4] = [
+                (
+                    "discard",
+                    Box::new(|| block_on(handle.discard(K64, K64)).unwrap()),
+                    K64,
+                ),
+                (
+                    "zeroes",
+                    Box::new(|| zero(2 * K64, RequestFlags::MAY_UNMAP)),
+                    2 * K64,
+                ),
+                ("zeroes kept", Box::new(|| zero(3 * K64, NONE)), 3 * K64),
+                (
+                    "resize",
+                    Box::new(|| {
+                        resize(10 * K64);
+                        resize(16 * K64);
+                    }),
+                    12 * K64,
+                ),
+            ];
+            for (what, change, at) in changes {
+                // A second time there is no look.
+                block_on(handle.write(0, pattern(0, 1 << 20), NONE)).unwrap();
+                let before = is_data(&handle, at).1;
+                assert_eq!(
+                    is_data(&handle, at),
+                    (true, before + 1),
+                    "{place:?}, {what}"
+                );
+                change();
+                let (found, times) = is_data(&handle, at);
+                // Where a file system knows no zeroes without a hole the data may stay.
+                assert!(!found || what == "zeroes kept", "{place:?}, {what}");
+                assert_eq!(times, before + 1, "{place:?}, {what}: not looked at again");
+                // Writing makes no holes.
+                let before = (from_memory(), from_memory()).1;
+                block_on(handle.write(K64 / 2, pattern(1, 512), NONE)).unwrap();
+                assert_eq!(from_memory(), before + 1, "{place:?}, {what}");
+            }
+        }
+    }
+}
+
 #[test]
 fn truncate_with_preallocation_reserves_space_and_reads_as_zeroes() {
     for place in PLACES {

@@ -1,6 +1,6 @@
 //! `blk map`: where the content of an image is.
 
-use std::sync::Arc;
+use std::{fmt::Write, sync::Arc};
 
 use block_core::{
     BlockHandle, DriverKind, Node, PermissionSet,
@@ -65,6 +65,7 @@ async fn execute(session: &Session, parsed: &Parsed) -> Outcome {
     let mut printer = Printer {
         output,
         first: true,
+        text: String::new(),
     };
     let mut current: Option<Extent> = None;
     let mut offset = start;
@@ -225,15 +226,35 @@ impl Extent {
     }
 }
 
+/// Writes extents, many at once.
 struct Printer {
     output: OutputFormat,
     first: bool,
+    /// What wasn't written yet.
+    text: String,
+}
+
+/// How much is written at once, in bytes.
+const BATCH: usize = 64 << 10;
+
+impl Drop for Printer {
+    fn drop(&mut self) {
+        self.write_out();
+    }
 }
 
 impl Printer {
+    fn write_out(&mut self) {
+        write_out(format_args!("{}", self.text));
+        self.text.clear();
+    }
+
     fn print(&mut self, extent: &Extent, last: bool) -> Result<(), Failure> {
+        if self.text.len() >= BATCH {
+            self.write_out();
+        }
         match self.output {
-            OutputFormat::Human => print_human(extent),
+            OutputFormat::Human => print_human(&mut self.text, extent),
             OutputFormat::Json => {
                 let Extent {
                     start,
@@ -249,13 +270,14 @@ impl Printer {
                     Some(offset) => format!(", \"offset\": {offset}"),
                     None => String::new(),
                 };
-                write_out(format_args!(
+                let _ = writeln!(
+                    self.text,
                     "{}{{ \"start\": {start}, \"length\": {length}, \"depth\": {depth}, \
                      \"present\": {present}, \"zero\": {zero}, \"data\": {data}, \
-                     \"compressed\": {compressed}{place}}}{}\n",
+                     \"compressed\": {compressed}{place}}}{}",
                     if self.first { "[" } else { "" },
                     if last { "]" } else { "," }
-                ));
+                );
                 self.first = false;
                 Ok(())
             }
@@ -263,7 +285,7 @@ impl Printer {
     }
 }
 
-fn print_human(extent: &Extent) -> Result<(), Failure> {
+fn print_human(text: &mut String, extent: &Extent) -> Result<(), Failure> {
     if !extent.data || extent.zero {
         return Ok(());
     }
@@ -279,7 +301,8 @@ fn print_human(extent: &Extent) -> Result<(), Failure> {
             format!("{value:#x}")
         }
     };
-    say!(
+    let _ = writeln!(
+        text,
         "{:16}{:16}{:16}{}",
         hex(extent.start),
         hex(extent.length),
