@@ -46,6 +46,26 @@ fn qcow2_with_raw_data_files_passes_a_part_of_the_quick_group() {
 }
 
 #[test]
+fn encrypted_images_pass_a_part_of_the_quick_group_and_the_cases_that_look_for_data_in_the_storage()
+{
+    let looks = |case: &Case| {
+        let name = &case.name;
+        [
+            "parked-mirror",
+            "parked-stream-copy",
+            "recycled-cluster",
+            "waits-for-read",
+        ]
+        .iter()
+        .any(|part| name.contains(part))
+    };
+    let others: Vec<Case> = all_cases().into_iter().filter(looks).collect();
+    assert!(others.len() > 20, "{}", others.len());
+    expect_passed(&registry(), &qcow2("encrypt.format=aes"), &others, 1);
+    expect_passed(&registry(), &qcow2("encrypt.format=luks"), &each(40), 1);
+}
+
+#[test]
 fn a_cut_of_the_power_cuts_an_image_and_its_data_file_at_once() {
     let format = qcow2("data_file=data");
     for name in [

@@ -235,11 +235,13 @@ async fn write_behind_claim(scene: Arc<Scene>) -> CaseResult {
         let writes = Choose::writes().containing(&Stamp::needle(owner));
         image.disk.hold(writes, Stage::Before)
     };
-    let (first, second) = (hold_of(owner::PARKED), hold_of(owner::LATER));
+    let first = hold_of(owner::PARKED);
     let guest = image.guest.signing(owner::PARKED);
     let allocating =
         scene.start(async move { guest.write(target, 512, RequestFlags::empty()).await });
     scene.rest().await;
+    // Not before, as encryption hides which write is whose.
+    let second = hold_of(owner::LATER);
     let guest = image.job.signing(owner::LATER);
     let behind = scene.start(async move { guest.write(target, 512, RequestFlags::empty()).await });
     scene.rest().await;
@@ -306,9 +308,7 @@ async fn old_read(scene: Arc<Scene>) -> CaseResult {
         Err(verdict) => return Ok(verdict),
     };
     let (target, cluster) = (image.target(), image.cluster);
-    let Some(host) = image.host_of(owner::OLD).first().copied() else {
-        return Err("the target's data isn't in the storage".into());
-    };
+    let host = image.host_of_target().await?;
     let hold = image
         .disk
         .hold(Choose::reads().within(host..host + cluster), Stage::Before);
@@ -340,9 +340,7 @@ async fn discard_waits_for_read(scene: Arc<Scene>) -> CaseResult {
         Err(verdict) => return Ok(verdict),
     };
     let (target, cluster) = (image.target(), image.cluster);
-    let Some(host) = image.host_of(owner::OLD).first().copied() else {
-        return Err("the target's data isn't in the storage".into());
-    };
+    let host = image.host_of_target().await?;
     let hold = image
         .disk
         .hold(Choose::reads().within(host..host + cluster), Stage::Before);

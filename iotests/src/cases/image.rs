@@ -18,7 +18,7 @@ use crate::{
     laid,
     oracle::Oracle,
     pattern::{Seen, Stamp, stamped},
-    storage::{Content, Disk},
+    storage::{Content, Disk, OpKind},
 };
 
 /// Owners in stamps.
@@ -351,6 +351,25 @@ impl Image {
     /// Where in the storage the data of `owner` is.
     pub fn host_of(&self, owner: u32) -> Vec<u64> {
         self.disk.find(&Stamp::needle(owner))
+    }
+
+    /// Where in the storage the target's data is, which [`Self::prepare`] has put there. Where encryption hides whose it is: where the
+    /// driver reads it.
+    pub async fn host_of_target(&self) -> Result<u64, Failure> {
+        if self.disk.shows_data() {
+            let found = self.host_of(owner::OLD);
+            return found
+                .first()
+                .copied()
+                .ok_or_else(|| "the target's data isn't in the storage".into());
+        }
+        let position = self.disk.log_position();
+        self.sector(self.target()).await?;
+        let read = self.disk.log_since(position).into_iter().rev();
+        read.map(|entry| entry.op)
+            .find(|op| op.kind == OpKind::Read)
+            .map(|op| op.offset)
+            .ok_or_else(|| "the target's data isn't read from the storage".into())
     }
 
     /// The end of every case: everything settles, new clusters are written over what was freed, and then every byte is

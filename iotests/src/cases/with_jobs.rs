@@ -316,7 +316,9 @@ async fn behind_stream(scene: Arc<Scene>, sent: Sent) -> CaseResult {
         }
     }
     let manager = JobManager::new(&scene.lab.graph);
-    let hold = hold_writes(&image.disk, owner::BASE);
+    // All of them, as encryption hides which is the target's.
+    let copies = Choose::writes().containing(&Stamp::needle(owner::BASE));
+    let hold = image.disk.hold(copies.times(u64::MAX), Stage::Before);
     let job = manager.stream(StreamOptions::new(&image.node)).await?;
     scene.rest().await;
     // With large clusters copies of other places are on the way as well.
@@ -465,9 +467,7 @@ async fn beside_mirror(scene: Arc<Scene>, sent: Sent, side: Side) -> CaseResult 
         return Ok(verdict);
     }
     let target = second(&scene, &image).await?;
-    let Some(host) = image.host_of(owner::OLD).first().copied() else {
-        return Err("the target's data isn't in the storage".into());
-    };
+    let host = image.host_of_target().await?;
     // What it has read is what was there before.
     let hold = match side {
         Side::Read => {
