@@ -218,6 +218,12 @@ pub trait BlockDriver: Send + Sync + 'static {
         None
     }
 
+    /// The options, besides its children, without which its file would be another disk (a window, a snapshot). Who names the node in
+    /// an image has to name them as well ([`Node::name_in_images`](crate::Node::name_in_images)).
+    fn decisive_options(&self) -> Options {
+        Options::new()
+    }
+
     /// Whether the driver was opened read-only.
     fn is_read_only(&self) -> bool {
         !self.capabilities().contains(Capabilities::WRITE)

@@ -11,17 +11,18 @@ use std::{
 
 use arc_swap::{ArcSwap, ArcSwapOption, Guard};
 use parking_lot::{Mutex, RwLock};
+use serde_json::Value;
 
 use crate::{
     bitmap::{BitmapUse, Bitmaps, DirtyBitmap, NamedBitmap},
     deferred::DeferredWork,
-    driver::{BlockDriver, ChildRole},
+    driver::{BlockDriver, ChildRole, DriverKind},
     env::Environment,
     error::Error,
     flags::PermissionSet,
     limits::Limits,
     observe::Observer,
-    options::{DetectZeroes, DiscardMode, NodeOptions},
+    options::{DetectZeroes, DiscardMode, NodeOptions, Options},
     request::Child,
     stats::NodeStats,
     tracked::Tracker,
@@ -314,6 +315,41 @@ impl Node {
                 .or_else(|| edges.primary())
                 .and_then(|child| child.filename())
         })
+    }
+
+    /// The name by which an image can name this node as its backing file: its file's where opening that with the node's driver is enough,
+    /// `json:{…}` where more has to be said. Filters are left out. What an overlay says of backing files and data files *of* this node
+    /// isn't in it: its own header says that. `None` for a node without a file.
+    pub fn name_in_images(self: &Arc<Self>) -> Option<String> {
+        let image = self.skip_filters();
+        let file = image.file_below();
+        let is_plain = file.is_none_or(|file| file.driver.kind() == DriverKind::Protocol);
+        if is_plain && image.driver.decisive_options().0.is_empty() {
+            return image.filename();
+        }
+        let options = image.options_in_images()?;
+        Some(format!("json:{}", Value::Object(options.0)))
+    }
+
+    /// What this image is in, without filters. `None` for storage.
+    fn file_below(&self) -> Option<Arc<Self>> {
+        let edges = self.edges();
+        let file = edges.child(ChildRole::File).or_else(|| edges.primary())?;
+        let file = file.node();
+        match file.driver.kind() {
+            DriverKind::Filter => file.file_below(),
+            _ => Some(file.clone()),
+        }
+    }
+
+    fn options_in_images(&self) -> Option<Options> {
+        let mut options = self.driver.decisive_options();
+        options.set("driver", self.driver.name());
+        match self.file_below() {
+            None => options.set("filename", self.filename()?),
+            Some(file) => options.set("file", Value::Object(file.options_in_images()?.0)),
+        }
+        Some(options)
     }
 
     /// The common options that it was opened with.

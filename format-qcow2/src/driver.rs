@@ -119,7 +119,7 @@ impl Qcow2 {
         if !self.is_read_only() {
             return Ok(());
         }
-        if self.is_view {
+        if self.view.is_some() {
             return Err(Error::new(
                 ErrorKind::NotPermitted,
                 "An internal snapshot can't be written to",
@@ -253,7 +253,7 @@ impl BlockDriver for Qcow2 {
 
     fn capabilities(&self) -> Capabilities {
         let mut can = Capabilities::CHECK | Capabilities::TRY_MAP;
-        if !self.is_view && (self.geometry.has_zero_flag() || self.bitmaps.is_pending()) {
+        if self.view.is_none() && (self.geometry.has_zero_flag() || self.bitmaps.is_pending()) {
             can |= Capabilities::PERSISTENT_BITMAPS;
         }
         if !self.is_read_only() {
@@ -301,6 +301,13 @@ impl BlockDriver for Qcow2 {
             opt_transfer: size,
             memory_alignment: file.memory_alignment,
             ..Limits::default()
+        }
+    }
+
+    fn decisive_options(&self) -> Options {
+        match &self.view {
+            Some(id) => Options::new().with("snapshot-id", id.as_str()),
+            None => Options::new(),
         }
     }
 

@@ -71,8 +71,8 @@ pub(crate) struct Qcow2 {
     pub read_only: AtomicBool,
     /// The header names a backing file, whether or not one is open.
     pub names_backing: AtomicBool,
-    /// It shows an internal snapshot: read-only for good.
-    pub is_view: bool,
+    /// The identifier of the internal snapshot that it shows: read-only for good.
+    pub view: Option<String>,
     /// A write of the header that switches to other tables failed: it is unknown which of them count, so nothing is
     /// written any more until the image is reopened.
     pub uncertain: AtomicBool,

@@ -217,7 +217,7 @@ async fn open_image(
         }
         None => (Qcow2::read_l1(&child, &header).await?, header.disk_size()),
     };
-    let is_view = view.is_some();
+    let view = view.map(|entry| String::from_utf8_lossy(&entry.id).into_owned());
     let metadata = Arc::new(MetadataMap::new(safeguards, kinds));
     if !read_only {
         let others = match snapshots::others(&child, &header, &snapshots, kinds).await {
@@ -243,7 +243,7 @@ async fn open_image(
         settings,
         filename: child.filename().unwrap_or_else(|| name.to_owned()),
         size: AtomicU64::new(size),
-        is_view,
+        view,
         uncertain: AtomicBool::new(false),
         size_in_doubt: AtomicBool::new(false),
         raw_data: AtomicBool::new(header.has_raw_data_file()),

@@ -96,6 +96,18 @@ impl BlockDriver for RawDriver {
         DriverKind::Format
     }
 
+    fn decisive_options(&self) -> Options {
+        let Window { offset, size } = self.window();
+        let mut options = Options::new();
+        if offset != 0 {
+            options.set("offset", offset);
+        }
+        if let Some(size) = size {
+            options.set("size", size);
+        }
+        options
+    }
+
     fn capabilities(&self) -> Capabilities {
         // What the file itself can't do, the core does in its place when the request gets there.
         let mut all = (self.inherited - Capabilities::GROW) | Capabilities::TRY_MAP;

@@ -237,7 +237,7 @@ pub(crate) async fn rewrite_backing(
             let image = base.skip_filters();
             let file = name
                 .map(str::to_owned)
-                .or_else(|| base.filename())
+                .or_else(|| base.name_in_images())
                 .unwrap_or_else(|| image.name().to_owned());
             let format = image.driver().name();
             graph
