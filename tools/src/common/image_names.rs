@@ -1,5 +1,6 @@
-//! `--trust-image-names`, or the environment variable `BLK_TRUST_IMAGE_NAMES=1` (for who calls us `qemu-img`): names inside images (backing files, data files, extents) may be `json:{…}` and `PROTOCOL:…`, as they
-//! always may for qemu-img. Without it they are paths, as whoever made an image would else choose what is opened.
+//! `--trust-image-names`, or the environment variable `BLK_TRUST_IMAGE_NAMES=1` for who calls us `qemu-img`: names inside images
+//! (backing files, data files, extents) may be `json:{…}` and `PROTOCOL:…`, as they always may for qemu-img. Without it they are
+//! paths, as whoever made an image would else choose what is opened.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
