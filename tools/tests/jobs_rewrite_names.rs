@@ -18,7 +18,7 @@ use protocol_file::FileFactory;
 use support::qemu_is_installed;
 
 /// A guest's disk of 1 MiB in three layers. The lowest one is the window of a file, or a snapshot.
-const CHAIN: &str = r#"
+const CHAIN: &str = r"
 qemu-img create -q base.raw 2M
 qemu-io -f raw -c 'write -P 1 0 2M' -c 'write -P 2 128k 64k' base.raw
 qemu-img create -q -f qcow2 base.qcow2 1M
@@ -29,7 +29,7 @@ qemu-img create -q -f qcow2 -u -b base.qcow2 -F qcow2 mid.qcow2 1M
 qemu-io -c 'open -o backing= mid.qcow2' -c 'write -P 5 512k 64k'
 qemu-img create -q -f qcow2 -u -b mid.qcow2 -F qcow2 top.qcow2 1M
 qemu-io -c 'open -o backing= top.qcow2' -c 'write -P 6 640k 64k'
-"#;
+";
 
 struct Bench {
     env: Arc<EnvTokio>,
