@@ -3,8 +3,9 @@
 //! | driver | what it does |
 //! | --- | --- |
 //! | `copy-on-read` ([`CopyOnRead`]) | what is read from below its child is written into the child on the way |
+//! | `compress` ([`Compress`]) | what is written is stored compressed |
 //! | `throttle` ([`Throttle`]) | holds requests back to a rate of bytes and requests per second |
-//! | `null-co` ([`Null`]) | storage that isn't there: swallows writes, for benchmarks and tests |
+//! | `null-co`, `null-aio` ([`Null`]) | storage that isn't there: swallows writes, for benchmarks and tests |
 //!
 //! A filter here decides nothing about content and keeps no data. [`register`] adds them all to a registry.
 //!
@@ -38,6 +39,7 @@
 #![forbid(unsafe_code)]
 
 mod bucket;
+mod compress;
 pub mod copy_on_read;
 mod null;
 mod passthrough;
@@ -51,6 +53,7 @@ use std::sync::Arc;
 use block_core::registry::Registry;
 
 pub use self::{
+    compress::{Compress, CompressFactory},
     copy_on_read::{CopyOnRead, CopyOnReadFactory, Populated},
     null::{Null, NullFactory},
     throttle::{Rates, Throttle, ThrottleFactory},
@@ -60,5 +63,7 @@ pub use self::{
 pub fn register(registry: &mut Registry) {
     registry.register(Arc::new(CopyOnReadFactory));
     registry.register(Arc::new(ThrottleFactory));
-    registry.register(Arc::new(NullFactory));
+    registry.register(Arc::new(CompressFactory));
+    registry.register(Arc::new(NullFactory::default()));
+    registry.register(Arc::new(NullFactory::aio()));
 }

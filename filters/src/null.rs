@@ -1,4 +1,4 @@
-//! `null-co`: storage that isn't there. Writes are swallowed; reads give zeroes or, unless that was asked for, whatever the
+//! `null-co`, also called `null-aio`: storage that isn't there. Writes are swallowed; reads give zeroes or, unless that was asked for, whatever the
 //! buffer held. For benchmarks of what lies above, and for tests.
 
 use std::{
@@ -30,8 +30,12 @@ use crate::passthrough;
 /// The length when none is given, as in QEMU.
 const DEFAULT_SIZE: u64 = 1 << 30;
 
+/// The name that is used unless another was asked for.
+const CO: &str = "null-co";
+
 /// A protocol node without storage.
 pub struct Null {
+    name: &'static str,
     size: u64,
     latency: Option<Duration>,
     read_zeroes: bool,
@@ -42,6 +46,7 @@ impl Null {
     /// One of `size` bytes that reads as zeroes if `read_zeroes`.
     pub fn new(size: u64, read_zeroes: bool) -> Self {
         Self {
+            name: CO,
             size,
             latency: None,
             read_zeroes,
@@ -66,7 +71,7 @@ impl Null {
 #[async_trait]
 impl BlockDriver for Null {
     fn name(&self) -> &'static str {
-        "null-co"
+        self.name
     }
 
     fn kind(&self) -> DriverKind {
@@ -96,7 +101,7 @@ impl BlockDriver for Null {
     }
 
     fn filename(&self) -> Option<String> {
-        Some("null-co://".to_owned())
+        Some(format!("{}://", self.name))
     }
 
     async fn read(
@@ -186,14 +191,29 @@ struct NullOptions {
     read_zeroes: Switch,
 }
 
-/// Makes `null-co` nodes, with the options `size`, `latency-ns` and `read-zeroes`.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct NullFactory;
+/// Makes `null-co` nodes, with the options `size`, `latency-ns` and `read-zeroes`; or `null-aio` nodes, which are the same here.
+#[derive(Debug, Clone, Copy)]
+pub struct NullFactory {
+    name: &'static str,
+}
+
+impl Default for NullFactory {
+    fn default() -> Self {
+        Self { name: CO }
+    }
+}
+
+impl NullFactory {
+    /// One for `null-aio`.
+    pub const fn aio() -> Self {
+        Self { name: "null-aio" }
+    }
+}
 
 #[async_trait]
 impl DriverFactory for NullFactory {
     fn name(&self) -> &'static str {
-        "null-co"
+        self.name
     }
 
     fn kind(&self) -> DriverKind {
@@ -207,8 +227,9 @@ impl DriverFactory for NullFactory {
     async fn open(&self, context: OpenContext, options: Options) -> Result<Opened> {
         let options: NullOptions = options.parse()?;
         let size = options.size.map_or(DEFAULT_SIZE, |size| size.0);
-        let driver = Null::new(size, options.read_zeroes.0)
+        let mut driver = Null::new(size, options.read_zeroes.0)
             .with_latency(Duration::from_nanos(options.latency_ns.0));
+        driver.name = self.name;
         driver
             .read_only
             .store(context.node.read_only, Ordering::Release);

@@ -47,6 +47,7 @@ fn an_image_in_an_image_is_shown_with_all_that_it_says_of_itself() {
             "driver=raw,file.driver=null-co,file.size=1M",
             "driver=null-co",
             "driver=null-co,size=1M,read-zeroes=on",
+            "driver=null-aio,size=1M,read-zeroes=on",
         ],
     );
     for json in [
@@ -56,7 +57,8 @@ fn an_image_in_an_image_is_shown_with_all_that_it_says_of_itself() {
         both.compare(&format!("info json:{json}"));
     }
     both.compare_all(
-        "info null-co://
+        "info null-aio://
+        info null-co://
         info -f raw null-co://
         info -f raw --output=json null-co://",
     );

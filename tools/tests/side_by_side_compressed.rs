@@ -8,7 +8,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use support::{Alone, qemu_is_installed};
+use support::{Alone, SideBySide, qemu_is_installed};
 
 /// Bytes of all sorts: text with repetitions far and near, tables, program code, noise and holes.
 fn corpus(len: usize) -> Vec<u8> {
@@ -114,4 +114,61 @@ fn compressed_images_are_as_small_as_those_of_qemu_img() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn the_compress_filter_stores_what_is_written_compressed() {
+    if !qemu_is_installed() {
+        return;
+    }
+    let filter = |image: &str| {
+        format!(
+            "driver=compress,file.driver=qcow2,file.file.driver=file,file.file.filename={image}"
+        )
+    };
+    let setup = "
+qemu-img create -q r.raw 1M; qemu-io -f raw -c 'write -P 9 0 700k' r.raw
+qemu-img create -q -f qcow2 a.qcow2 1M
+qemu-img create -q -f qcow2 -o compression_type=zstd,cluster_size=4k z.qcow2 1M
+qemu-img create -q -f qcow2 -b r.raw -F raw o.qcow2";
+    let mut both = SideBySide::new(setup);
+    for image in ["a.qcow2", "z.qcow2", "o.qcow2"] {
+        both.io(
+            &["--image-opts", &filter(image)],
+            "write -P 3 4k 4k\nwrite -P 5 64k 128k\nwrite -z 256k 64k\nread -P 3 4k 4k\nread 0 4k\nread -P 5 70k 3k\n\
+             write -P 6 700k 303k\nread -P 6 700k 303k\ndiscard 64k 64k\nread 64k 64k\nwrite -P 7 320k 1000\nread -P 7 320k 1000\n\
+             length\nflush\nq\n",
+        );
+        both.same_content("qcow2", image);
+        both.compare(&format!("check {image}"));
+        both.compare(&format!("map --output=json {image}"));
+    }
+    both.compare(&format!("info --image-opts {}", filter("a.qcow2")));
+    let over_raw = "driver=compress,file.driver=raw,file.file.filename=r.raw";
+    both.io(&["--image-opts", over_raw], "write 0 4k\nq\n");
+    both.finish();
+}
+
+#[test]
+fn a_disk_that_ends_within_a_cluster_is_written_through_the_compress_filter() {
+    if !qemu_is_installed() {
+        return;
+    }
+    // qemu doesn't take such a disk there, and fails where a cluster is written twice.
+    let here = Alone::new();
+    let dir = here.path("");
+    here.write("r.raw", &corpus(1_027_072));
+    qemu_img(&dir, &["create", "-q", "-f", "qcow2", "t.qcow2", "1027072"]);
+    let target =
+        "driver=compress,file.driver=qcow2,file.file.driver=file,file.file.filename=t.qcow2";
+    for _ in 0..2 {
+        let (status, _, err) = here.blk(&["convert", "-n", "--target-image-opts", "r.raw", target]);
+        assert_eq!(status, 0, "{err}");
+        qemu_img(&dir, &["check", "-q", "t.qcow2"]);
+        qemu_img(&dir, &["compare", "-q", "t.qcow2", "r.raw"]);
+        let (status, map, err) = here.blk(&["map", "--output=json", "t.qcow2"]);
+        assert_eq!(status, 0, "{err}");
+        // What is written in pieces within a cluster isn't.
+        assert!(map.contains("\"compressed\": true"), "{map}");
+    }
 }

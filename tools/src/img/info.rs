@@ -187,10 +187,10 @@ impl Layer {
         }
         // qemu takes these two for protocols that don't know.
         is_known &= !(is_qemu && matches!(driver, "blkdebug" | "blkverify"));
-        if driver == "null-co" {
+        if driver.starts_with("null-") {
             sum = Some(0);
         }
-        let mut may_be_dirty = driver != "null-co";
+        let mut may_be_dirty = !driver.starts_with("null-");
         if let Some(disk) = Self::passed_through(driver, node.driver().kind(), &children) {
             may_be_dirty &= disk.may_be_dirty;
             if info.cluster_size.is_none() {
