@@ -287,6 +287,12 @@ impl Qcow2 {
         if !self.geometry.has_data_file() && !mutant::is_active("qcow2-shrink-leaves-tail") {
             self.zero_mapped(request, new, edge).await?;
         }
+        if self.has_raw_data() {
+            // Links that are gone read as zeroes; a power cut before the new size is there must not find anything else in the file. (It
+            // is flushed before the links are.)
+            self.zero_raw_data(request, new, old - new, RequestFlags::MAY_UNMAP)
+                .await?;
+        }
         let first = ClusterIndex(new.div_ceil(size));
         let end = ClusterIndex(old.div_ceil(size));
         self.change_clusters(request, first, end, Change::Full)
