@@ -879,3 +879,57 @@ fn a_power_cut_while_an_overlay_with_a_data_file_is_emptied_shows_its_data_or_wh
         assert!(seen[0] > 0 && seen[1] > 0, "{seen:?}");
     }
 }
+
+/// A shrink takes its links away before it writes the new size; at no moment may a raw data file hold anything else than the disk.
+#[test]
+fn a_power_cut_during_a_shrink_leaves_a_raw_data_file_that_is_the_disk() {
+    const SIZE: usize = 24 * BLOCK;
+    const NEW: usize = 9 * BLOCK + 512;
+    for kind in ["cluster_size=4k", "cluster_size=16k,extended_l2=on"] {
+        let scratch = tempfile::tempdir().unwrap();
+        let (path, data) = (scratch.path().join("a"), scratch.path().join("d"));
+        let options = format!("{kind},data_file={},data_file_raw=on", data.display());
+        create_by_qemu(&path, &options, SIZE as u64);
+        let storages = [&path, &data].map(|path| Storage::new(std::fs::read(path).unwrap()));
+        let open = "data-file.driver=memory,data-file.name=d";
+        let log = JointLog::default();
+        let rig = Rig::new();
+        let start = rig.block_on(async {
+            rig.storages.add("d", &storages[1]);
+            let handle = rig.open_storage(&storages[0], open).await.unwrap();
+            write(&handle, 0, SIZE as u64, 5).await.unwrap();
+            handle.flush().await.unwrap();
+            let start = [0, 1].map(|which: usize| storages[which].state.lock().data.clone());
+            for (which, storage) in storages.iter().enumerate() {
+                storage.log_to(which, &log);
+            }
+            let how = Truncate::default();
+            handle.truncate(NEW as u64, how).await.unwrap();
+            rig.close(handle).await.unwrap();
+            start
+        });
+        let log = std::mem::take(&mut *log.lock());
+        let mut rng = SmallRng::seed_from_u64(1);
+        let mut seen = [0, 0];
+        for cut in (0..=log.len()).flat_map(|cut| [cut; 12]) {
+            let [image, data] = after_cut(&start, &log, cut, &mut rng).map(Storage::new);
+            let what = format!("{kind}, cut at {cut} of {}", log.len());
+            let mut raw = data.state.lock().data.clone();
+            let rig = Rig::new();
+            rig.block_on(async {
+                rig.storages.add("d", &data);
+                let handle = rig
+                    .open_storage(&image, &format!("{open},read-only=on"))
+                    .await
+                    .unwrap();
+                let disk = handle.read(0, handle.length() as usize).await.unwrap();
+                assert!(disk[..NEW].iter().all(|byte| *byte == 5), "{what}");
+                raw.resize(disk.len(), 0);
+                assert_same(&disk, &raw, &what);
+                seen[usize::from(disk.len() == NEW)] += 1;
+                rig.close(handle).await.unwrap();
+            });
+        }
+        assert!(seen[0] > 0 && seen[1] > 0, "{seen:?}");
+    }
+}
