@@ -290,8 +290,12 @@ impl Qcow2 {
         if self.has_raw_data() {
             // Links that are gone read as zeroes; a power cut before the new size is there must not find anything else in the file. (It
             // is flushed before the links are.)
-            self.zero_raw_data(request, new, old - new, RequestFlags::MAY_UNMAP)
-                .await?;
+            // A file that ends before the disk did reads as zeroes there already, and may not be able to grow.
+            let len = self.data(request)?.length().min(old).saturating_sub(new);
+            if len > 0 {
+                self.zero_raw_data(request, new, len, RequestFlags::MAY_UNMAP)
+                    .await?;
+            }
         }
         let first = ClusterIndex(new.div_ceil(size));
         let end = ClusterIndex(old.div_ceil(size));
